@@ -1,0 +1,284 @@
+"""The command line: no logic, only options, messages and exit status."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click_default_group import DefaultGroup
+
+from micronet_eval import plugins
+from micronet_eval.errors import InputError, SubmissionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from micronet_eval.evaluation import Report
+
+FAILED, BAD_INPUT, BROKEN = 1, 2, 3
+
+_format = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "json", "csv", "markdown"]),
+    default="table",
+    show_default=True,
+    help="How to print the report.",
+)
+_layers = click.option("--layers", is_flag=True, help="Show every operation, not only the costliest.")
+_data = click.option(
+    "--data", type=click.Path(path_type=Path), envvar="MICRONET_DATA", help="Folder with data sets (or MICRONET_DATA)."
+)
+
+
+@click.group(cls=DefaultGroup, default="evaluate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="micronet-eval")
+def cli() -> None:
+    """What a compressed neural network really costs, by the rules of the MicroNet Challenge.
+
+    micronet-eval FOLDER... evaluates submissions.
+    """
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_layers
+@_format
+@_data
+def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | None) -> None:
+    """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
+    from micronet_eval.evaluation import evaluate
+
+    reports, status = [], 0
+    for folder in folders:
+        try:
+            with _progress(f"measuring {folder.name}") as progress:
+                reports.append(evaluate(folder, data, progress))
+        except (InputError, SubmissionError) as error:
+            status = max(status, _complain(error))
+    if reports:
+        _show(reports, style, layers)
+    if not all(report.passed for report in reports):
+        status = max(status, FAILED)
+    sys.exit(status)
+
+
+@cli.command()
+@click.argument("target")
+@click.option("--input", "shape", required=True, help="Shape of one example's input, for example 1x3x224x224.")
+@click.option("--task", help="Score relative to the baseline of this task.")
+@_layers
+@_format
+def count(target: str, shape: str, task: str | None, layers: bool, style: str) -> None:
+    """Count what any model costs: torchvision:NAME, or package.module:FUNCTION that returns a module."""
+    import torch
+
+    from micronet_eval.evaluation import score
+
+    try:
+        sizes = tuple(int(size) for size in shape.split("x"))
+        if min(sizes) < 1:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--input {shape!r} is no shape; write it like 1x3x224x224") from None
+    report = score(_model(target), torch.zeros(sizes), task)
+    _show([report.model_copy(update={"submission": target})], style, layers)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@_data
+def compress(recipe: Path, output: Path, data: Path | None) -> None:
+    """Run a recipe and write the submission that comes out of it."""
+    from micronet_eval.recipe import compress
+
+    compress(recipe, output, data, log=click.echo)
+    click.echo(f"wrote {output}")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_format
+def strategies(name: str | None, style: str) -> None:
+    """List the installed pruners, sparsifiers and quantizers, or the options of one."""
+    kinds: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
+    found = {key: (kind, entry) for kind in kinds for key, entry in plugins.registered(kind).items()}
+    if name is None:
+        listing = [
+            {"name": key, "kind": kind, "does": _first_line(entry.thing), "package": entry.package}
+            for key, (kind, entry) in found.items()
+        ]
+        return _show_rows(listing, style)
+    if name not in found:
+        raise InputError(plugins.unknown("strategy", name, found))
+    fields = found[name][1].thing.model_fields
+    options: list[dict[str, object]] = [
+        {
+            "option": option,
+            "type": getattr(field.annotation, "__name__", str(field.annotation)),
+            "default": "required" if field.is_required() else field.default,
+            "meaning": field.description,
+        }
+        for option, field in fields.items()
+    ]
+    return _show_rows(options, style)
+
+
+@cli.command()
+@_format
+def tasks(style: str) -> None:
+    """List the installed tasks."""
+    found = plugins.registered("task")
+    _show_rows(
+        [
+            {
+                "name": name,
+                "baseline": entry.thing.baseline,
+                "storage": f"{entry.thing.storage:,.0f}",
+                "math": f"{entry.thing.math:,.0f}",
+                "quality": f"{entry.thing.metric} >= {entry.thing.threshold:.2%}",
+                "package": entry.package,
+            }
+            for name, entry in found.items()
+        ],
+        style,
+    )
+
+
+@cli.command()
+@_format
+def architectures(style: str) -> None:
+    """List the installed architectures with their options."""
+    import inspect
+
+    found = plugins.registered("architecture")
+    _show_rows(
+        [
+            {
+                "name": name,
+                "options": ", ".join(str(p).split(":")[0] + ("" if p.default is p.empty else f"={p.default}")
+                                     for p in inspect.signature(entry.thing).parameters.values()),
+                "is": _first_line(entry.thing),
+                "package": entry.package,
+            }
+            for name, entry in found.items()
+        ],
+        style,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """The command `micronet-eval`; turns expected errors into one message and an exit status."""
+    try:
+        plugins.manager().hook.micronet_register_commands(cli=cli)
+        cli()
+    except (InputError, SubmissionError) as error:
+        sys.exit(_complain(error))
+
+
+def _complain(error: Exception) -> int:
+    click.echo(f"micronet-eval: {error}", err=True)
+    return BAD_INPUT if isinstance(error, InputError) else BROKEN
+
+
+def _first_line(thing: object) -> str:
+    return (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
+
+
+def _model(target: str) -> nn.Module:
+    """The module that TARGET names, without any weights where that can be."""
+    import torch
+    from torch import nn
+
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise InputError(f"{target!r} names no model; write torchvision:NAME or package.module:FUNCTION")
+    if module == "torchvision":
+        return _torchvision(name)
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"cannot find {target!r}: {error}") from error
+    try:
+        model = function()
+    except Exception as error:  # it is somebody's code
+        raise SubmissionError(f"{target} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{target} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model if not isinstance(model, torch.jit.ScriptModule) else _no_script(target)
+
+
+def _no_script(target: str) -> nn.Module:
+    raise InputError(f"{target} is a TorchScript module, whose operations cannot be traced; give the original module")
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torch
+    from torchvision import models
+
+    known = models.list_models(models)
+    if name not in known:
+        raise InputError(plugins.unknown("torchvision model", name, known))
+    try:
+        with torch.device("meta"):
+            return models.get_model(name, weights=None)
+    except NotImplementedError:  # some compute their widths with tensors
+        return models.get_model(name, weights=None)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on the terminal while examples are measured; none where output goes elsewhere."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(reports: list[Report], style: str, layers: bool) -> None:
+    from micronet_eval import report as reporting
+
+    if style == "json":
+        texts = [json.loads(report.to_json()) for report in reports]
+        click.echo(json.dumps(texts[0] if len(texts) == 1 else texts, indent=2))
+    elif style == "table":
+        from rich.console import Console
+
+        reporting.print_report(reports, Console(), layers)
+    else:
+        table = reporting.rows(reports)
+        click.echo(reporting.to_csv(table) if style == "csv" else reporting.to_markdown(table))
+
+
+def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
+    from micronet_eval import report as reporting
+
+    if style == "json":
+        click.echo(json.dumps(rows, indent=2, default=str))
+    elif style == "csv":
+        click.echo(reporting.to_csv(rows))
+    elif style == "markdown":
+        click.echo(reporting.to_markdown(rows))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for name in rows[0]:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*(str(value) for value in row.values()))
+        Console().print(table)

@@ -1,0 +1,318 @@
+"""Packed weights: every stored tensor bit by bit at its true width, in one safetensors file.
+
+Layout (docs/format.md). Three tensors of bytes hold what the storage term of the score counts: `values` (codes, least
+significant bit first, of non-zero values only where a bitmask says which they are), `masks` (bitmasks) and
+`overhead` (exponents). `structure` is zlib-compressed JSON: the layers that differ from the registered architecture,
+the activation quantizers, and name, format and layout of each tensor. The header carries a SHA-256 of all four.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from micronet_eval.errors import InputError
+from micronet_eval.files import write_whole
+from micronet_eval.formats import FixedPoint, FixedPointQuantizer, Format, OffGrid, Plain, format_of, overhead_bytes
+from micronet_eval.storage import Stored, stored_tensors
+from micronet_eval.structure import (
+    StructureError,
+    build_layer,
+    changes,
+    layer_type,
+    quantizers_of,
+    replace,
+    set_quantizers,
+    submodule,
+    traced,
+)
+from micronet_eval.trace import trace
+
+_MAGIC = {"format": "micronet-packed", "version": "1"}
+_STREAMS = ("values", "masks", "overhead", "structure")
+_STRUCTURE_LIMIT = 64 << 20  # bytes of JSON; more is a decompression bomb
+
+Layout = Literal["dense", "bitmask", "overhead", "plain"]
+
+
+class Structure(BaseModel):
+    """What the file says beside the bits. `tensors` are (name, format, layout), in the order of the streams."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    activations: dict[str, int] = Field(default_factory=dict)
+    tensors: list[tuple[str, str, Layout]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed model in memory. `plain` holds tensors that the file carries unpacked, as ordinary safetensors."""
+
+    structure: Structure
+    streams: dict[str, NDArray[np.uint8]]
+    plain: dict[str, Tensor]
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bytes of the counted streams, in bits: each at most 7 above what is counted."""
+        return {name: 8 * self.streams[name].size for name in ("values", "masks", "overhead")}
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+_CHUNK = 1 << 18  # codes at a time; a multiple of 8, so that every chunk ends on a byte
+
+
+def to_bits(codes: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
+    """The bits of `codes`, `width` each, least significant first: one array element (0 or 1) a bit."""
+    shifts = np.arange(width, dtype=np.uint64)
+    return ((codes.astype(np.uint64)[:, None] >> shifts) & np.uint64(1)).astype(np.uint8).reshape(-1)
+
+
+def from_bits(bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
+    """The inverse of `to_bits`."""
+    shifts = np.arange(width, dtype=np.uint64)
+    return (bits.reshape(-1, width).astype(np.uint64) << shifts).sum(1, dtype=np.uint64).astype(np.int64)
+
+
+class _BitWriter:
+    """A stream of bits that is packed into bytes as it grows."""
+
+    def __init__(self) -> None:
+        self.parts: list[NDArray[np.uint8]] = []
+        self.rest = np.zeros(0, np.uint8)
+
+    def write(self, codes: NDArray[np.int64], width: int) -> None:
+        for start in range(0, codes.size, _CHUNK):
+            bits = np.concatenate([self.rest, to_bits(codes[start : start + _CHUNK], width)])
+            whole = bits.size // 8 * 8
+            self.parts.append(np.packbits(bits[:whole], bitorder="little"))
+            self.rest = bits[whole:]
+
+    def bytes(self) -> NDArray[np.uint8]:
+        return np.concatenate([*self.parts, np.packbits(self.rest, bitorder="little")])
+
+
+class _BitReader:
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self.data = data
+        self.position = 0
+
+    def read(self, count: int, width: int) -> NDArray[np.int64]:
+        if self.position + count * width > 8 * self.data.size:
+            raise OffGrid("the data ends too early")
+        codes = np.empty(count, np.int64)
+        for start in range(0, count, _CHUNK):
+            n = min(_CHUNK, count - start) * width
+            first, last = self.position // 8, -(-(self.position + n) // 8)
+            bits = np.unpackbits(self.data[first:last], bitorder="little")[self.position % 8 :][:n]
+            codes[start : start + _CHUNK] = from_bits(bits, width)
+            self.position += n
+        return codes
+
+    def finish(self) -> None:
+        """Raises OffGrid where more than the padding of the last byte is left, or the padding is not zero."""
+        left = 8 * self.data.size - self.position
+        if left >= 8 or (left and self.data[-1] >> (8 - left)):
+            raise OffGrid("there is more data than the tensors take")
+
+
+# --- model <-> packed -------------------------------------------------------------------------------------------------
+
+
+def pack(model: nn.Module, architecture: nn.Module, example_input: Tensor) -> Packed:
+    """Packs what `model` stores; `architecture` is the registered model that it was made from.
+
+    Raises InputError where a tensor is not finite or off its grid, or the structure cannot be described.
+    """
+    values, masks, overhead = _BitWriter(), _BitWriter(), _BitWriter()
+    tensors: list[tuple[str, str, Layout]] = []
+    for stored in stored_tensors(trace(model, example_input)):
+        layout: Layout
+        if _owner(model, stored.name) is None:
+            raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
+        codes = _codes(stored)
+        width = stored.format.code_bits
+        if stored.is_overhead:
+            layout = "overhead"
+            overhead.write(codes, width)
+        elif stored.is_sparse(width):
+            layout = "bitmask"
+            masks.write((codes != 0).astype(np.int64), 1)
+            values.write(codes[codes != 0], width)
+        else:
+            layout = "dense"
+            values.write(codes, width)
+        overhead.write(np.frombuffer(stored.format.overhead, np.uint8).astype(np.int64), 8)
+        tensors.append((stored.name, stored.format.spec, layout))
+    try:
+        structure = Structure(
+            layers=changes(architecture, model),
+            activations={name: quantizer.bits for name, quantizer in quantizers_of(model).items()},
+            tensors=tensors,
+        )
+    except StructureError as error:
+        raise InputError(f"cannot pack the model: {error}") from error
+    streams = {"values": values.bytes(), "masks": masks.bytes(), "overhead": overhead.bytes()}
+    return Packed(structure, streams, {})
+
+
+def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
+    """The model that was packed, built in the place of `architecture` (whose weights may lie on the meta device).
+
+    Weights come back value for value; fixed-point weights under a quantizing parametrization, so that the format is
+    part of what runs. Raises InputError where the file does not fit the architecture or itself.
+    """
+    structure, model = packed.structure, architecture
+    try:
+        for path, description in structure.layers.items():
+            replace(model, path, build_layer(description))
+        if structure.activations:
+            model = traced(model)
+            quantizers = {name: FixedPointQuantizer(bits) for name, bits in structure.activations.items()}
+            set_quantizers(model, quantizers)  # type: ignore[arg-type]
+        readers = {name: _BitReader(packed.streams[name]) for name in ("values", "masks", "overhead")}
+        for name, spec, layout in structure.tensors:
+            _assign(model, name, *_read_tensor(packed, readers, model, name, spec, layout))
+        for reader in readers.values():
+            reader.finish()
+    except (OffGrid, StructureError) as error:
+        raise InputError(f"the weights do not fit: {error}") from error
+    return model
+
+
+def _codes(stored: Stored) -> NDArray[np.int64]:
+    if stored.tensor.is_floating_point() and not bool(torch.isfinite(stored.tensor).all()):
+        raise InputError(f"tensor {stored.name!r} holds NaN or infinity")
+    try:
+        return stored.format.encode(stored.tensor.cpu()).numpy().reshape(-1)
+    except OffGrid as error:
+        raise InputError(f"tensor {stored.name!r}: {error}") from error
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module | None:
+    path, _, attribute = name.rpartition(".")
+    owner = submodule(model, path)
+    return owner if owner is not None and isinstance(getattr(owner, attribute, None), Tensor) else None
+
+
+def _read_tensor(
+    packed: Packed, readers: dict[str, _BitReader], model: nn.Module, name: str, spec: str, layout: Layout
+) -> tuple[Tensor, Format]:
+    owner = _owner(model, name)
+    if owner is None:
+        raise OffGrid(f"tensor {name!r} has no place in the architecture")
+    shape = getattr(owner, name.rpartition(".")[2]).shape
+    width = format_of(spec, bytes(overhead_bytes(spec))).code_bits
+    count = int(np.prod(shape))
+    if layout == "plain":
+        tensor = packed.plain.get(name)
+        if tensor is None or tensor.shape != shape:
+            raise OffGrid(f"tensor {name!r} is missing from the file, or is not of shape {tuple(shape)}")
+        number_format = format_of(spec, _overhead(readers, spec))
+        codes = _codes(Stored(name, tensor, number_format))
+    else:
+        if layout == "bitmask":
+            mask = readers["masks"].read(count, 1).astype(bool)
+            codes = np.zeros(count, np.int64)
+            codes[mask] = readers["values"].read(int(mask.sum()), width)
+            if not codes[mask].all():
+                raise OffGrid(f"tensor {name!r}: the bitmask names a value that is zero")
+        else:
+            codes = readers["overhead" if layout == "overhead" else "values"].read(count, width)
+        number_format = format_of(spec, _overhead(readers, spec))
+    value = number_format.decode(torch.from_numpy(codes.copy())).reshape(shape)
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise OffGrid(f"tensor {name!r} holds NaN or infinity")
+    return value, number_format
+
+
+def _overhead(readers: dict[str, _BitReader], spec: str) -> bytes:
+    return readers["overhead"].read(overhead_bytes(spec), 8).astype(np.uint8).tobytes()
+
+
+def _assign(model: nn.Module, name: str, value: Tensor, number_format: Format) -> None:
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if attribute in owner._buffers:
+        if layer_type(owner) is FixedPointQuantizer:
+            FixedPoint(owner.bits, int(value))  # type: ignore[arg-type]  # checks the bounds
+        owner._buffers[attribute] = value
+    elif attribute in owner._parameters:
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=value.is_floating_point()))
+    else:
+        raise OffGrid(f"tensor {name!r} is there twice")
+    if isinstance(number_format, FixedPoint):
+        quantizer = FixedPointQuantizer(number_format.bits, number_format.exponent)
+        parametrize.register_parametrization(owner, attribute, quantizer, unsafe=True)
+    elif not isinstance(number_format, Plain):
+        raise OffGrid(f"tensor {name!r}: {number_format.spec} cannot be set into a model")
+
+
+# --- packed <-> file --------------------------------------------------------------------------------------------------
+
+
+def write(packed: Packed, path: Path) -> None:
+    """Writes the file whole or not at all; the same model gives the same bytes."""
+    text = packed.structure.model_dump_json().encode()
+    streams = {**packed.streams, "structure": np.frombuffer(zlib.compress(text, 9), np.uint8)}
+    write_whole(path, save(streams, metadata={**_MAGIC, "sha256": _digest(streams)}))
+
+
+def read(path: Path) -> Packed:
+    """Reads a packed file. Raises InputError where it is missing, truncated, changed, or of another kind."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: a submission needs its packed weights")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if {k: metadata.get(k) for k in _MAGIC} != _MAGIC:
+                raise InputError(
+                    f"{path} is a safetensors file, but no packed model of version {_MAGIC['version']}; "
+                    "write it with `micronet-eval compress`"
+                )
+            names = set(file.keys())
+            if missing := [name for name in _STREAMS if name not in names]:
+                raise InputError(f"{path}: the packed model lacks {', '.join(missing)}")
+            streams = {name: file.get_tensor(name) for name in _STREAMS}
+        with safe_open(path, framework="pt") as file:
+            plain = {name: file.get_tensor(name) for name in sorted(names - set(_STREAMS))}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
+    if any(stream.dtype != np.uint8 or stream.ndim != 1 for stream in streams.values()):
+        raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes")
+    if _digest(streams) != metadata.get("sha256"):
+        raise InputError(f"{path}: the contents do not match their checksum; the file was damaged or changed")
+    return Packed(_structure(path, streams.pop("structure")), streams, plain)
+
+
+def _digest(streams: dict[str, NDArray[np.uint8]]) -> str:
+    digest = hashlib.sha256()
+    for name in _STREAMS:
+        digest.update(len(streams[name]).to_bytes(8, "little") + streams[name].tobytes())
+    return digest.hexdigest()
+
+
+def _structure(path: Path, compressed: NDArray[np.uint8]) -> Structure:
+    try:
+        decompressor = zlib.decompressobj()
+        text = decompressor.decompress(compressed.tobytes(), _STRUCTURE_LIMIT)
+        if decompressor.unconsumed_tail:
+            raise InputError(f"{path}: the structure is larger than {_STRUCTURE_LIMIT >> 20} MiB")
+        return Structure.model_validate(json.loads(text))
+    except (zlib.error, ValueError, RecursionError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise InputError(f"{path}: the structure cannot be read: {reason}") from error

@@ -1,0 +1,85 @@
+"""Finds plugins by the entry-point group `micronet_eval` and collects what they register."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import pluggy
+
+from micronet_eval import hookspecs
+from micronet_eval.errors import InputError
+
+if TYPE_CHECKING:
+    from micronet_eval.costs import Formula
+
+Kind = Literal["pruner", "sparsifier", "quantizer", "task", "architecture", "cost"]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Something that a plugin registered, and the distribution that it comes from."""
+
+    thing: Any
+    package: str
+
+
+@cache
+def manager() -> pluggy.PluginManager:
+    """The plugin manager, with every installed plugin loaded. Raises InputError where one cannot be imported."""
+    plugins = pluggy.PluginManager(hookspecs.PROJECT)
+    plugins.add_hookspecs(hookspecs)
+    try:
+        plugins.load_setuptools_entrypoints(hookspecs.PROJECT)
+        plugins.check_pending()
+    except Exception as error:  # whatever a foreign package raises while it is imported
+        raise InputError(f"a plugin cannot be loaded: {type(error).__name__}: {error}") from error
+    return plugins
+
+
+def registered(kind: Kind) -> Mapping[str, Registered]:
+    """All that is registered of one kind, by name. Raises InputError where two plugins use one name."""
+    plugins = manager()
+    packages = {plugin: f"{dist.project_name} {dist.version}" for plugin, dist in plugins.list_plugin_distinfo()}
+    found: dict[str, Registered] = {}
+    for implementation in getattr(plugins.hook, f"micronet_register_{kind}s").get_hookimpls():
+        package = packages.get(implementation.plugin, str(implementation.plugin_name))
+
+        def register(name: str, thing: Any, package: str = package) -> None:
+            if name in found:
+                raise InputError(f"the {kind} {name!r} is registered by both {found[name].package} and {package}")
+            found[name] = Registered(thing, package)
+
+        implementation.function(register)
+    return dict(sorted(found.items()))
+
+
+def lookup(kind: Kind, name: str) -> Any:
+    """What is registered under a name. Raises InputError that lists the nearest names."""
+    known = registered(kind)
+    if name not in known:
+        raise InputError(unknown(kind, name, known))
+    return known[name].thing
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """One sentence about a name that is not known, with the nearest ones that are."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, cutoff=0.5)
+    return f"unknown {kind} {name!r}; {'nearest' if near else 'known'}: {', '.join(near or known)}"
+
+
+def formulas() -> Mapping[str, Formula]:
+    """The built-in cost formulas and those of plugins. Raises InputError where a plugin overrides one of ours."""
+    from micronet_eval.costs import FORMULAS
+
+    added = registered("cost")
+    if clash := sorted(set(added) & set(FORMULAS)):
+        raise InputError(f"{added[clash[0]].package} registers a cost for {clash[0]}, which micronet-eval defines")
+    return {**FORMULAS, **{name: entry.thing for name, entry in added.items()}}
+
+
+Register = Callable[[str, Any], None]

@@ -1,0 +1,215 @@
+"""The structure of a model: layers described as data, layers replaced, quantizers set into the graph.
+
+A compressed model is its registered architecture plus what changed in it. The changes are found by comparing the two,
+so a pruner needs no bookkeeping: whatever it builds out of the layers below can be packed and built again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from micronet_eval.formats import FixedPointQuantizer
+
+QUANTIZERS = "quantizers"
+"""The submodule that holds a model's activation quantizers, each under the name of the graph node that it follows."""
+
+
+class StructureError(ValueError):
+    """A description of a layer, or a place in a graph, that does not fit the model."""
+
+
+class ScaleShift(nn.Module):
+    """One multiplication and one addition an element, per channel (dimension 1): a batch norm that cannot be merged."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    def extra_repr(self) -> str:
+        return str(self.num_features)
+
+
+class Mask(nn.Module):
+    """A parametrization that holds the zeros of a sparse weight in place while the rest is trained."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask.to(torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+LAYERS: dict[str, type[nn.Module]] = {
+    layer.__name__: layer
+    for layer in (
+        nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+        nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.Identity, ScaleShift,
+    )
+}  # fmt: skip
+"""The layers that a replacement may consist of, alone or in a Sequential."""
+
+
+# --- layers as data ---------------------------------------------------------------------------------------------------
+
+
+def layer_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, seen through parametrizations."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def describe(module: nn.Module) -> dict[str, Any] | None:
+    """A layer of LAYERS, or a Sequential of them, as plain data; None for everything else."""
+    kind = layer_type(module)
+    children = dict(module.named_children())
+    children.pop("parametrizations", None)
+    if children:
+        # Tracing turns a Sequential into a bare Module with the same children.
+        if kind not in (nn.Sequential, nn.Module) or list(children) != [str(i) for i in range(len(children))]:
+            return None
+        layers = [describe(child) for child in children.values()]
+        return None if None in layers else {"type": "Sequential", "layers": layers}
+    if LAYERS.get(kind.__name__) is not kind:
+        return None
+    options: dict[str, Any] = {"type": kind.__name__}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in ("device", "dtype", "args", "kwargs"):
+            continue
+        value = getattr(module, name)
+        if name == "bias":
+            value = value is not None
+        if isinstance(value, tuple):
+            value = list(value)
+        if value != parameter.default:
+            options[name] = value
+    return options
+
+
+def build_layer(description: dict[str, Any]) -> nn.Module:
+    """The layer that `describe` described. Raises StructureError where the description is not of that form."""
+    options = dict(description)
+    kind = options.pop("type", None)
+    if kind == "Sequential":
+        return nn.Sequential(*(build_layer(layer) for layer in options.get("layers", ())))
+    if kind not in LAYERS:
+        raise StructureError(f"no layer type {kind!r}; known: Sequential, {', '.join(LAYERS)}")
+    try:
+        return LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StructureError(f"a {kind} cannot be built from {options}: {error}") from error
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether tracing and comparing take a module as a whole: torch's own layers, and the ones defined here."""
+    kind = layer_type(module)
+    own = kind in (ScaleShift, FixedPointQuantizer)
+    return own or (kind.__module__.startswith("torch.nn") and kind not in (nn.Sequential, nn.Module, nn.ModuleList))
+
+
+def leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a model with their paths."""
+    if is_leaf(module):
+        yield prefix, module
+        return
+    for name, child in module.named_children():
+        yield from leaves(child, f"{prefix}.{name}" if prefix else name)
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Puts `layer` at `path`. Raises StructureError where there is no such place."""
+    parent, _, name = path.rpartition(".")
+    owner = submodule(model, parent)
+    if owner is None or name not in dict(owner.named_children()):
+        raise StructureError(f"the architecture has no module {path!r}")
+    setattr(owner, name, layer)
+
+
+def changes(architecture: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Which layers of `architecture` are other layers in `model`: path -> description."""
+    changed = {}
+    for path, layer in leaves(architecture):
+        now = submodule(model, path)
+        if now is None:
+            continue  # never used, so tracing dropped it
+        before, after = describe(layer), describe(now)
+        if before != after:
+            if after is None:
+                raise StructureError(
+                    f"module {path!r} became a {layer_type(now).__name__}, which cannot be packed; "
+                    f"use layers of: Sequential, {', '.join(LAYERS)}"
+                )
+            changed[path] = after
+    return changed
+
+
+# --- the graph --------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    """The model as a graph whose nodes are its layers and functional operations; shares the model's parameters.
+
+    Raises StructureError where the model's Python code depends on the values or shapes of tensors.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # fx raises many kinds, all meaning that the forward cannot be traced
+        raise StructureError(f"activation quantizers need a traceable model, and this is not one: {error}") from error
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def set_quantizers(graph_module: fx.GraphModule, quantizers: dict[str, FixedPointQuantizer]) -> None:
+    """Sets each quantizer behind the node of its name: all that used the node's value use the quantized one.
+
+    Raises StructureError for a name that is no node.
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes if node.op != "output"}
+    if not hasattr(graph_module, QUANTIZERS):
+        graph_module.add_module(QUANTIZERS, nn.Module())
+    for name, quantizer in quantizers.items():
+        if name not in nodes:
+            raise StructureError(f"the graph has no node {name!r} to quantize")
+        node, path = nodes[name], f"{QUANTIZERS}.{name}"
+        graph_module.add_submodule(path, quantizer)
+        with graph_module.graph.inserting_after(node):
+            quantized = graph_module.graph.call_module(path, (node,))
+        node.replace_all_uses_with(quantized, lambda user, q=quantized: user is not q)  # type: ignore[misc]
+    graph_module.recompile()
+
+
+def quantizers_of(model: nn.Module) -> dict[str, FixedPointQuantizer]:
+    """The activation quantizers of a model by the node that they follow, in graph order."""
+    holder = submodule(model, QUANTIZERS)
+    children: Iterable[tuple[str, nn.Module]] = holder.named_children() if holder else ()
+    return {name: child for name, child in children if isinstance(child, FixedPointQuantizer)}

@@ -1,0 +1,137 @@
+"""A submission's folder: submission.toml, checked field by field, and the packed weights beside it."""
+
+from __future__ import annotations
+
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from micronet_eval import plugins
+from micronet_eval.errors import InputError
+from micronet_eval.files import write_whole
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MANIFEST, WEIGHTS, RECIPE = "submission.toml", "weights.safetensors", "recipe.toml"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Table(BaseModel):
+    """A TOML table in which an unknown key is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Architecture(BaseModel):
+    """A registered architecture by name; every other key is an option of its builder."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Claims(Table):
+    """What the authors claim: 32-bit parameters, 32-bit operations, the score, and the quality as a share.
+
+    Decimals keep the digits as printed: the last one is the tolerance of the quality.
+    """
+
+    storage: Decimal | None = Field(None, gt=0)
+    math: Decimal | None = Field(None, gt=0)
+    score: Decimal | None = Field(None, gt=0)
+    quality: Decimal | None = Field(None, ge=0, le=1)
+
+
+class Step(Table):
+    """The model after one stage of the recipe, as it ran: nothing merged, nothing counted as narrower than it is."""
+
+    stage: str
+    parameters: int
+    nonzeros: int
+    mults: int
+    adds: int
+
+
+class Provenance(Table):
+    """Where the weights come from. `note` is printed in the report; `data` is what the recipe trained and calibrated on."""
+
+    note: str = ""
+    data: str = ""
+    steps: list[Step] = Field(default_factory=list)
+
+
+class Manifest(Table):
+    """submission.toml."""
+
+    name: str = Field(min_length=1)
+    task: str
+    authors: list[str] = Field(min_length=1)
+    architecture: Architecture
+    claims: Claims = Claims()
+    provenance: Provenance = Provenance()
+
+
+def read_toml(path: Path, model: type[Model]) -> Model:
+    """A TOML file as `model`. Raises InputError that names the file, the field and the mend."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    try:
+        return model.model_validate(tomllib.loads(text, parse_float=Decimal))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is no valid TOML: {error}") from error
+    except ValidationError as error:
+        raise InputError("\n".join(_fault(path, fault) for fault in error.errors())) from error
+
+
+def _fault(path: Path, fault: Any) -> str:
+    field = ".".join(str(part) for part in fault["loc"])
+    mend = {"missing": "add this field", "extra_forbidden": "remove it or mend its spelling"}.get(fault["type"])
+    return f"{path}: field {field!r}: {fault['msg']}{f' ({mend})' if mend else ''}"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a submission's folder. Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: a submission is a folder with {MANIFEST} and {WEIGHTS}")
+    return read_toml(folder / MANIFEST, Manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes submission.toml."""
+    data = manifest.model_dump(exclude_none=True, exclude_defaults=True)
+    data["architecture"] = {"name": manifest.architecture.name, **manifest.architecture.options}
+    write_whole(folder / MANIFEST, tomli_w.dumps(data).encode())
+
+
+def build(architecture: Architecture, source: Path, device: str = "meta") -> nn.Module:
+    """The registered architecture, in evaluation mode; on the meta device without any weights.
+
+    Raises InputError that names `source` where the name or an option is wrong.
+    """
+    import torch
+
+    try:
+        builder = plugins.lookup("architecture", architecture.name)
+        with torch.device(device):
+            model: nn.Module = builder(**architecture.options)
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{source}: field 'architecture': {error}") from error
+    return model.eval()

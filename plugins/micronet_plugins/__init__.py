@@ -1,0 +1,49 @@
+"""The bundled strategies, tasks and architectures, registered as any stranger's plugin registers its own.
+
+Modules are imported when something asks for what they register, so that loading this plugin costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from micronet_eval.hookspecs import hookimpl
+
+
+@hookimpl
+def micronet_register_pruners(register: Any) -> None:
+    from micronet_plugins.low_rank import LowRank
+
+    register("low-rank", LowRank)
+
+
+@hookimpl
+def micronet_register_sparsifiers(register: Any) -> None:
+    from micronet_plugins.magnitude import Magnitude
+
+    register("magnitude", Magnitude)
+
+
+@hookimpl
+def micronet_register_quantizers(register: Any) -> None:
+    from micronet_plugins.fixed_point import FixedPointStrategy
+
+    register("fixed-point", FixedPointStrategy)
+
+
+@hookimpl
+def micronet_register_tasks(register: Any) -> None:
+    from micronet_plugins.tasks import TASKS
+
+    for task in TASKS:
+        register(task.name, task)
+
+
+@hookimpl
+def micronet_register_architectures(register: Any) -> None:
+    from micronet_plugins import architectures
+
+    register("pyramidnet", architectures.pyramidnet)
+    register("wide-resnet", architectures.wide_resnet)
+    register("mobilenet-v2", architectures.mobilenet_v2)
+    register("torchvision", architectures.torchvision_model)

@@ -1,0 +1,118 @@
+"""Architectures: the one that WaveComp compressed, and the baselines of the tasks."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """PyramidNet's bottleneck (Han et al. 2017, arXiv 1610.02915): BN 1x1 BN ReLU 3x3 BN ReLU 1x1 BN, plus shortcut.
+
+    The shortcut is averaged where the block strides, and padded with zero channels where the block widens.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn4 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU()
+        self.shortcut = nn.AvgPool2d(2) if stride == 2 else nn.Identity()
+        self.widening = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.bn1(x))
+        out = self.conv2(self.relu(self.bn2(out)))
+        out = self.bn4(self.conv3(self.relu(self.bn3(out))))
+        return out + F.pad(self.shortcut(x), (0, 0, 0, 0, 0, self.widening))
+
+
+def pyramidnet(depth: int = 272, alpha: int = 200, classes: int = 100) -> nn.Module:
+    """PyramidNet for 3x32x32 images: three stages of bottleneck blocks whose width grows by alpha / blocks a block.
+
+    Depth 272 and alpha 200 are WaveComp's: 90 blocks, 26.2 M parameters. ShakeDrop acts in training only.
+    """
+    if depth < 11 or (depth - 2) % 9:
+        raise ValueError(f"depth {depth}: a bottleneck PyramidNet has 9 n + 2 layers")
+    blocks_a_stage = (depth - 2) // 9
+    blocks = 3 * blocks_a_stage
+    channels = 16
+    stages: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))]
+    for stage in range(3):
+        layers = []
+        for i in range(blocks_a_stage):
+            width = round(16 + alpha * (stage * blocks_a_stage + i + 1) / blocks)
+            layers.append(Bottleneck(channels, width, stride=2 if stage and i == 0 else 1))
+            channels = width * Bottleneck.expansion
+        stages.append(nn.Sequential(*layers))
+    head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, classes))
+    return _initialised(nn.Sequential(*stages, head))
+
+
+class WideBlock(nn.Module):
+    """Pre-activation basic block of a wide residual network (Zagoruyko and Komodakis 2016, arXiv 1605.07146)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.relu = nn.ReLU()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        same = in_channels == out_channels and stride == 1
+        self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(x))
+        x = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(self.relu(self.bn2(self.conv1(out)))) + x
+
+
+def wide_resnet(depth: int = 28, width: int = 10, classes: int = 100, channels: int = 3) -> nn.Module:
+    """WideResNet-depth-width: three stages of (depth - 4) / 6 blocks, 16, 32 and 64 times `width` channels.
+
+    28-10 on 3x32x32 is the baseline of CIFAR-100.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth {depth}: a wide residual network has 6 n + 4 layers")
+    stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+    stages, before = [], 16
+    for stage in range(3):
+        after = 16 * 2**stage * width
+        blocks = [WideBlock(before, after, stride=2 if stage else 1)]
+        blocks += [WideBlock(after, after, 1) for _ in range((depth - 4) // 6 - 1)]
+        stages.append(nn.Sequential(*blocks))
+        before = after
+    pool = nn.AdaptiveAvgPool2d(1)
+    head = nn.Sequential(nn.BatchNorm2d(before), nn.ReLU(), pool, nn.Flatten(), nn.Linear(before, classes))
+    return _initialised(nn.Sequential(stem, *stages, head))
+
+
+def mobilenet_v2(width: float = 1.4, classes: int = 1000) -> nn.Module:
+    """torchvision's MobileNetV2; width 1.4 is the baseline of ImageNet."""
+    from torchvision.models import mobilenet_v2 as build
+
+    return build(width_mult=width, num_classes=classes)
+
+
+def torchvision_model(model: str, classes: int = 1000) -> nn.Module:
+    """Any classification model of torchvision, by its name there, without weights."""
+    from torchvision.models import get_model
+
+    return get_model(model, weights=None, num_classes=classes)
+
+
+def _initialised(model: nn.Module) -> nn.Module:
+    """Weights of convolutions as He et al. 2015 (arXiv 1502.01852) draw them, by fan-out."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model

@@ -1,0 +1,194 @@
+"""Low-rank pruning: each convolution becomes rotate in, core, rotate out, at ranks chosen under one global threshold.
+
+The rotations are the leading eigenvectors of the weight's two unfoldings (Tucker-2 by HOSVD: De Lathauwer et al. 2000;
+for networks Kim et al. 2016, arXiv 1511.06530). It looks at the weights only; EigenDamage adds the curvature of the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from micronet_eval.errors import InputError
+from micronet_eval.strategy import Context, Pruner
+from micronet_eval.structure import layer_type, leaves, replace
+from micronet_eval.trace import trace
+
+
+class LowRank(Pruner):
+    """Replaces layers by rotate in, core, rotate out, keeping the directions with most energy for their cost."""
+
+    parameters: int = Field(gt=0, description="parameters that the whole model shall have, at most")
+    operations: int | None = Field(None, gt=0, description="multiply-accumulates that it shall have, at most")
+    keep: tuple[str, ...] = Field((), description="paths of layers to leave as they are")
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = copy.deepcopy(model)
+        total = sum(p.numel() for p in model.parameters())
+        layers = [f for f in factorizations(model, context.example_input) if f.path not in self.keep]
+        fixed = total - sum(f.parameters(f.full) for f in layers)
+        weight = 0.0 if self.operations is None else self._price_of_operations(layers, fixed)
+        for layer, ranks in zip(layers, self._ranks(layers, fixed, weight), strict=True):
+            if layer.parameters(ranks) < layer.parameters(layer.full):
+                replace(model, layer.path, layer.build(ranks))
+        return model
+
+    def _ranks(self, layers: Sequence[Factorization], fixed: int, weight: float) -> list[tuple[int, ...]]:
+        """The ranks of all layers at the lowest threshold that keeps to the parameters."""
+        size = lambda threshold: fixed + sum(  # noqa: E731
+            f.parameters(f.ranks(threshold, weight)) for f in layers
+        )
+        threshold = _smallest(lambda t: size(t) <= self.parameters)
+        if threshold is None:
+            raise InputError(f"low-rank: {self.parameters:,} parameters cannot be reached; rank 1 everywhere is more")
+        return [f.ranks(threshold, weight) for f in layers]
+
+    def _price_of_operations(self, layers: Sequence[Factorization], fixed: int) -> float:
+        """How many parameters an operation has to weigh, so that both limits are kept."""
+        assert self.operations is not None
+        wanted = self.operations
+        macs = lambda weight: sum(  # noqa: E731
+            f.macs(ranks) for f, ranks in zip(layers, self._ranks(layers, fixed, weight), strict=True)
+        )
+        weight = 0.0 if macs(0.0) <= wanted else _smallest(lambda w: macs(w) <= wanted)
+        if weight is None:
+            raise InputError(f"low-rank: {wanted:,} operations cannot be reached at {self.parameters:,} parameters")
+        return weight
+
+
+def _smallest(holds: Callable[[float], bool]) -> float | None:
+    """The smallest number, to a millionth of itself, from which on `holds`; None where it never does. By bisection."""
+    low, high = -60.0, 60.0  # powers of two
+    if not holds(2.0**high):
+        return None
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(2.0**middle) else (middle, high)
+    return 2.0**high
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A layer and its directions. A kernel larger than 1 has ranks (in, out); else one rank, as the core is diagonal.
+
+    `bases` are the eigenvectors of the unfoldings along the input and the output dimension, most energy first, and
+    `energies` the shares of the weight's energy that they carry. `positions` is how often the layer is applied.
+    """
+
+    path: str
+    layer: nn.Conv2d | nn.Linear
+    positions: int
+    bases: tuple[Tensor, Tensor]
+    energies: tuple[Tensor, Tensor]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        return self.layer.weight.shape[1], self.layer.weight.shape[0]
+
+    @property
+    def kernel(self) -> int:
+        return math.prod(self.layer.weight.shape[2:])
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        return self.sizes if self.kernel > 1 else (min(self.sizes),)
+
+    def factored(self, ranks: tuple[int, ...]) -> int:
+        """Weights of the factors."""
+        inputs, outputs = self.sizes
+        if self.kernel == 1:
+            return ranks[0] * (inputs + outputs)
+        return inputs * ranks[0] + self.kernel * ranks[0] * ranks[1] + ranks[1] * outputs
+
+    def parameters(self, ranks: tuple[int, ...]) -> int:
+        """Weights and biases: of the factors, or of the layer as it is where the factors are not smaller."""
+        bias = 0 if self.layer.bias is None else self.layer.bias.numel()
+        return min(self.factored(ranks), self.layer.weight.numel()) + bias
+
+    def macs(self, ranks: tuple[int, ...]) -> int:
+        """Multiply-accumulates, to a good approximation where the layer strides."""
+        return self.positions * min(self.factored(ranks), self.layer.weight.numel())
+
+    def ranks(self, threshold: float, weight: float) -> tuple[int, ...]:
+        """How many directions carry at least `threshold` energy for their cost; never none.
+
+        The cost of a direction is its parameters at the full other rank, plus `weight` times its operations.
+        """
+        inputs, outputs = self.sizes
+        price = 1 + weight * self.positions
+        if self.kernel == 1:
+            costs: tuple[int, ...] = (inputs + outputs,)
+        else:
+            costs = (inputs + self.kernel * outputs, outputs + self.kernel * inputs)
+        return tuple(
+            min(max(int((energy >= threshold * cost * price).sum()), 1), full)
+            for energy, cost, full in zip(self.energies, costs, self.full, strict=False)
+        )
+
+    def build(self, ranks: tuple[int, ...]) -> nn.Sequential:
+        """The factors as layers; the core is the weight in the rotated basis, the best there is for these rotations."""
+        weight = self.layer.weight.detach().double()
+        rotate_out = self.bases[1][:, : ranks[-1]]
+        if self.kernel == 1:
+            core = torch.einsum("or,oi...->ri...", rotate_out, weight)
+            factors = [core, rotate_out.reshape(*rotate_out.shape, *weight.shape[2:])]
+        else:
+            rotate_in = self.bases[0][:, : ranks[0]]
+            core = torch.einsum("os,oihw,ir->srhw", rotate_out, weight, rotate_in)
+            factors = [rotate_in.T[:, :, None, None], core, rotate_out[:, :, None, None]]
+        core_at = len(factors) // 2 if self.kernel > 1 else 0
+        layers = [_like(self.layer, factor, i == core_at) for i, factor in enumerate(factors)]
+        if self.layer.bias is not None:
+            layers[-1].bias = nn.Parameter(self.layer.bias.detach().clone())
+        return nn.Sequential(*layers)
+
+
+def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) -> nn.Conv2d | nn.Linear:
+    """A layer without bias for one factor; the core takes over stride, padding and dilation."""
+    outputs, inputs = weight.shape[:2]
+    made: nn.Conv2d | nn.Linear
+    if isinstance(layer, nn.Linear):
+        made = nn.Linear(inputs, outputs, bias=False)
+    else:
+        moves = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation} if is_core else {}
+        made = nn.Conv2d(inputs, outputs, tuple(weight.shape[2:]), bias=False, **moves)  # type: ignore[arg-type]
+    made.weight = nn.Parameter(weight.to(layer.weight.dtype).contiguous())
+    return made
+
+
+def factorizations(model: nn.Module, example_input: Tensor) -> list[Factorization]:
+    """All convolutions without groups and linear layers, with their directions."""
+    positions = {}
+    for op in trace(model, example_input).ops:
+        if op.name == "aten.convolution":
+            positions[op.module] = op.out.numel // op.out.shape[1]
+        elif op.name in ("aten.addmm", "aten.mm"):
+            positions[op.module] = op.out.shape[0]
+    found = []
+    for path, layer in leaves(model):
+        is_conv = layer_type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
+        if path in positions and (is_conv or layer_type(layer) is nn.Linear):
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            weight = layer.weight.detach().double()
+            inputs, outputs = (_directions(weight.movedim(dim, 0).flatten(1)) for dim in (1, 0))
+            energies = (inputs[1], outputs[1])
+            found.append(Factorization(path, layer, positions[path], (inputs[0], outputs[0]), energies))
+    return found
+
+
+def _directions(unfolding: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions of the rows' space, columns sorted by energy, and each one's share of all energy.
+
+    The sign is fixed by the largest entry, so that the same weight gives the same directions on every machine.
+    """
+    energy, vectors = torch.linalg.eigh(unfolding @ unfolding.T)
+    energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0), energy / energy.sum().clamp(min=1e-300)
