@@ -221,14 +221,15 @@ def _no_script(target: str) -> nn.Module:
 
 
 def _torchvision(name: str) -> nn.Module:
-    import torch
     from torchvision import models
+
+    from micronet_eval.structure import without_weights
 
     known = models.list_models(models)
     if name not in known:
         raise InputError(plugins.unknown("torchvision model", name, known))
     try:
-        with torch.device("meta"):
+        with without_weights():
             return models.get_model(name, weights=None)
     except NotImplementedError:  # some compute their widths with tensors
         return models.get_model(name, weights=None)

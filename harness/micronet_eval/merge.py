@@ -23,12 +23,14 @@ _MERGES_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 def merged(model: nn.Module, example_input: Tensor) -> nn.Module:
     """A copy of `model` without batch norm: merged backward where exact, else a ScaleShift (2 values a channel).
 
+    A model without batch norm is returned as it is.
+
     Exact means: the convolution or linear layer in front feeds nothing but this batch norm, each of the two runs
     once, and the weight is free to be scaled (not quantized). Masked weights keep their zeros.
     """
-    model = copy.deepcopy(model)
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         return model
+    model = copy.deepcopy(model)
     recorded = trace(model, example_input)
     for norm_path, layer_path in _mergeable(model, recorded):
         norm = model.get_submodule(norm_path)

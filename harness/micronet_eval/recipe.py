@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
-from micronet_eval.merge import merged
+from micronet_eval.merge import merged, without_batch_norm
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context, Strategy
 from micronet_eval.submission import (
@@ -130,7 +131,7 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
         raise InputError(f"{path}: {error}") from error
     example = torch.zeros(1, *task.input_shape)
     torch.manual_seed(recipe.seed)
-    model = build(recipe.architecture, path, device="cpu")
+    model = build(recipe.architecture, path, weights=True)
     steps = [_step("architecture", model, example)]
     log(_progress(steps[-1]))
     for number, (stage, strategy) in enumerate(zip(recipe.stages, strategies, strict=True), 1):
@@ -183,6 +184,8 @@ def _run(stage: Stage, strategy: Strategy | None, model: nn.Module, context: Con
 
 
 def _step(name: str, model: nn.Module, example: Tensor) -> Step:
+    # Batch norm as the two values a channel that it is; where it may be merged is for the recipe to say.
+    model = without_batch_norm(copy.deepcopy(model))
     counted = account(trace(model, example), plugins.formulas(), freebie=False)
     return Step(
         stage=name,

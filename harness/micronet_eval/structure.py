@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from micronet_eval.formats import FixedPointQuantizer
 
@@ -65,6 +67,22 @@ LAYERS: dict[str, type[nn.Module]] = {
     )
 }  # fmt: skip
 """The layers that a replacement may consist of, alone or in a Sequential."""
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out the drawing of random weights, which has no effect on the meta device but takes seconds there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that are built in here have their parameters on the meta device: shapes, but no values."""
+    with torch.device("meta"), _NoDraws():
+        yield
 
 
 # --- layers as data ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -121,16 +122,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_whole(folder / MANIFEST, tomli_w.dumps(data).encode())
 
 
-def build(architecture: Architecture, source: Path, device: str = "meta") -> nn.Module:
-    """The registered architecture, in evaluation mode; on the meta device without any weights.
+def build(architecture: Architecture, source: Path, weights: bool = False) -> nn.Module:
+    """The registered architecture, in evaluation mode; without `weights` its parameters lie on the meta device.
 
     Raises InputError that names `source` where the name or an option is wrong.
     """
-    import torch
+    from micronet_eval.structure import without_weights
 
     try:
         builder = plugins.lookup("architecture", architecture.name)
-        with torch.device(device):
+        with nullcontext() if weights else without_weights():
             model: nn.Module = builder(**architecture.options)
     except (InputError, TypeError, ValueError) as error:
         raise InputError(f"{source}: field 'architecture': {error}") from error

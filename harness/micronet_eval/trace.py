@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -62,7 +63,7 @@ class Op:
     def out(self) -> Value:
         return self.outputs[0]
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Value, ...]:
         return tuple(v for v in tree_flatten((self.args, self.kwargs))[0] if isinstance(v, Value))
 

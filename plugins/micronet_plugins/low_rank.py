@@ -25,7 +25,7 @@ class LowRank(Pruner):
     """Replaces layers by rotate in, core, rotate out, keeping the directions with most energy for their cost."""
 
     parameters: int = Field(gt=0, description="parameters that the whole model shall have, at most")
-    operations: int | None = Field(None, gt=0, description="multiply-accumulates that it shall have, at most")
+    macs: int | None = Field(None, gt=0, description="multiply-accumulates an example that it shall have, at most")
     keep: tuple[str, ...] = Field((), description="paths of layers to leave as they are")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
@@ -33,9 +33,9 @@ class LowRank(Pruner):
         total = sum(p.numel() for p in model.parameters())
         layers = [f for f in factorizations(model, context.example_input) if f.path not in self.keep]
         fixed = total - sum(f.parameters(f.full) for f in layers)
-        weight = 0.0 if self.operations is None else self._price_of_operations(layers, fixed)
+        weight = 0.0 if self.macs is None else self._price_of_macs(layers, fixed)
         for layer, ranks in zip(layers, self._ranks(layers, fixed, weight), strict=True):
-            if layer.parameters(ranks) < layer.parameters(layer.full):
+            if layer.is_smaller(ranks):
                 replace(model, layer.path, layer.build(ranks))
         return model
 
@@ -49,16 +49,16 @@ class LowRank(Pruner):
             raise InputError(f"low-rank: {self.parameters:,} parameters cannot be reached; rank 1 everywhere is more")
         return [f.ranks(threshold, weight) for f in layers]
 
-    def _price_of_operations(self, layers: Sequence[Factorization], fixed: int) -> float:
-        """How many parameters an operation has to weigh, so that both limits are kept."""
-        assert self.operations is not None
-        wanted = self.operations
+    def _price_of_macs(self, layers: Sequence[Factorization], fixed: int) -> float:
+        """How many parameters a multiply-accumulate has to weigh, so that both limits are kept."""
+        assert self.macs is not None
+        wanted = self.macs
         macs = lambda weight: sum(  # noqa: E731
             f.macs(ranks) for f, ranks in zip(layers, self._ranks(layers, fixed, weight), strict=True)
         )
         weight = 0.0 if macs(0.0) <= wanted else _smallest(lambda w: macs(w) <= wanted)
         if weight is None:
-            raise InputError(f"low-rank: {wanted:,} operations cannot be reached at {self.parameters:,} parameters")
+            raise InputError(f"low-rank: {wanted:,} MACs cannot be reached at {self.parameters:,} parameters")
         return weight
 
 
@@ -75,17 +75,17 @@ def _smallest(holds: Callable[[float], bool]) -> float | None:
 
 @dataclass(frozen=True)
 class Factorization:
-    """A layer and its directions. A kernel larger than 1 has ranks (in, out); else one rank, as the core is diagonal.
+    """A layer and its directions, as pairs of an orthonormal basis and the share of energy along each of its columns.
 
-    `bases` are the eigenvectors of the unfoldings along the input and the output dimension, most energy first, and
-    `energies` the shares of the weight's energy that they carry. `positions` is how often the layer is applied.
+    A kernel larger than 1 has two ranks, of input and output directions. Without a kernel the core is diagonal and
+    merges into a rotation: there is one rank, of directions on the smaller side. `positions` says how many input
+    positions the layer sees, and at how many output positions it is applied.
     """
 
     path: str
     layer: nn.Conv2d | nn.Linear
-    positions: int
-    bases: tuple[Tensor, Tensor]
-    energies: tuple[Tensor, Tensor]
+    positions: tuple[int, int]
+    directions: tuple[tuple[Tensor, Tensor], ...]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -100,49 +100,58 @@ class Factorization:
     def full(self) -> tuple[int, ...]:
         return self.sizes if self.kernel > 1 else (min(self.sizes),)
 
-    def factored(self, ranks: tuple[int, ...]) -> int:
-        """Weights of the factors."""
+    def factors(self, ranks: tuple[int, ...]) -> tuple[int, int, int]:
+        """Weights of rotate in, core and rotate out."""
         inputs, outputs = self.sizes
         if self.kernel == 1:
-            return ranks[0] * (inputs + outputs)
-        return inputs * ranks[0] + self.kernel * ranks[0] * ranks[1] + ranks[1] * outputs
+            return 0, inputs * ranks[0], ranks[0] * outputs
+        return inputs * ranks[0], self.kernel * ranks[0] * ranks[1], ranks[1] * outputs
+
+    def is_smaller(self, ranks: tuple[int, ...]) -> bool:
+        """Whether the factors have fewer weights than the layer, so that it is replaced."""
+        return sum(self.factors(ranks)) < self.layer.weight.numel()
 
     def parameters(self, ranks: tuple[int, ...]) -> int:
-        """Weights and biases: of the factors, or of the layer as it is where the factors are not smaller."""
-        bias = 0 if self.layer.bias is None else self.layer.bias.numel()
-        return min(self.factored(ranks), self.layer.weight.numel()) + bias
+        """Weights and biases, of the factors or of the layer as it is, whichever it will be."""
+        weights = sum(self.factors(ranks)) if self.is_smaller(ranks) else self.layer.weight.numel()
+        return weights + (0 if self.layer.bias is None else self.layer.bias.numel())
 
     def macs(self, ranks: tuple[int, ...]) -> int:
-        """Multiply-accumulates, to a good approximation where the layer strides."""
-        return self.positions * min(self.factored(ranks), self.layer.weight.numel())
+        """Multiply-accumulates, of the factors or of the layer as it is, whichever it will be."""
+        before, after = self.positions
+        if not self.is_smaller(ranks):
+            return after * self.layer.weight.numel()
+        rotate_in, core, rotate_out = self.factors(ranks)
+        return before * rotate_in + after * (core + rotate_out)
 
     def ranks(self, threshold: float, weight: float) -> tuple[int, ...]:
         """How many directions carry at least `threshold` energy for their cost; never none.
 
-        The cost of a direction is its parameters at the full other rank, plus `weight` times its operations.
+        The cost of a direction is its parameters at the full other rank, plus `weight` times its multiply-accumulates.
         """
         inputs, outputs = self.sizes
-        price = 1 + weight * self.positions
+        price = 1 + weight * self.positions[1]
         if self.kernel == 1:
             costs: tuple[int, ...] = (inputs + outputs,)
         else:
             costs = (inputs + self.kernel * outputs, outputs + self.kernel * inputs)
         return tuple(
             min(max(int((energy >= threshold * cost * price).sum()), 1), full)
-            for energy, cost, full in zip(self.energies, costs, self.full, strict=False)
+            for (_, energy), cost, full in zip(self.directions, costs, self.full, strict=True)
         )
 
     def build(self, ranks: tuple[int, ...]) -> nn.Sequential:
         """The factors as layers; the core is the weight in the rotated basis, the best there is for these rotations."""
         weight = self.layer.weight.detach().double()
-        rotate_out = self.bases[1][:, : ranks[-1]]
-        if self.kernel == 1:
-            core = torch.einsum("or,oi...->ri...", rotate_out, weight)
-            factors = [core, rotate_out.reshape(*rotate_out.shape, *weight.shape[2:])]
-        else:
-            rotate_in = self.bases[0][:, : ranks[0]]
+        bases = [basis[:, :rank] for (basis, _), rank in zip(self.directions, ranks, strict=True)]
+        if self.kernel > 1:
+            rotate_in, rotate_out = bases
             core = torch.einsum("os,oihw,ir->srhw", rotate_out, weight, rotate_in)
             factors = [rotate_in.T[:, :, None, None], core, rotate_out[:, :, None, None]]
+        else:
+            matrix, basis, inputs_are_fewer = weight.flatten(1), bases[0], self.sizes[0] < self.sizes[1]
+            factors = [basis.T, matrix @ basis] if inputs_are_fewer else [basis.T @ matrix, basis]
+            factors = [factor.reshape(*factor.shape, *weight.shape[2:]) for factor in factors]
         core_at = len(factors) // 2 if self.kernel > 1 else 0
         layers = [_like(self.layer, factor, i == core_at) for i, factor in enumerate(factors)]
         if self.layer.bias is not None:
@@ -168,18 +177,19 @@ def factorizations(model: nn.Module, example_input: Tensor) -> list[Factorizatio
     positions = {}
     for op in trace(model, example_input).ops:
         if op.name == "aten.convolution":
-            positions[op.module] = op.out.numel // op.out.shape[1]
+            x = op.inputs[0]
+            positions[op.module] = (x.numel // x.shape[1], op.out.numel // op.out.shape[1])
         elif op.name in ("aten.addmm", "aten.mm"):
-            positions[op.module] = op.out.shape[0]
+            positions[op.module] = (op.out.shape[0], op.out.shape[0])
     found = []
     for path, layer in leaves(model):
         is_conv = layer_type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
         if path in positions and (is_conv or layer_type(layer) is nn.Linear):
             assert isinstance(layer, nn.Conv2d | nn.Linear)
             weight = layer.weight.detach().double()
-            inputs, outputs = (_directions(weight.movedim(dim, 0).flatten(1)) for dim in (1, 0))
-            energies = (inputs[1], outputs[1])
-            found.append(Factorization(path, layer, positions[path], (inputs[0], outputs[0]), energies))
+            sides = (1, 0) if weight[0, 0].numel() > 1 else (int(weight.shape[1] < weight.shape[0]),)
+            directions = tuple(_directions(weight.movedim(side, 0).flatten(1)) for side in sides)
+            found.append(Factorization(path, layer, positions[path], directions))
     return found
 
 
