@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from micronet_eval.evaluation import Report, evaluate, score
 
-_FROM = {"evaluate": "micronet_eval.evaluation", "score": "micronet_eval.evaluation", "Report": "micronet_eval.evaluation"}
+_FROM = {
+    "evaluate": "micronet_eval.evaluation",
+    "score": "micronet_eval.evaluation",
+    "Report": "micronet_eval.evaluation",
+}
 
 
 def __getattr__(name: str) -> Any:

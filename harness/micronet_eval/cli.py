@@ -228,11 +228,13 @@ def _torchvision(name: str) -> nn.Module:
     known = models.list_models(models)
     if name not in known:
         raise InputError(plugins.unknown("torchvision model", name, known))
+    model: nn.Module
     try:
         with without_weights():
-            return models.get_model(name, weights=None)
+            model = models.get_model(name, weights=None)
     except NotImplementedError:  # some compute their widths with tensors
-        return models.get_model(name, weights=None)
+        model = models.get_model(name, weights=None)
+    return model
 
 
 @contextmanager

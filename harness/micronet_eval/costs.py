@@ -83,6 +83,7 @@ def nonzeros_by_output(weight: Value, output_dim: int) -> tuple[int, int]:
 
 
 def convolution(op: Op) -> Cost:
+    """Any number of dimensions, groups and dilations; multiplications with padding count."""
     _, weight, bias, _, _, _, transposed = op.args[:7]
     if transposed:
         raise NoFormula(op, "transposed convolutions are not counted yet")
@@ -91,10 +92,12 @@ def convolution(op: Op) -> Cost:
 
 
 def mm(op: Op) -> Cost:
+    """A matrix product without bias, also in batches."""
     return matrix_product(op, op.args[0], op.args[1], bias=False)
 
 
 def addmm(op: Op) -> Cost:
+    """A matrix product with bias: a linear layer, or attention with a mask."""
     return matrix_product(op, op.args[1], op.args[2], bias=True)
 
 
@@ -197,11 +200,13 @@ def normalization(groups: int, elements: int, scale: bool, shift: bool) -> Cost:
 
 
 def layer_norm(op: Op) -> Cost:
+    """A group is what one mean is taken over: the trailing dimensions."""
     x, shape, weight, bias = op.args[:4]
     return normalization(x.numel // math.prod(shape), x.numel, weight is not None, bias is not None)
 
 
 def group_norm(op: Op) -> Cost:
+    """A group is what one mean is taken over: a group of channels of one example."""
     x, weight, bias, batch, _, _, groups = op.args[:7]
     return normalization(batch * groups, x.numel, weight is not None, bias is not None)
 
@@ -265,15 +270,15 @@ _FILL = "writes a constant"
 FREE: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(
-            ("alias", "as_strided", "clone", "contiguous", "copy", "detach", "expand", "lift_fresh", "permute", "select",
-             "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+            ("alias", "as_strided", "clone", "contiguous", "copy", "detach", "expand", "lift_fresh", "permute",
+             "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
              "_unsafe_view", "_reshape_alias", "_reshape_copy", "unfold", "diagonal"),
             _VIEW,
         ),
         **dict.fromkeys(
-            ("cat", "stack", "constant_pad_nd", "roll", "index", "index_select", "embedding", "gather", "repeat", "flip",
-             "reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "upsample_nearest1d", "upsample_nearest3d",
-             "masked_fill", "where"),
+            ("cat", "stack", "constant_pad_nd", "roll", "index", "index_select", "embedding", "gather", "repeat",
+             "flip", "reflection_pad2d", "replication_pad2d", "upsample_nearest1d", "upsample_nearest2d",
+             "upsample_nearest3d", "masked_fill", "where"),
             _MOVE,
         ),
         **dict.fromkeys(("fill", "zero", "empty", "empty_like", "new_empty", "arange", "zeros", "ones", "full"), _FILL),

@@ -14,9 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from micronet_eval import packing, plugins
+from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
 from micronet_eval.quality import Progress, Quality, measure, not_measured
-from micronet_eval.scoring import RULESET, Account, Coverage, Layer, Math, Score, Storage, account, score as score_of
+from micronet_eval.scoring import RULESET, Account, Coverage, Layer, Math, Score, Storage, account
+from micronet_eval.scoring import score as score_of
+from micronet_eval.storage import without_values
 from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, build, read_manifest
 from micronet_eval.task import Task
 from micronet_eval.trace import trace
@@ -39,7 +42,7 @@ class Report(BaseModel):
     """All that an evaluation found; its JSON is described by docs/report.schema.json."""
 
     model_config = ConfigDict(frozen=True)
-    schema_version: int = Field(1, serialization_alias="schema", validation_alias="schema")
+    schema_version: int = Field(default=1, serialization_alias="schema")
     submission: str
     task: str | None
     storage: Storage
@@ -82,9 +85,12 @@ def evaluate(folder: str | Path, data: str | Path | None = None, progress: Progr
         model = packing.unpack(packed, model).eval()
         example = torch.zeros(1, *task.input_shape)
         model = merged(model, example)
-        counted = account(trace(model, example), plugins.formulas())
-    except packing.InputError as error:
-        raise packing.InputError(f"{weights}: {error}") from error
+        recorded = trace(model, example)
+        if missing := sorted(without_values(recorded)):
+            raise InputError(f"the file lacks {len(missing)} tensors that the model uses, the first is {missing[0]!r}")
+        counted = account(recorded, plugins.formulas())
+    except InputError as error:
+        raise InputError(f"{weights}: {error}") from error
     claimed = None if manifest.claims.quality is None else float(manifest.claims.quality)
     quality = measure(model, task, None if data is None else Path(data), claimed, progress)
     counted = replace(counted, storage=replace(counted.storage, file_bytes=weights.stat().st_size))
@@ -105,12 +111,14 @@ def score(model: nn.Module, example_input: Tensor, task: str | None = None) -> R
 def _lookup_task(name: str, where: Path) -> Task:
     try:
         task: Task = plugins.lookup("task", name)
-    except packing.InputError as error:
-        raise packing.InputError(f"{where}: field 'task': {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}: field 'task': {error}") from error
     return task
 
 
-def _report(name: str, task: Task | None, counted: Account, quality: Quality | None, claims: Claims, note: str) -> Report:
+def _report(
+    name: str, task: Task | None, counted: Account, quality: Quality | None, claims: Claims, note: str
+) -> Report:
     total = None if task is None else score_of(counted, task.storage, task.math)
     return Report(
         submission=name,

@@ -24,7 +24,7 @@ class OffGrid(ValueError):
 class Format(ABC):
     """How the values of one tensor are written. `code_bits` is the width of one code, from 1 to 64.
 
-    `overhead` are the bytes that one tensor needs beside its codes (an exponent, a scale); `overhead_bytes` their number.
+    `overhead` are the bytes that one tensor needs beside its codes (an exponent, a scale), `overhead_bytes` of them.
     """
 
     code_bits: int
@@ -135,10 +135,10 @@ class FixedPoint(Format):
         low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         bad = (steps != steps.round()) | (steps < low) | (steps > high)
         if bad.any():
-            value = tensor[bad].flatten()[0].item()
+            value, step = tensor[bad].flatten()[0].item(), 2.0**self.exponent
             raise OffGrid(
                 f"value {value!r} is not on the grid of {self.spec} with exponent {self.exponent} "
-                f"(multiples of {2.0**self.exponent!r} from {low * 2.0**self.exponent!r} to {high * 2.0**self.exponent!r})"
+                f"(multiples of {step!r} from {low * step!r} to {high * step!r})"
             )
         return steps.to(torch.int64) & ((1 << self.bits) - 1)
 
@@ -210,7 +210,8 @@ class FixedPointQuantizer(nn.Module):
         self.register_buffer("exponent", torch.tensor(exponent, dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fixed_point(x, self.exponent, self.bits)
+        quantized: Tensor = fixed_point(x, self.exponent, self.bits)
+        return quantized
 
     def right_inverse(self, x: Tensor) -> Tensor:
         return x

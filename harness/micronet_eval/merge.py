@@ -87,7 +87,7 @@ def _can_scale(layer: nn.Module) -> bool:
         return True
     return list(layer.parametrizations) == ["weight"] and all(  # type: ignore[arg-type]
         isinstance(p, Mask)
-        for p in layer.parametrizations["weight"]  # type: ignore[index,union-attr]
+        for p in layer.parametrizations["weight"]  # type: ignore[index]
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -38,6 +38,7 @@ from micronet_eval.structure import (
     set_quantizers,
     submodule,
     traced,
+    without_weights,
 )
 from micronet_eval.trace import trace
 
@@ -79,7 +80,8 @@ _CHUNK = 1 << 18  # codes at a time; a multiple of 8, so that every chunk ends o
 def to_bits(codes: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
     """The bits of `codes`, `width` each, least significant first: one array element (0 or 1) a bit."""
     shifts = np.arange(width, dtype=np.uint64)
-    return ((codes.astype(np.uint64)[:, None] >> shifts) & np.uint64(1)).astype(np.uint8).reshape(-1)
+    bits: NDArray[np.uint8] = ((codes.astype(np.uint64)[:, None] >> shifts) & np.uint64(1)).astype(np.uint8)
+    return bits.reshape(-1)
 
 
 def from_bits(bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
@@ -179,11 +181,12 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
     structure, model = packed.structure, architecture
     try:
         for path, description in structure.layers.items():
-            replace(model, path, build_layer(description))
+            with without_weights():
+                replace(model, path, build_layer(description))
         if structure.activations:
             model = traced(model)
             quantizers = {name: FixedPointQuantizer(bits) for name, bits in structure.activations.items()}
-            set_quantizers(model, quantizers)  # type: ignore[arg-type]
+            set_quantizers(model, quantizers)
         readers = {name: _BitReader(packed.streams[name]) for name in ("values", "masks", "overhead")}
         for name, spec, layout in structure.tensors:
             _assign(model, name, *_read_tensor(packed, readers, model, name, spec, layout))
@@ -269,7 +272,8 @@ def write(packed: Packed, path: Path) -> None:
     """Writes the file whole or not at all; the same model gives the same bytes."""
     text = packed.structure.model_dump_json().encode()
     streams = {**packed.streams, "structure": np.frombuffer(zlib.compress(text, 9), np.uint8)}
-    write_whole(path, save(streams, metadata={**_MAGIC, "sha256": _digest(streams)}))
+    tensors = {name: torch.from_numpy(stream.copy()) for name, stream in streams.items()}
+    write_whole(path, save({**tensors, **packed.plain}, metadata={**_MAGIC, "sha256": _digest(streams)}))
 
 
 def read(path: Path) -> Packed:

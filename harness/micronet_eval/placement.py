@@ -47,5 +47,5 @@ def _sources(value: Value, nodes: Mapping[Value, str], widths: Mapping[Value, in
         return {nodes[value]}
     where = producer.module if producer is not None else "input"
     raise StructureError(
-        f"a value computed inside module {where!r} feeds a multiplication, but no quantizer can be set inside that layer"
+        f"a value computed inside {where!r} feeds a multiplication, but no quantizer can be set inside that layer"
     )

@@ -32,7 +32,7 @@ def bit_widths(trace: Trace) -> Mapping[Value, int]:
             if op.name == FIXED_POINT_OP:
                 widths[out] = op.args[2]
             elif keeps_width(op) and (inputs := data_inputs(op)):
-                widths[out] = max(widths[v] for v in inputs)
+                widths[out] = min(max(widths[v] for v in inputs), _dtype_width(out))
             else:
                 widths[out] = _dtype_width(out)
     return widths

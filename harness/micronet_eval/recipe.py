@@ -1,14 +1,14 @@
 """Recipes: ordered stages that turn a registered architecture into a submission.
 
-    task = "digits"
-    seed = 0
-    [architecture]
-    name = "wide-resnet"
-    [[stages]]
-    train = { epochs = 30, learning_rate = 0.002 }
-    [[stages]]
-    pruner = "low-rank"
-    parameters = 20_000
+task = "digits"
+seed = 0
+[architecture]
+name = "wide-resnet"
+[[stages]]
+train = { epochs = 30, learning_rate = 0.002 }
+[[stages]]
+pruner = "low-rank"
+parameters = 20_000
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def train(model: nn.Module, training: Training, context: Context, log: Log) -> n
             loss_sum += loss.item() * len(labels)
             correct += int((logits.argmax(1) == labels).sum())
         examples = len(cast(Sized, loader.dataset))
-        log(f"  epoch {epoch + 1} of {training.epochs}: loss {loss_sum / examples:.4f}, training {correct / examples:.2%}")
+        log(f"  epoch {epoch + 1} of {training.epochs}: loss {loss_sum / examples:.4f}, {correct / examples:.2%} right")
     return model.eval()
 
 

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
-from rich.panel import Panel
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from micronet_eval.evaluation import Claim, Report
+from micronet_eval.quality import Quality
 from micronet_eval.scoring import Layer
 
 COSTLIEST = 10
+NARROW = 72  # columns of a terminal below which less is shown of each operation
 VERDICTS = {True: Text("holds", "green"), False: Text("fails", "bold red"), None: Text("not measured", "yellow")}
 
 
-def render(report: Report, all_layers: bool = False) -> RenderableType:
+def render(report: Report, all_layers: bool = False, width: int = 80) -> RenderableType:
     """One report: summary, claims beside measurements, where the cost lies."""
-    parts: list[RenderableType] = [_summary(report), _details(report)]
+    heading = " · ".join(filter(None, (report.submission, report.task, report.ruleset)))
+    parts: list[RenderableType] = [Rule(Text(heading, "bold"), align="left"), _summary(report), _details(report)]
     if report.quality is not None:
-        parts.append(Text.assemble(("Quality: ", "bold"), report.quality.reason, overflow="fold"))
+        parts.append(Text.assemble(("Quality: ", "bold"), _reason(report.quality), overflow="fold"))
     if report.provenance:
         parts.append(Text.assemble(("Provenance: ", "bold"), report.provenance, overflow="fold"))
     parts += [Text.assemble(("Warning: ", "bold yellow"), warning) for warning in report.warnings]
-    parts.append(_layers(report, all_layers))
+    parts.append(_layers(report, all_layers, width))
     parts.append(Text(_coverage(report), "dim"))
-    title = escape(f"{report.submission} · {report.task}" if report.task else report.submission)
-    return Panel(Group(*parts), title=f"[bold]{title}[/]", title_align="left", subtitle=report.ruleset, padding=(0, 1))
+    return Group(*parts)
 
 
 def render_many(reports: Sequence[Report]) -> Table:
@@ -95,28 +97,31 @@ def _cell(value: object) -> str:
 def _summary(report: Report) -> Table:
     claims = {claim.name: claim for claim in report.claims}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("", "measured", "claimed", "share of baseline"):
-        table.add_column(name, justify="right" if name else "left")
+    table.add_column()
+    for name in ("measured", "claimed", "of baseline"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("claim")
     ratio = report.score
     lines: list[tuple[str, str, str, str]] = [
-        ("storage", f"{report.storage.params32:,.0f} parameters", "storage", _share(ratio.storage if ratio else None)),
-        ("math", f"{report.math.ops32:,.0f} operations", "math", _share(ratio.math if ratio else None)),
+        ("params32", f"{report.storage.params32:,.0f}", "storage", _share(ratio.storage if ratio else None)),
+        ("ops32", f"{report.math.ops32:,.0f}", "math", _share(ratio.math if ratio else None)),
     ]
     if ratio:
         lines.append(("score", f"{ratio.total:.6g}", "score", ""))
     for label, measured, name, share in lines:
-        table.add_row(Text(label, "bold"), measured, *_claimed(claims.get(name)), share, _verdict(claims.get(name)))
+        table.add_row(Text(label, "bold"), measured, _claimed(claims.get(name)), share, _verdict(claims.get(name)))
     if report.quality is not None:
         claim = claims.get("quality")
-        table.add_row(Text("quality", "bold"), _quality(report), *_claimed(claim), _threshold(report), _verdict(claim))
+        table.add_row(Text("quality", "bold"), _quality(report), _claimed(claim), _threshold(report), _verdict(claim))
     return table
 
 
-def _claimed(claim: Claim | None) -> tuple[str]:
+def _claimed(claim: Claim | None) -> str:
     if claim is None:
-        return ("",)
-    return (f"{claim.claimed:.2%}" if claim.name == "quality" else f"{claim.claimed:,.6g}" if claim.claimed < 1 else f"{claim.claimed:,.0f}",)
+        return ""
+    if claim.name == "quality":
+        return f"{claim.claimed:.2%}"
+    return f"{claim.claimed:.6g}" if claim.name == "score" else f"{claim.claimed:,.0f}"
 
 
 def _details(report: Report) -> Table:
@@ -140,24 +145,26 @@ def _details(report: Report) -> Table:
     return table
 
 
-def _layers(report: Report, every: bool) -> Table:
+def _layers(report: Report, every: bool, width: int) -> Table:
     shown = list(report.layers) if every else sorted(report.layers, key=lambda x: -x.ops32)[:COSTLIEST]
     title = "All priced operations" if every else f"The {len(shown)} costliest of {len(report.layers):,} operations"
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    table.add_column("module", overflow="fold", ratio=1)
-    table.add_column("operation", overflow="fold")
-    for name in ("mults", "adds", "bits", "ops32", "storage bits"):
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("module", overflow="fold", min_width=8)
+    table.add_column("operation", overflow="fold", min_width=8)
+    columns: dict[str, Callable[[Layer], str]] = {
+        "mults": lambda layer: _count(layer.mults),
+        "adds": lambda layer: _count(layer.adds),
+        "bits": _bits,
+        "ops32": lambda layer: _count(layer.ops32),
+        "stored": lambda layer: _count(layer.storage_bits),
+    }
+    if width < NARROW:
+        del columns["mults"], columns["adds"]
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for layer in shown:
-        table.add_row(
-            Text(layer.module),
-            Text(layer.op.removeprefix("aten.")),
-            _count(layer.mults),
-            _count(layer.adds),
-            _bits(layer),
-            _count(layer.ops32),
-            _count(layer.storage_bits),
-        )
+        operation = layer.op.partition(".")[2].removesuffix("olution").strip("_")
+        table.add_row(Text(layer.module), Text(operation), *(cell(layer) for cell in columns.values()))
     return table
 
 
@@ -177,8 +184,8 @@ def _coverage(report: Report) -> str:
     coverage = report.coverage
     free = ", ".join(name.removeprefix("aten.") for name in coverage.free)
     return (
-        f"{coverage.executed:,} operations executed: {coverage.priced:,} priced, {coverage.folded:,} on parameters alone, "
-        f"the rest free ({free or 'none'})"
+        f"{coverage.executed:,} operations executed: {coverage.priced:,} priced, "
+        f"{coverage.folded:,} on parameters alone, the rest free ({free or 'none'})"
     )
 
 
@@ -192,10 +199,19 @@ def _short(ratio: float) -> str:
 
 def _threshold(report: Report) -> Text:
     assert report.quality is not None
-    text = f"needs {report.quality.threshold:.4g}"
+    text = f">= {report.quality.threshold:.4g}"
     if report.quality.passed is None:
         return Text(text)
-    return Text(f"{text}: {'passed' if report.quality.passed else 'FAILED'}", "green" if report.quality.passed else "bold red")
+    return Text(
+        f"{text} {'passed' if report.quality.passed else 'FAILED'}", "green" if report.quality.passed else "bold red"
+    )
+
+
+def _reason(quality: Quality) -> str:
+    if quality.measured is not None:
+        return quality.reason
+    claimed = "" if quality.claimed is None else f"; claimed {quality.claimed:.2%}"
+    return f"not measured: {quality.reason}{claimed}"
 
 
 def _quality(report: Report) -> Text:
@@ -213,9 +229,11 @@ def _verdict_of_claims(claims: Sequence[Claim]) -> Text:
     if failing := [claim.name for claim in claims if claim.holds is False]:
         return Text(f"fail: {', '.join(failing)}", "bold red")
     holding = sum(claim.holds is True for claim in claims)
-    return Text(f"{holding} of {len(claims)} hold", "green" if holding == len(claims) else "") if claims else Text("none")
+    return (
+        Text(f"{holding} of {len(claims)} hold", "green" if holding == len(claims) else "") if claims else Text("none")
+    )
 
 
 def print_report(reports: Sequence[Report], console: Console, all_layers: bool = False) -> None:
     """Prints one report in full, several as a table."""
-    console.print(render(reports[0], all_layers) if len(reports) == 1 else render_many(reports))
+    console.print(render(reports[0], all_layers, console.width) if len(reports) == 1 else render_many(reports))

@@ -79,6 +79,12 @@ def stored_tensors(trace: Trace) -> dict[Stored, Op]:
     return stored
 
 
+def without_values(trace: Trace) -> set[str]:
+    """Names of the parameters that operations use although they have no values (they lie on the meta device)."""
+    used = (v for op in trace.ops for v in op.inputs if v.data is not None and v.data.is_meta)
+    return {leaf.name or "" for value in used for leaf in _leaves(value)}
+
+
 def freebie_applies(stored: dict[Stored, Op], trace: Trace) -> bool:
     """Whether nothing is quantized below 16 bits, so that parameters and multiplications may count as 16 bit."""
     narrow_weight = any(s.format.code_bits < FREEBIE_BITS for s in stored if not s.is_overhead)

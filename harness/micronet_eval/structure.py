@@ -222,7 +222,7 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: dict[str, FixedPoin
         graph_module.add_submodule(path, quantizer)
         with graph_module.graph.inserting_after(node):
             quantized = graph_module.graph.call_module(path, (node,))
-        node.replace_all_uses_with(quantized, lambda user, q=quantized: user is not q)  # type: ignore[misc]
+        node.replace_all_uses_with(quantized, lambda user, q=quantized: user is not q)
     graph_module.recompile()
 
 

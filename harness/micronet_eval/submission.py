@@ -68,7 +68,7 @@ class Step(Table):
 
 
 class Provenance(Table):
-    """Where the weights come from. `note` is printed in the report; `data` is what the recipe trained and calibrated on."""
+    """Where the weights come from: a `note` for the report, the `data` that was used, the recipe's steps."""
 
     note: str = ""
     data: str = ""
@@ -133,6 +133,6 @@ def build(architecture: Architecture, source: Path, weights: bool = False) -> nn
         builder = plugins.lookup("architecture", architecture.name)
         with nullcontext() if weights else without_weights():
             model: nn.Module = builder(**architecture.options)
-    except (InputError, TypeError, ValueError) as error:
+    except Exception as error:  # an unknown name, or whatever a builder raises for options that it does not like
         raise InputError(f"{source}: field 'architecture': {error}") from error
     return model.eval()

@@ -124,11 +124,11 @@ def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records operations. Tensors are known by identity and kept alive, so that an identity stays unique."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.folded = 0
         self.path: list[str] = []
@@ -166,7 +166,9 @@ class _Recorder(TorchDispatchMode):
         op = Op(name, self.path[-1] if self.path else "", value_args, value_kwargs)
         real = self._fold(func, op)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
-        reals = [t for t in tree_flatten(real)[0] if isinstance(t, Tensor)] if real is not None else [None] * len(outputs)
+        reals = (
+            [t for t in tree_flatten(real)[0] if isinstance(t, Tensor)] if real is not None else [None] * len(outputs)
+        )
         values = []
         for tensor, data in zip(outputs, reals, strict=True):
             value = Value(tuple(tensor.shape), tensor.dtype, None, data, op)
@@ -300,7 +302,7 @@ def _node_by_node(graph_module: fx.GraphModule, recorder: _Recorder) -> Iterator
                 recorder.nodes.setdefault(recorder.values[id(result)], n.name)
             return result
 
-    graph_module.forward = Watcher(graph_module).run  # type: ignore[method-assign]
+    graph_module.forward = Watcher(graph_module).run
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from micronet_eval.hookspecs import hookimpl
 
 @hookimpl
 def micronet_register_pruners(register: Any) -> None:
+    """The bundled pruners."""
     from micronet_plugins.low_rank import LowRank
 
     register("low-rank", LowRank)
@@ -19,6 +20,7 @@ def micronet_register_pruners(register: Any) -> None:
 
 @hookimpl
 def micronet_register_sparsifiers(register: Any) -> None:
+    """The bundled sparsifiers."""
     from micronet_plugins.magnitude import Magnitude
 
     register("magnitude", Magnitude)
@@ -26,6 +28,7 @@ def micronet_register_sparsifiers(register: Any) -> None:
 
 @hookimpl
 def micronet_register_quantizers(register: Any) -> None:
+    """The bundled quantizers."""
     from micronet_plugins.fixed_point import FixedPointStrategy
 
     register("fixed-point", FixedPointStrategy)
@@ -33,6 +36,7 @@ def micronet_register_quantizers(register: Any) -> None:
 
 @hookimpl
 def micronet_register_tasks(register: Any) -> None:
+    """The bundled tasks."""
     from micronet_plugins.tasks import TASKS
 
     for task in TASKS:
@@ -41,6 +45,7 @@ def micronet_register_tasks(register: Any) -> None:
 
 @hookimpl
 def micronet_register_architectures(register: Any) -> None:
+    """The bundled architectures."""
     from micronet_plugins import architectures
 
     register("pyramidnet", architectures.pyramidnet)

@@ -45,7 +45,9 @@ def pyramidnet(depth: int = 272, alpha: int = 200, classes: int = 100) -> nn.Mod
     blocks_a_stage = (depth - 2) // 9
     blocks = 3 * blocks_a_stage
     channels = 16
-    stages: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))]
+    stages: list[nn.Module] = [
+        nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+    ]
     for stage in range(3):
         layers = []
         for i in range(blocks_a_stage):
@@ -53,7 +55,9 @@ def pyramidnet(depth: int = 272, alpha: int = 200, classes: int = 100) -> nn.Mod
             layers.append(Bottleneck(channels, width, stride=2 if stage and i == 0 else 1))
             channels = width * Bottleneck.expansion
         stages.append(nn.Sequential(*layers))
-    head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, classes))
+    head = nn.Sequential(
+        nn.BatchNorm2d(channels), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, classes)
+    )
     return _initialised(nn.Sequential(*stages, head))
 
 

@@ -24,7 +24,9 @@ class FixedPointStrategy(Quantizer):
 
     weight_bits: int = Field(8, ge=2, le=24, description="bits of a weight, a bias, a scale")
     activation_bits: int = Field(8, ge=2, le=24, description="bits of an activation")
-    weight_sigmas: float = Field(10, gt=0, description="|mean| + so many standard deviations fit a weight tensor's range")
+    weight_sigmas: float = Field(
+        10, gt=0, description="|mean| + so many standard deviations fit a weight tensor's range"
+    )
     activation_sigmas: float = Field(18, gt=0, description="the same for an activation, over calibration data")
     batches: int = Field(4, gt=0, description="batches of training data for calibration")
 
@@ -70,7 +72,7 @@ def parameters_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
             continue
         found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
         if parametrize.is_parametrized(module):
-            found += [(module, name) for name in module.parametrizations]  # type: ignore[union-attr]
+            found += [(module, name) for name in module.parametrizations]
     return found
 
 

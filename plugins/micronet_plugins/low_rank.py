@@ -1,7 +1,8 @@
 """Low-rank pruning: each convolution becomes rotate in, core, rotate out, at ranks chosen under one global threshold.
 
-The rotations are the leading eigenvectors of the weight's two unfoldings (Tucker-2 by HOSVD: De Lathauwer et al. 2000;
-for networks Kim et al. 2016, arXiv 1511.06530). It looks at the weights only; EigenDamage adds the curvature of the loss.
+The rotations are the leading eigenvectors of the weight's two unfoldings (Tucker-2 by HOSVD: De Lathauwer et al.
+2000; for networks Kim et al. 2016, arXiv 1511.06530). It looks at the weights only; EigenDamage adds the curvature of
+the loss.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ class LowRank(Pruner):
 
     def _ranks(self, layers: Sequence[Factorization], fixed: int, weight: float) -> list[tuple[int, ...]]:
         """The ranks of all layers at the lowest threshold that keeps to the parameters."""
-        size = lambda threshold: fixed + sum(  # noqa: E731
-            f.parameters(f.ranks(threshold, weight)) for f in layers
-        )
+
+        def size(threshold: float) -> int:
+            return fixed + sum(f.parameters(f.ranks(threshold, weight)) for f in layers)
+
         threshold = _smallest(lambda t: size(t) <= self.parameters)
         if threshold is None:
             raise InputError(f"low-rank: {self.parameters:,} parameters cannot be reached; rank 1 everywhere is more")
@@ -53,9 +55,11 @@ class LowRank(Pruner):
         """How many parameters a multiply-accumulate has to weigh, so that both limits are kept."""
         assert self.macs is not None
         wanted = self.macs
-        macs = lambda weight: sum(  # noqa: E731
-            f.macs(ranks) for f, ranks in zip(layers, self._ranks(layers, fixed, weight), strict=True)
-        )
+
+        def macs(weight: float) -> int:
+            ranks = self._ranks(layers, fixed, weight)
+            return sum(f.macs(r) for f, r in zip(layers, ranks, strict=True))
+
         weight = 0.0 if macs(0.0) <= wanted else _smallest(lambda w: macs(w) <= wanted)
         if weight is None:
             raise InputError(f"low-rank: {wanted:,} MACs cannot be reached at {self.parameters:,} parameters")

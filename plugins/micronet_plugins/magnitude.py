@@ -43,7 +43,7 @@ def zeros_by_layer(magnitudes: list[Tensor], sparsity: float, limit: float) -> l
 def set_mask(layer: nn.Module, mask: Tensor) -> None:
     """Holds the weight's zeros at `mask`; a mask that is there already takes the new zeros."""
     if parametrize.is_parametrized(layer, "weight"):
-        for parametrization in layer.parametrizations["weight"]:  # type: ignore[index,union-attr]
+        for parametrization in layer.parametrizations["weight"]:  # type: ignore[index]
             if isinstance(parametrization, Mask):
                 parametrization.mask &= mask
                 return

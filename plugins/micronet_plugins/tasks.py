@@ -10,6 +10,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from micronet_eval.task import DataMissing, Split, Task
 
+HERE = Path("data")
+ELSEWHERE = ", or name another folder than data by --data or MICRONET_DATA"
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,16 +33,13 @@ def cifar100(root: Path | None, split: Split) -> Dataset[Any]:
     from torchvision import transforms
     from torchvision.datasets import CIFAR100
 
-    if root is None:
-        raise DataMissing("CIFAR-100 not looked for: name the folder that holds cifar-100-python by --data or MICRONET_DATA")
+    root = root or HERE
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(CIFAR100_MEAN, CIFAR100_STD)])
     try:
         return CIFAR100(str(root), train=split == "train", transform=transform)
     except RuntimeError:
-        raise DataMissing(
-            f"CIFAR-100 not found in {root / 'cifar-100-python'}, or damaged; "
-            "unpack cifar-100-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there"
-        ) from None
+        how = "unpack cifar-100-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there"
+        raise DataMissing(f"CIFAR-100 not found in {root / 'cifar-100-python'}, or damaged; {how}{ELSEWHERE}") from None
 
 
 def imagenet(root: Path | None, split: Split) -> Dataset[Any]:
@@ -48,9 +47,7 @@ def imagenet(root: Path | None, split: Split) -> Dataset[Any]:
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    if root is None:
-        raise DataMissing("ImageNet not looked for: name the folder that holds imagenet/val by --data or MICRONET_DATA")
-    folder = root / "imagenet" / ("train" if split == "train" else "val")
+    folder = (root or HERE) / "imagenet" / ("train" if split == "train" else "val")
     transform = transforms.Compose(
         [
             transforms.Resize(256),
@@ -62,7 +59,8 @@ def imagenet(root: Path | None, split: Split) -> Dataset[Any]:
     try:
         return ImageFolder(str(folder), transform)
     except OSError:
-        raise DataMissing(f"ImageNet not found in {folder}; put the images there, one folder a class") from None
+        how = "put the images there, one folder a class"
+        raise DataMissing(f"ImageNet not found in {folder}; {how}{ELSEWHERE}") from None
 
 
 TASKS = (
