@@ -1,0 +1,50 @@
+"""The commands and the Python code that README shows are run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.removeprefix("$ ")
+    for block in re.findall(r"```console\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("$ ")
+]
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_ends_well(command, tmp_path):
+    words = [str(tmp_path / "out") if word == "/tmp/digits" else word for word in shlex.split(command)]
+    assert words[0] == "micronet-eval"
+    words[0] = str(Path(sys.executable).parent / "micronet-eval")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.docs
+def test_the_python_code_of_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert '"submission": "3"' in done.stdout
+
+
+def test_the_readme_begins_with_the_set_up_commands():
+    text = README.splitlines()
+    assert text[2].strip().startswith("pip install . && micronet-eval submissions/3")
+    assert text[3].strip().startswith("pipx run tox")
+
+
+def test_relative_links_of_the_documentation_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
