@@ -42,7 +42,7 @@ from micronet_eval.structure import (
 )
 from micronet_eval.trace import trace
 
-_MAGIC = {"format": "micronet-packed", "version": "1"}
+_KEY, _KIND = "micronet-packed", {"version": 1}
 _STREAMS = ("values", "masks", "overhead", "structure")
 _STRUCTURE_LIMIT = 64 << 20  # bytes of JSON; more is a decompression bomb
 
@@ -273,7 +273,7 @@ def write(packed: Packed, path: Path) -> None:
     text = packed.structure.model_dump_json().encode()
     streams = {**packed.streams, "structure": np.frombuffer(zlib.compress(text, 9), np.uint8)}
     tensors = {name: torch.from_numpy(stream.copy()) for name, stream in streams.items()}
-    write_whole(path, save({**tensors, **packed.plain}, metadata={**_MAGIC, "sha256": _digest(streams)}))
+    write_whole(path, save({**tensors, **packed.plain}, metadata=_metadata(streams)))
 
 
 def read(path: Path) -> Packed:
@@ -283,10 +283,9 @@ def read(path: Path) -> Packed:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            if {k: metadata.get(k) for k in _MAGIC} != _MAGIC:
+            if _KEY not in metadata:
                 raise InputError(
-                    f"{path} is a safetensors file, but no packed model of version {_MAGIC['version']}; "
-                    "write it with `micronet-eval compress`"
+                    f"{path} is a safetensors file, but no packed model; write it with `micronet-eval compress`"
                 )
             names = set(file.keys())
             if missing := [name for name in _STREAMS if name not in names]:
@@ -298,9 +297,14 @@ def read(path: Path) -> Packed:
         raise InputError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
     if any(stream.dtype != np.uint8 or stream.ndim != 1 for stream in streams.values()):
         raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes")
-    if _digest(streams) != metadata.get("sha256"):
-        raise InputError(f"{path}: the contents do not match their checksum; the file was damaged or changed")
+    if metadata != _metadata(streams):
+        raise InputError(f"{path}: version or checksum do not match the contents; the file was damaged or changed")
     return Packed(_structure(path, streams.pop("structure")), streams, plain)
+
+
+def _metadata(streams: dict[str, NDArray[np.uint8]]) -> dict[str, str]:
+    """One key only: safetensors writes several in an order that changes from run to run."""
+    return {_KEY: json.dumps({**_KIND, "sha256": _digest(streams)})}
 
 
 def _digest(streams: dict[str, NDArray[np.uint8]]) -> str:

@@ -1,0 +1,193 @@
+"""Formulas, bit-widths and storage on small modules, against numbers worked out by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from micronet_eval.costs import FORMULAS, NoFormula, elementwise
+from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.scoring import account, weighted
+from micronet_eval.structure import Mask
+from micronet_eval.trace import trace
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+class Call(nn.Module):
+    """A module whose forward is one function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def count(module, *shape, dtype=torch.float32):
+    return account(trace(module, torch.zeros(shape, dtype=dtype)), FORMULAS, freebie=False)
+
+
+def nonzero(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(0.5)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("function", "mults", "adds"),
+    [
+        (F.relu, 1, 0),
+        (F.leaky_relu, 1, 0),
+        (F.relu6, 2, 0),
+        (F.sigmoid, 2, 1),
+        (F.silu, 3, 1),
+        (F.hardsigmoid, 2, 1),
+        (F.hardswish, 3, 1),
+        (F.gelu, 4, 1),
+        (torch.tanh, 1, 0),
+        (torch.exp, 1, 0),
+        (lambda x: x * x, 1, 0),
+        (lambda x: x + x, 0, 1),
+        (lambda x: x.transpose(1, 2).reshape(2, 64), 0, 0),
+    ],
+)
+def test_elementwise_operations_cost_what_the_table_says(function, mults, adds):
+    math = count(Call(function), 2, 4, 4, 4).math
+    assert (math.mults, math.adds) == (128 * mults, 128 * adds)
+
+
+def test_a_convolution_counts_non_zero_weights_and_live_outputs():
+    conv = nonzero(nn.Conv2d(2, 3, 3, padding=1))
+    with torch.no_grad():
+        conv.weight[0] = 0  # an output without weights: no multiplication, no bias addition
+        conv.weight[1, 0] = 0  # 9 weights are left
+    math = count(conv, 1, 2, 5, 5).math
+    assert math.mults == 25 * (9 + 18)
+    assert math.adds == 25 * (9 + 18)  # n - 1 and one for the bias
+    assert math.macs == math.mults
+
+
+def test_a_strided_grouped_convolution():
+    math = count(nonzero(nn.Conv2d(4, 8, 3, stride=2, groups=2, bias=False)), 1, 4, 9, 9).math
+    assert (math.mults, math.adds) == (16 * 8 * 18, 16 * 8 * 17)
+
+
+def test_linear_and_batched_matrix_products():
+    assert count(nonzero(nn.Linear(6, 5)), 3, 6).math.adds == 3 * 5 * 6
+    math = count(Call(lambda x: x @ x.transpose(1, 2)), 2, 3, 4).math
+    assert (math.mults, math.adds) == (2 * 9 * 4, 2 * 9 * 3)
+
+
+def test_pooling():
+    average = count(nn.AvgPool2d(2), 1, 3, 4, 4).math
+    assert (average.mults, average.adds) == (12, 36)
+    largest = count(nn.MaxPool2d(2), 1, 3, 4, 4).math
+    assert (largest.mults, largest.adds) == (0, 36)
+    uneven = count(nn.AdaptiveAvgPool2d(2), 1, 1, 3, 3).math  # four windows of 2x2
+    assert (uneven.mults, uneven.adds) == (4, 12)
+
+
+def test_softmax():
+    math = count(nn.Softmax(-1), 2, 5).math
+    assert (math.mults, math.adds) == (20, 8)
+
+
+def test_an_unknown_operation_is_an_error_that_names_it_until_a_plugin_prices_it():
+    module = nn.Sequential(Call(torch.special.i0))
+    with pytest.raises(NoFormula, match=r"aten.special_i0.*'0'.*micronet_register_costs"):
+        count(module, 1, 4)
+    priced = account(trace(module, torch.zeros(1, 4)), {**FORMULAS, "aten.special_i0": elementwise(1)})
+    assert priced.math.mults == 4
+
+
+def test_the_count_does_not_depend_on_mode_device_or_dtype():
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten(), nn.Linear(8, 2))
+
+    expected = count(nonzero(build()), 1, 3, 3, 3).math
+    training = nonzero(build()).train()
+    assert count(training, 1, 3, 3, 3).math == expected
+    assert all(module.training for module in training.modules())
+    half = count(nonzero(build()).bfloat16(), 1, 3, 3, 3, dtype=torch.bfloat16).math
+    assert (half.mults, half.adds) == (expected.mults, expected.adds)
+    with torch.device("meta"):
+        assert count(build(), 1, 3, 3, 3).math == expected
+
+
+def test_operations_on_parameters_alone_are_not_counted():
+    linear = nonzero(nn.Linear(4, 4, bias=False))
+    parametrize.register_parametrization(linear, "weight", Mask(torch.eye(4, dtype=torch.bool)))
+    counted = count(linear, 1, 4)
+    assert (counted.math.mults, counted.math.adds) == (4, 0)
+    assert (counted.storage.parameters, counted.storage.nonzeros) == (16, 4)
+    assert counted.storage.bits == 4 * 32 + 16
+
+
+def test_dense_storage_is_used_where_the_mask_would_not_pay():
+    linear = nonzero(nn.Linear(32, 1, bias=False))
+    with torch.no_grad():
+        linear.weight[0, 0] = 0  # 31 x 32 + 32 bits are no less than 32 x 32
+    assert count(linear, 1, 32).storage.mask_bits == 0
+    with torch.no_grad():
+        linear.weight[0, 1] = 0
+    assert count(linear, 1, 32).storage.bits == 30 * 32 + 32
+
+
+def test_negative_zero_is_zero():
+    linear = nonzero(nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        linear.weight[0, :3] = -0.0
+    counted = count(linear, 1, 4)
+    assert (counted.storage.nonzeros, counted.math.mults) == (1, 1)
+
+
+def test_tied_parameters_are_stored_once():
+    first = nonzero(nn.Linear(4, 4, bias=False))
+    second = nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    assert count(nn.Sequential(first, second), 1, 4).storage.parameters == 16
+
+
+def test_batch_norm_stores_two_values_a_channel():
+    assert count(nonzero(nn.BatchNorm2d(8)), 1, 8, 2, 2).storage.parameters == 16
+
+
+def quantized_linear(weight_bits, activation_bits):
+    linear = nonzero(nn.Linear(4, 4))
+    parametrize.register_parametrization(linear, "weight", FixedPointQuantizer(weight_bits, -2))
+    return nn.Sequential(FixedPointQuantizer(activation_bits, -4), nn.ReLU(), linear)
+
+
+def test_a_multiplication_counts_its_widest_input_and_no_bias():
+    counted = count(quantized_linear(3, 5), 1, 4)
+    relu, linear = counted.layers
+    assert (relu.input_bits, linear.input_bits, linear.weight_bits) == (5, 5, 3)
+    assert counted.math.mult_ops32 == (4 + 16) * 5 / 32
+    assert counted.math.add_ops32 == 16
+    # 16 weights of 3 bits and 4 biases of 32; an exponent of 8 bits for the weight and one for the activation
+    assert (counted.storage.value_bits, counted.storage.overhead_bits) == (16 * 3 + 4 * 32, 16)
+
+
+def test_arithmetic_widens_and_moves_do_not():
+    module = nn.Sequential(FixedPointQuantizer(6), nn.MaxPool2d(1), Call(lambda x: torch.cat([x, x], 1) + x.sum()), nn.ReLU())
+    add, relu = count(module, 1, 2, 2, 2).layers[-2:]
+    assert (add.op, add.input_bits, relu.input_bits) == ("aten.add", 32, 32)
+
+
+def test_the_freebie_holds_for_all_or_nothing():
+    plain = account(trace(nonzero(nn.Linear(4, 4)), torch.zeros(1, 4)), FORMULAS)
+    assert plain.freebie
+    assert plain.storage.bits == 20 * 16
+    assert (plain.math.mult_ops32, plain.math.add_ops32) == (8, 16)
+    assert not account(trace(quantized_linear(8, 32 - 8), torch.zeros(1, 4)), FORMULAS).freebie
+    assert account(trace(quantized_linear(16, 16), torch.zeros(1, 4)), FORMULAS).freebie
+
+
+def test_the_worked_examples_of_the_rules():
+    from micronet_eval.costs import Cost
+
+    assert weighted(Cost(mults=1), max(3, 5))[0] * 32 == 5
+    assert weighted(Cost(mults=1), max(32, 8))[0] == 1
+    assert weighted(Cost(mults=1), 64)[0] == 1
+    assert round(3e6 / 6.9e6 + 500e6 / 1170e6, 3) == 0.862
