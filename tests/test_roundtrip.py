@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from micronet_eval import packing
 from micronet_eval.costs import FORMULAS
 from micronet_eval.formats import _PLAIN, FixedPoint, FixedPointQuantizer, OffGrid, Plain, format_of
@@ -19,8 +22,6 @@ from micronet_plugins.architectures import wide_resnet
 from micronet_plugins.fixed_point import FixedPointStrategy
 from micronet_plugins.low_rank import LowRank
 from micronet_plugins.magnitude import Magnitude
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 shapes = st.lists(st.integers(0, 5), max_size=4)
 
@@ -30,7 +31,9 @@ shapes = st.lists(st.integers(0, 5), max_size=4)
 def test_plain_formats_give_every_value_back(name, shape, density, seed):
     generator = torch.Generator().manual_seed(seed)
     dtype, _, bits = _PLAIN[name]
-    tensor = (torch.randn(shape, generator=generator) * 50 * (torch.rand(shape, generator=generator) < density)).to(dtype)
+    tensor = (torch.randn(shape, generator=generator) * 50 * (torch.rand(shape, generator=generator) < density)).to(
+        dtype
+    )
     codes = Plain(name).encode(tensor)
     assert bits == 64 or bool(((codes >= 0) & (codes < 2**bits)).all())
     assert torch.equal(codes == 0, tensor == 0)
