@@ -145,7 +145,7 @@ def first_as_plain(spec, value):
     """Declares the classifier's bias as an ordinary tensor, to be read before all others."""
 
     def change(structure, streams, plain):
-        (name,) = (name for name, _, _ in structure["tensors"] if name.startswith("4.") and name.endswith(".bias"))
+        name = [name for name, _, _ in structure["tensors"] if name.endswith(".bias")][-1]
         others = [entry for entry in structure["tensors"] if entry[0] != name]
         structure["tensors"] = [(name, spec, "plain"), *others]
         return structure, streams, {name: torch.full((10,), value)}
