@@ -313,15 +313,6 @@ def test_embedding_is_free():
     assert math_of(nn.Embedding(10, 4), torch.zeros(1, 5, dtype=torch.int64)).ops32 == 0
 
 
-@pytest.mark.parametrize(
-    "shuffle",
-    [nn.ChannelShuffle(2), module(lambda self, x: x[:, self.order], order=torch.tensor([2, 0, 3, 1]))],
-    ids=["channel shuffle", "index"],
-)
-def test_permutation_counts_one_multiplication_an_element(shuffle):
-    assert count(shuffle, (1, 4, 3, 3)) == (36, 0)
-
-
 def test_free_operations_come_with_a_reason():
     coverage = account(trace(nn.Sequential(nn.Flatten(), nn.ReLU()), torch.ones(1, 2, 2)), FORMULAS).coverage
     assert coverage.executed == 2

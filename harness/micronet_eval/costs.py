@@ -184,7 +184,13 @@ def vector_norm(op: Op) -> Cost:
 
 
 def batch_norm(op: Op) -> Cost:
-    """In evaluation a fixed scale and shift for each channel: 1 multiplication and 1 addition an element."""
+    """In evaluation a fixed scale and shift for each channel: 1 multiplication and 1 addition an element.
+
+    Without running statistics (instance norm, too) it computes those of its input, as executed.
+    """
+    if op.name == "aten.native_batch_norm" and op.args[5]:
+        x, weight, bias = op.args[:3]
+        return normalization(x.shape[1], x.numel, weight is not None, bias is not None)
     return Cost(mults=op.out.numel, accumulations=op.out.numel)
 
 

@@ -99,7 +99,11 @@ def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
 
     Nothing of the model is changed. Raises InputError where the model cannot run on such an input.
     """
-    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    with torch.inference_mode(False), torch.no_grad():
+        return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input))
+
+
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     recorder = _Recorder()
     state: dict[str, Tensor] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
@@ -108,7 +112,6 @@ def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
         stack.enter_context(_module_paths(model, recorder.path))
-        stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_no_fast_path())
         if isinstance(model, fx.GraphModule):
@@ -137,6 +140,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sharing: dict[int, list[Tensor]] = {}
         self.inputs: tuple[Value, ...] = ()
         self.nodes: dict[Value, str] = {}
+        self.models: set[int] = set()  # storages of the model's own parameters and buffers
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
         if id(tensor) not in self.values:
@@ -147,6 +151,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def parameter(self, name: str, tensor: Tensor) -> Tensor:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self.models.add(tensor.untyped_storage()._cdata)
         return self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach()))
 
     def input(self, tensor: Tensor) -> Tensor:
@@ -164,7 +169,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = _name(func)
         value_args, value_kwargs = tree_map(self._value, (args, kwargs))
         op = Op(name, self.path[-1] if self.path else "", value_args, value_kwargs)
-        real = self._fold(func, op)
+        real = self._fold(func, op, result)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         reals = (
             [t for t in tree_flatten(real)[0] if isinstance(t, Tensor)] if real is not None else [None] * len(outputs)
@@ -203,34 +208,31 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"a tensor of shape {tuple(item.shape)} comes from nowhere")
         return self.values[id(item)]
 
-    def _fold(self, func: Any, op: Op) -> Any:
+    def _copy_of_the_models(self, item: Any) -> Any:
+        return item.clone() if isinstance(item, Tensor) and item.untyped_storage()._cdata in self.models else item
+
+    def _fold(self, func: Any, op: Op, result: Any) -> Any:
         """The real result where all tensors that go in are constants; None otherwise."""
-        if op.name in _FILLS:  # only the shape of the input matters
-            return _FILLS[op.name](op)
+        if op.name in _FILLS:  # only the shape and the dtype of the input matter
+            return torch.full(result.shape, _FILLS[op.name](op), dtype=result.dtype)
         if not all(v.is_constant for v in op.inputs):
             return None
         device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
         args, kwargs = tree_map(lambda a: a.data if isinstance(a, Value) else a, (op.args, op.kwargs))
+        if func._schema.is_mutable:  # a buffer that the forward changes is the model's, and stays as it is
+            args, kwargs = tree_map(self._copy_of_the_models, (args, kwargs))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": device}
         return func(*args, **kwargs)
 
 
-def _full(value: Callable[[Op], Any]) -> Callable[[Op], Tensor]:
-    return lambda op: torch.full(_shape_of_fill(op), value(op))
-
-
-def _shape_of_fill(op: Op) -> tuple[int, ...]:
-    return tuple(op.args[1]) if op.name.startswith("aten.new_") else op.args[0].shape
-
-
-_FILLS: dict[str, Callable[[Op], Tensor]] = {
-    "aten.new_zeros": _full(lambda op: 0.0),
-    "aten.zeros_like": _full(lambda op: 0.0),
-    "aten.new_ones": _full(lambda op: 1.0),
-    "aten.ones_like": _full(lambda op: 1.0),
-    "aten.new_full": _full(lambda op: op.args[2]),
-    "aten.full_like": _full(lambda op: op.args[1]),
+_FILLS: dict[str, Callable[[Op], Any]] = {
+    "aten.new_zeros": lambda op: 0,
+    "aten.zeros_like": lambda op: 0,
+    "aten.new_ones": lambda op: 1,
+    "aten.ones_like": lambda op: 1,
+    "aten.new_full": lambda op: op.args[2],
+    "aten.full_like": lambda op: op.args[1],
 }
 
 
