@@ -6,17 +6,19 @@ The merge is really made, so what is counted is what runs.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from micronet_eval.costs import FREE
+from micronet_eval.storage import through_views
 from micronet_eval.structure import Mask, ScaleShift, replace
 from micronet_eval.trace import Op, Trace, Value, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
+_SAME = ("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.view", "aten._unsafe_view")
 _MERGES_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -44,6 +46,8 @@ def without_batch_norm(model: nn.Module) -> nn.Module:
     """Makes every batch norm of `model` a ScaleShift, merging nothing; changes the model and returns it."""
     for path, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            if not path:
+                return _scale_shift(module)
             replace(model, path, _scale_shift(module))
     return model
 
@@ -55,6 +59,7 @@ def _mergeable(model: nn.Module, recorded: Trace) -> list[tuple[str, str]]:
         if op.name in _DOT_PRODUCTS or "batch_norm" in op.name:
             runs[op.module] = runs.get(op.module, 0) + 1
     users = recorded.users()
+    reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     pairs = []
     for op in recorded.ops:
         if "batch_norm" not in op.name or runs[op.module] != 1:
@@ -63,7 +68,10 @@ def _mergeable(model: nn.Module, recorded: Trace) -> list[tuple[str, str]]:
         norm = model.get_submodule(op.module)
         if layer is None or runs[layer.module] != 1 or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
-        if _can_scale(model.get_submodule(layer.module)):
+        own = model.get_submodule(layer.module)
+        weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
+        alone = parametrize.is_parametrized(own) or (weight.producer is None and reads[weight] == 1)
+        if alone and _can_scale(own):
             pairs.append((op.module, layer.module))
     return pairs
 
@@ -74,7 +82,7 @@ def _only_source(value: Value, users: dict[Value, list[Op]], outputs: tuple[Valu
         op = value.producer
         if op.name in _DOT_PRODUCTS:
             return op
-        if op.name not in FREE or len(op.inputs) != 1:
+        if op.name not in _SAME or op.out.shape != op.inputs[0].shape:
             return None
         value = op.inputs[0]
     return None

@@ -140,6 +140,8 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Tensor) -> Pa
 
     Raises InputError where a tensor is not finite or off its grid, or the structure cannot be described.
     """
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise InputError("cannot pack the model: it has batch norm, whose statistics are no weights; merge it first")
     values, masks, overhead = _BitWriter(), _BitWriter(), _BitWriter()
     tensors: list[tuple[str, str, Layout]] = []
     for stored in stored_tensors(trace(model, example_input)):

@@ -63,7 +63,7 @@ def factor_widths(op: Op, widths: Mapping[Value, int]) -> tuple[int, int]:
     """
     added = op.args[ADDENDS[op.name]] if op.name in ADDENDS else None
     factors = [v for v in op.inputs if v is not added and v.dtype.is_floating_point]
-    scalars = op.args[1:2] if op.name in ("aten.mul", "aten.div") else ()
+    scalars = op.args[1:2] if op.name in ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub") else ()
     return (
         max((widths[v] for v in factors if not v.is_constant), default=0),
         max([widths[v] for v in factors if v.is_constant] + [_number_width(s) for s in scalars], default=0),

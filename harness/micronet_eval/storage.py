@@ -6,11 +6,12 @@ A tensor is stored dense, or sparse as its non-zero values plus a bitmask of 1 b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from micronet_eval.costs import FREE
 from micronet_eval.formats import FIXED_POINT_OP, Format, Plain
@@ -68,13 +69,13 @@ class Stored:
 
 def stored_tensors(trace: Trace) -> dict[Stored, Op]:
     """Every stored tensor once, with the operation that uses it first, in order of use."""
-    seen: set[Value] = set()
+    seen: set[Hashable] = set()
     stored: dict[Stored, Op] = {}
     for op in trace.ops:
         for value in _constants(op):
             for source, tensor in _sources(value, op):
-                if source not in seen:
-                    seen.add(source)
+                if (key := _identity(source)) not in seen:
+                    seen.add(key)
                     stored[tensor] = op
     return stored
 
@@ -102,16 +103,34 @@ def _constants(op: Op) -> Iterator[Value]:
 
 def _sources(value: Value, op: Op) -> list[tuple[Value, Stored]]:
     """What has to be stored to have the constant `value`: itself, or what it is computed from, whichever is smaller."""
-    value = _through_views(value)
+    value = through_views(value)
     itself = (value, _stored(value, op))
-    if value.producer is None:
+    if value.producer is None or quantizing_op(value) is not None:
         return [itself]
     leaves = [(leaf, _stored(leaf, op)) for leaf in _leaves(value)]
     computed = sum(s.bits().total for _, s in leaves)
     return [itself] if itself[1].bits().total <= computed else leaves
 
 
-def _through_views(value: Value) -> Value:
+def _identity(value: Value) -> Hashable:
+    """The same for values that are computed alike from the same parameters, as those of a layer that is used twice."""
+    op = value.producer
+    if op is None:
+        return value
+    arguments = tree_map(lambda a: _identity(a) if isinstance(a, Value) else a, (op.args, op.kwargs))
+    return op.name, _frozen(arguments), op.outputs.index(value)
+
+
+def _frozen(item: object) -> Hashable:
+    if isinstance(item, list | tuple):
+        return tuple(map(_frozen, item))
+    if isinstance(item, dict):
+        return tuple((k, _frozen(v)) for k, v in item.items())
+    return item
+
+
+def through_views(value: Value) -> Value:
+    """The tensor that `value` is a view or a copy of."""
     while (op := value.producer) is not None and op.name in FREE and op.name != FIXED_POINT_OP:
         inputs = data_inputs(op)
         if len(inputs) != 1 or inputs[0].numel != value.numel:
@@ -134,5 +153,5 @@ def _stored(value: Value, op: Op) -> Stored:
     quantizer = quantizing_op(value)
     if quantizer is not None:
         return Stored(name, value.data, fixed_point_format(quantizer))
-    exponent_of_activation = op.name == FIXED_POINT_OP and value is _through_views(op.args[1])
+    exponent_of_activation = op.name == FIXED_POINT_OP and value is through_views(op.args[1])
     return Stored(name, value.data, Plain.of(value.dtype), is_overhead=exponent_of_activation)

@@ -175,7 +175,7 @@ def changes(architecture: nn.Module, model: nn.Module) -> dict[str, dict[str, An
         if now is None:
             continue  # never used, so tracing dropped it
         before, after = describe(layer), describe(now)
-        if before != after:
+        if before != after or (after is None and repr(layer) != repr(now)):
             if after is None:
                 raise StructureError(
                     f"module {path!r} became a {layer_type(now).__name__}, which cannot be packed; "

@@ -1,0 +1,273 @@
+"""Batch norm is merged where that is exact, else it becomes a scale and a shift; what the model computes stays."""
+
+import copy
+from types import MethodType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from torchvision.models import resnet18
+
+from micronet_eval.costs import FORMULAS
+from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.merge import merged, without_batch_norm
+from micronet_eval.scoring import account
+from micronet_eval.structure import Mask, ScaleShift
+from micronet_eval.trace import trace
+from micronet_plugins.architectures import wide_resnet
+
+
+def fill(model):
+    """Batch norms that do something, as after training; in evaluation mode."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                    if tensor is not None:
+                        tensor.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def module(forward, **members):
+    """A module with this forward(self, x) and submodules, filled."""
+    made = nn.Module()
+    for name, member in members.items():
+        setattr(made, name, member)
+    made.forward = MethodType(forward, made)
+    return fill(made)
+
+
+def same(model, x, tolerance=1e-5):
+    """The merged model, if it computes what `model` computes."""
+    result = merged(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(result(x), model(x), rtol=tolerance, atol=tolerance)
+    return result
+
+
+def images(channels=3, size=6):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# --- merged -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "x"),
+    [
+        (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), images()),
+        (nn.Conv2d(3, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8), images()),
+        (nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.BatchNorm2d(8, eps=0.1), images(4)),
+        (nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="circular"), nn.BatchNorm2d(4), images(4)),
+        (nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), images()),
+        (nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), torch.randn(2, 3, 9)),
+        (nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), torch.randn(2, 3, 4, 4, 4)),
+        (nn.Linear(5, 8), nn.BatchNorm1d(8), torch.randn(2, 5)),
+        (nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), torch.randn(2, 5)),
+    ],
+)
+def test_batch_norm_behind_a_layer_is_merged(layer, norm, x):
+    result = same(fill(nn.Sequential(layer, norm, nn.ReLU())), x)
+    assert type(result[0]) is type(layer)
+    assert result[0].bias is not None
+    assert type(result[1]) is nn.Identity
+
+
+def test_a_merged_batch_norm_costs_only_a_bias():
+    model = fill(nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)))
+    counted = account(trace(merged(model, images()), images()[:1]), FORMULAS, freebie=False)
+    assert counted.storage.bits == (24 + 8) * 32
+    assert (counted.math.mults, counted.math.adds) == (36 * 24, 36 * 24)
+
+
+def test_all_of_resnet18_is_merged():
+    result = same(fill(resnet18()), images(size=64), tolerance=1e-4)
+    kinds = {type(m) for m in result.modules()}
+    assert nn.BatchNorm2d not in kinds
+    assert ScaleShift not in kinds
+
+
+def test_batch_norm_in_front_of_a_convolution_stays_a_scale_and_shift():
+    result = same(fill(wide_resnet(16, 1)), images(size=16), tolerance=1e-4)
+    # bn2 lies behind conv1 and is merged; bn1 follows a residual sum, or the stem, which the first sum reads, too.
+    kinds = {path: type(m) for path, m in result.named_modules() if path.split(".")[-1] in ("bn1", "bn2")}
+    assert len(kinds) == 12
+    assert kinds == {path: nn.Identity if path.endswith("bn2") else ScaleShift for path in kinds}
+
+
+def test_a_view_that_changes_nothing_may_lie_between():
+    def forward(self, x):
+        return self.norm(self.layer(x).clone().detach())
+
+    result = same(module(forward, layer=nn.Conv2d(3, 8, 1), norm=nn.BatchNorm2d(8)), images())
+    assert type(result.norm) is nn.Identity
+
+
+def test_masked_weights_keep_their_zeros():
+    layer = nn.Conv2d(3, 8, 3)
+    mask = torch.arange(216).view(8, 3, 3, 3) % 3 == 0
+    parametrize.register_parametrization(layer, "weight", Mask(mask))
+    result = same(fill(nn.Sequential(layer, nn.BatchNorm2d(8))), images())
+    assert type(result[1]) is nn.Identity
+    assert torch.equal(result[0].weight != 0, mask)
+
+
+def test_statistics_are_those_of_evaluation_whatever_the_mode():
+    model = fill(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    expected = model(images())
+    result = merged(model.train(), images()).eval()
+    torch.testing.assert_close(result(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_stays(dtype):
+    model = fill(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).to(dtype)
+    result = merged(model, images().to(dtype))
+    assert result[0].weight.dtype == result[0].bias.dtype == dtype
+
+
+# --- not merged -------------------------------------------------------------------------------------------------------
+
+
+def two_users(self, x):
+    y = self.layer(x)
+    return self.norm(y) + y
+
+
+def is_the_output(self, x):
+    y = self.layer(x)
+    return torch.cat([self.norm(y), y[:, :1]], 1)
+
+
+def layer_used_twice(self, x):
+    return self.norm(self.layer(self.layer(x)))
+
+
+def norm_used_twice(self, x):
+    return self.norm(self.norm(self.layer(x)))
+
+
+def behind_relu(self, x):
+    return self.norm(self.layer(x).relu())
+
+
+@pytest.mark.parametrize("forward", [two_users, is_the_output, layer_used_twice, norm_used_twice, behind_relu])
+def test_where_merging_would_be_wrong_it_becomes_a_scale_and_shift(forward):
+    result = same(module(forward, layer=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3)), images())
+    assert type(result.norm) is ScaleShift
+
+
+def test_a_convolution_that_is_an_output_of_the_model_is_left():
+    def forward(self, x):
+        y = self.layer(x)
+        return y, self.norm(y)
+
+    model = module(forward, layer=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3))
+    result = merged(model, images())
+    assert type(result.norm) is ScaleShift
+    assert torch.equal(result(images())[0], model(images())[0])
+
+
+def test_a_quantized_weight_is_not_scaled():
+    layer = nn.Conv2d(3, 8, 3)
+    parametrize.register_parametrization(layer, "weight", FixedPointQuantizer(8, -7))
+    result = same(fill(nn.Sequential(layer, nn.BatchNorm2d(8))), images())
+    assert type(result[1]) is ScaleShift
+
+
+def test_a_quantized_activation_in_between_is_not_passed():
+    model = fill(nn.Sequential(nn.Conv2d(3, 8, 3), FixedPointQuantizer(8, -4), nn.BatchNorm2d(8)))
+    assert type(same(model, images())[2]) is ScaleShift
+
+
+def test_a_tied_weight_is_not_scaled():
+    first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    second.weight = first.weight
+    same(fill(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second)), images())
+
+
+MOVES = {
+    "roll": lambda y: y.roll(1, 1),
+    "shuffle": lambda y: y.view(2, 2, 4, 8, 8).transpose(1, 2).reshape(2, 8, 8, 8),
+    "transpose": lambda y: y.transpose(1, 2),
+    "pad": lambda y: F.pad(y, (1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_nothing_is_merged_through_operations_that_move_channels_or_add_values(name):
+    def forward(self, x):
+        return self.norm(MOVES[name](self.layer(x)))
+
+    same(module(forward, layer=nn.Conv2d(3, 8, 1), norm=nn.BatchNorm2d(8)), images(size=8))
+
+
+def test_nothing_is_merged_through_a_slice():
+    def forward(self, x):
+        return self.norm(self.layer(x)[:, :4])
+
+    same(module(forward, layer=nn.Conv2d(3, 8, 1), norm=nn.BatchNorm2d(4)), images())
+
+
+def test_a_linear_layer_on_tokens_is_not_scaled_by_a_norm_over_the_tokens():
+    model = fill(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)))
+    same(model, torch.randn(2, 6, 4))
+
+
+def test_a_weight_that_is_computed_from_the_parameter_is_not_scaled():
+    layer = nn.Conv2d(3, 8, 1)
+
+    def standardized(self, x):
+        return F.conv2d(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias)
+
+    layer.forward = MethodType(standardized, layer)
+    same(fill(nn.Sequential(layer, nn.BatchNorm2d(8))), images())
+
+
+def test_a_norm_by_the_statistics_of_the_input_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    assert type(same(model, images())[1]) is nn.BatchNorm2d
+
+
+def test_a_model_that_is_one_batch_norm():
+    same(fill(nn.BatchNorm2d(3)), images())
+
+
+# --- what is left alone -----------------------------------------------------------------------------------------------
+
+
+def test_the_original_is_untouched():
+    model = fill(resnet18()).train()
+    state = copy.deepcopy(model.state_dict())
+    kinds = [type(m) for m in model.modules()]
+    result = merged(model, images(size=64))
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(m.training for m in model.modules())
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in result.parameters()}
+
+
+def test_a_model_without_batch_norm_comes_back_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+    assert merged(model, images()) is model
+
+
+def test_without_batch_norm_merges_nothing():
+    model = fill(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))
+    expected, weight = model(images()), model[0].weight.clone()
+    result = without_batch_norm(model)
+    assert result is model
+    assert type(model[1]) is ScaleShift
+    assert torch.equal(model[0].weight, weight)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_and_shift_costs_two_values_a_channel_and_one_multiplication_and_addition_an_element():
+    model = fill(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
+    counted = account(trace(merged(model, images()), images()[:1]), FORMULAS, freebie=False)
+    assert counted.storage.bits == 6 * 32
+    assert (counted.math.mults, counted.math.adds) == (2 * 3 * 36, 3 * 36)
