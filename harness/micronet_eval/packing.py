@@ -87,7 +87,8 @@ def to_bits(codes: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
 def from_bits(bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
     """The inverse of `to_bits`."""
     shifts = np.arange(width, dtype=np.uint64)
-    return (bits.reshape(-1, width).astype(np.uint64) << shifts).sum(1, dtype=np.uint64).astype(np.int64)
+    codes: NDArray[np.uint64] = (bits.reshape(-1, width).astype(np.uint64) << shifts).sum(1, dtype=np.uint64)
+    return codes.view(np.int64)
 
 
 class _BitWriter:
