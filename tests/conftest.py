@@ -1,6 +1,7 @@
-"""One small valid submission, made once by the real recipe, for tests that damage copies of it."""
+"""One small valid submission, made once by the real recipe; the command in this process; plugins for one test."""
 
 import shutil
+import sys
 
 import pytest
 
@@ -43,4 +44,45 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def submission(made, tmp_path):
+    """A copy that the test may damage."""
     return shutil.copytree(made, tmp_path / "small")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; gives exit status, standard output and standard error."""
+    from micronet_eval import cli
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["micronet-eval", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def register():
+    """Registers plugins for the length of one test: register(tasks={"mine": task}) calls the hook of tasks so."""
+    from micronet_eval.hookspecs import hookimpl
+    from micronet_eval.plugins import manager
+
+    added = []
+
+    def register(name=None, **things):
+        plugin = type("Plugin", (), {})()
+        for kind, named in things.items():
+
+            def hook(register, named=named):
+                for key, thing in named.items():
+                    register(key, thing)
+
+            setattr(plugin, f"micronet_register_{kind}", hookimpl(hook))
+        manager().register(plugin, name)
+        added.append(plugin)
+
+    yield register
+    for plugin in added:
+        manager().unregister(plugin)

@@ -109,7 +109,13 @@ def compress(recipe: Path, output: Path, data: Path | None) -> None:
 def strategies(name: str | None, style: str) -> None:
     """List the installed pruners, sparsifiers and quantizers, or the options of one."""
     kinds: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
-    found = {key: (kind, entry) for kind in kinds for key, entry in plugins.registered(kind).items()}
+    found: dict[str, tuple[plugins.Kind, plugins.Registered]] = {}
+    for kind in kinds:
+        for key, entry in plugins.registered(kind).items():
+            if key in found:
+                packages = f"{found[key][1].package} and {entry.package}"
+                raise InputError(f"the strategy {key!r} is registered by both {packages}")
+            found[key] = kind, entry
     if name is None:
         listing = [
             {"name": key, "kind": kind, "does": _first_line(entry.thing), "package": entry.package}
@@ -177,7 +183,7 @@ def architectures(style: str) -> None:
 def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
     try:
-        plugins.manager().hook.micronet_register_commands(cli=cli)
+        plugins.add_commands(cli)
         cli()
     except (InputError, SubmissionError) as error:
         sys.exit(_complain(error))
@@ -198,7 +204,7 @@ def _model(target: str) -> nn.Module:
     from torch import nn
 
     module, _, name = target.partition(":")
-    if not module or not name:
+    if not module or not name or module.startswith("."):
         raise InputError(f"{target!r} names no model; write torchvision:NAME or package.module:FUNCTION")
     if module == "torchvision":
         return _torchvision(name)
@@ -207,6 +213,8 @@ def _model(target: str) -> nn.Module:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"cannot find {target!r}: {error}") from error
+    except Exception as error:  # it is somebody's code
+        raise SubmissionError(f"{module} failed: {type(error).__name__}: {error}") from error
     try:
         model = function()
     except Exception as error:  # it is somebody's code
@@ -271,6 +279,8 @@ def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
 
     if style == "json":
         click.echo(json.dumps(rows, indent=2, default=str))
+    elif not rows:
+        click.echo("none")
     elif style == "csv":
         click.echo(reporting.to_csv(rows))
     elif style == "markdown":
@@ -281,7 +291,7 @@ def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
 
         table = Table()
         for name in rows[0]:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", no_wrap=name in ("storage", "math"))
         for row in rows:
             table.add_row(*(str(value) for value in row.values()))
         Console().print(table)

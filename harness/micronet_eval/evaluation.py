@@ -150,7 +150,7 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
             name=name,
             claimed=float(claimed),
             measured=measured,
-            holds=None if measured is None else Decimal(measured) <= claimed * COST_TOLERANCE,
+            holds=None if measured is None else Decimal(str(measured)) <= claimed * COST_TOLERANCE,
         )
         for name, claimed, measured in costs
         if claimed is not None
@@ -158,7 +158,7 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
     if claims.quality is not None:
         measured = quality.measured if quality else None
         digit = Decimal(1).scaleb(int(claims.quality.as_tuple().exponent))
-        holds = None if measured is None else Decimal(measured) >= claims.quality - digit
+        holds = None if measured is None else Decimal(str(measured)) >= claims.quality - digit
         checked.append(Claim(name="quality", claimed=float(claims.quality), measured=measured, holds=holds))
     return tuple(checked)
 

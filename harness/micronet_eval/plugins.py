@@ -53,8 +53,23 @@ def registered(kind: Kind) -> Mapping[str, Registered]:
                 raise InputError(f"the {kind} {name!r} is registered by both {found[name].package} and {package}")
             found[name] = Registered(thing, package)
 
-        implementation.function(register)
+        try:
+            implementation.function(register)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a foreign package raises
+            raise InputError(f"{package} cannot register its {kind}s: {type(error).__name__}: {error}") from error
     return dict(sorted(found.items()))
+
+
+def add_commands(cli: Any) -> None:
+    """Lets every plugin add its commands to `cli`. Raises InputError where one fails."""
+    for implementation in manager().hook.micronet_register_commands.get_hookimpls():
+        try:
+            implementation.function(cli)
+        except Exception as error:  # whatever a foreign package raises
+            name = implementation.plugin_name
+            raise InputError(f"plugin {name} cannot add its commands: {type(error).__name__}: {error}") from error
 
 
 def lookup(kind: Kind, name: str) -> Any:
@@ -74,10 +89,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 def formulas() -> Mapping[str, Formula]:
     """The built-in cost formulas and those of plugins. Raises InputError where a plugin overrides one of ours."""
-    from micronet_eval.costs import FORMULAS
+    from micronet_eval.costs import FORMULAS, FREE
 
     added = registered("cost")
-    if clash := sorted(set(added) & set(FORMULAS)):
+    if clash := sorted(set(added) & {*FORMULAS, *FREE}):
         raise InputError(f"{added[clash[0]].package} registers a cost for {clash[0]}, which micronet-eval defines")
     return {**FORMULAS, **{name: entry.thing for name, entry in added.items()}}
 

@@ -123,6 +123,8 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
     Raises InputError where the recipe is wrong or the training data is missing.
     """
     recipe = read_toml(path, Recipe)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is no folder; name another one to write")
     try:
         task: Task = plugins.lookup("task", recipe.task)
         strategies = [_strategy(stage, i) for i, stage in enumerate(recipe.stages)]
@@ -132,14 +134,20 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
     example = torch.zeros(1, *task.input_shape)
     torch.manual_seed(recipe.seed)
     model = build(recipe.architecture, path, weights=True)
-    steps = [_step("architecture", model, example)]
+    try:
+        steps = [_step("architecture", model, example)]
+    except InputError as error:
+        raise InputError(f"{path}: field 'architecture': {error}") from error
     log(_progress(steps[-1]))
     for number, (stage, strategy) in enumerate(zip(recipe.stages, strategies, strict=True), 1):
         seed = recipe.seed + number
         torch.manual_seed(seed)
         context = Context(example, _loader(training, recipe.batch_size, seed), seed, plugins.formulas())
-        model = _run(stage, strategy, model, context, log)
-        steps.append(_step(str(stage), model, example))
+        try:
+            model = _run(stage, strategy, model, context, log)
+            steps.append(_step(str(stage), model, example))
+        except InputError as error:
+            raise InputError(f"{path}: field 'stages.{number - 1}': {error}") from error
         log(_progress(steps[-1]))
     architecture = build(recipe.architecture, path)
     model = merged(model, example)
@@ -170,6 +178,9 @@ def _strategy(stage: Stage, index: int) -> Strategy | None:
     except ValidationError as error:
         fault = error.errors()[0]
         option = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            unknown = plugins.unknown("option", option, strategy.model_fields)
+            raise InputError(f"field 'stages.{index}': {kind} {name}: {unknown}") from error
         raise InputError(f"field 'stages.{index}': {kind} {name}: option {option!r}: {fault['msg']}") from error
 
 
@@ -226,6 +237,8 @@ def train(model: nn.Module, training: Training, context: Context, log: Log) -> n
         for inputs, labels in loader:
             optimizer.zero_grad()
             logits = model(inputs)
+            if (largest := int(labels.max())) >= logits.shape[1]:
+                raise InputError(f"train: label {largest} has no output; the model has {logits.shape[1]}")
             loss = nn.functional.cross_entropy(logits, labels)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -42,8 +42,8 @@ def render_many(reports: Sequence[Report]) -> Table:
     table.add_column("task", overflow="fold")
     for name in ("storage", "math", "score"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("quality", justify="right")
-    table.add_column("claims")
+    table.add_column("quality", justify="right", no_wrap=True)
+    table.add_column("claims", overflow="fold")
     for report in reports:
         total = report.score
         table.add_row(

@@ -6,6 +6,7 @@ so a pruner needs no bookkeeping: whatever it builds out of the layers below can
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -122,16 +123,32 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
 
 def build_layer(description: dict[str, Any]) -> nn.Module:
     """The layer that `describe` described. Raises StructureError where the description is not of that form."""
+    if not isinstance(description, dict):
+        raise StructureError(f"{description!r} describes no layer")
     options = dict(description)
     kind = options.pop("type", None)
     if kind == "Sequential":
-        return nn.Sequential(*(build_layer(layer) for layer in options.get("layers", ())))
-    if kind not in LAYERS:
+        layers = options.get("layers")
+        if not isinstance(layers, list):
+            raise StructureError(f"a Sequential has a list of layers, not {layers!r}")
+        return nn.Sequential(*(build_layer(layer) for layer in layers))
+    if not isinstance(kind, str) or kind not in LAYERS:
         raise StructureError(f"no layer type {kind!r}; known: Sequential, {', '.join(LAYERS)}")
     try:
         return LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (TypeError, ValueError, RuntimeError) as error:
         raise StructureError(f"a {kind} cannot be built from {options}: {error}") from error
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy that shares nothing: torch gives the copy of a parametrized module the class of the original."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            kind = type(module)
+            attributes = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, attributes)
+    return model
 
 
 def is_leaf(module: nn.Module) -> bool:

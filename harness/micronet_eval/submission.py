@@ -42,7 +42,8 @@ class Architecture(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(self.__pydantic_extra__ or {})
+        extra = self.__pydantic_extra__ or {}
+        return {name: float(v) if isinstance(v, Decimal) else v for name, v in extra.items()}
 
 
 class Claims(Table):

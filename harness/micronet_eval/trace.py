@@ -119,7 +119,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
         stack.enter_context(recorder)
         try:
             result = torch.func.functional_call(model, state, metas)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        except Exception as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error

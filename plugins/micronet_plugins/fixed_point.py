@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.merge import without_batch_norm
 from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context, Quantizer
-from micronet_eval.structure import StructureError, quantizers_of, set_quantizers, traced
+from micronet_eval.structure import StructureError, copied, quantizers_of, set_quantizers, traced
 
 
 class FixedPointStrategy(Quantizer):
@@ -32,7 +31,7 @@ class FixedPointStrategy(Quantizer):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         try:
-            graph = traced(without_batch_norm(copy.deepcopy(model)))
+            graph = traced(without_batch_norm(copied(model)))
             for module, name in parameters_of(graph):
                 quantize_parameter(module, name, self.weight_bits, self.weight_sigmas)
             nodes = multiplied_nodes(graph, context.example_input, self.activation_bits, context.formulas)

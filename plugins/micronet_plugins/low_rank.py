@@ -7,7 +7,6 @@ the loss.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
-from micronet_eval.structure import layer_type, leaves, replace
+from micronet_eval.structure import copied, layer_type, leaves, replace
 from micronet_eval.trace import trace
 
 
@@ -30,7 +29,7 @@ class LowRank(Pruner):
     keep: tuple[str, ...] = Field((), description="paths of layers to leave as they are")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        model = copy.deepcopy(model)
+        model = copied(model)
         total = sum(p.numel() for p in model.parameters())
         layers = [f for f in factorizations(model, context.example_input) if f.path not in self.keep]
         fixed = total - sum(f.parameters(f.full) for f in layers)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.strategy import Context, Sparsifier
-from micronet_eval.structure import Mask
+from micronet_eval.structure import Mask, copied
 
 
 class Magnitude(Sparsifier):
@@ -20,7 +18,7 @@ class Magnitude(Sparsifier):
     limit: float = Field(0.95, gt=0, lt=1, description="largest share that one layer may lose")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        model = copy.deepcopy(model)
+        model = copied(model)
         layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         magnitudes = [layer.weight.detach().abs().flatten() for layer in layers]
         zeros = zeros_by_layer(magnitudes, self.sparsity, self.limit)

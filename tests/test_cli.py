@@ -1,0 +1,377 @@
+"""The command line: what each command prints, in which form, and with which exit status."""
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from micronet_eval import cli, evaluate, score
+from micronet_eval.plugins import lookup
+from micronet_eval.strategy import Quantizer
+from micronet_eval.task import DataMissing
+
+COMMAND = Path(sys.executable).with_name("micronet-eval")
+ENTRIES = ["strategies", "tasks", "architectures"]
+
+
+def claim(folder, text):
+    (folder / "submission.toml").write_text((folder / "submission.toml").read_text() + f"\n[claims]\n{text}\n")
+
+
+def without_environment(text):
+    report = json.loads(text)
+    del report["environment"]
+    return json.dumps(report, indent=2)
+
+
+@pytest.fixture
+def on_task(submission, register):
+    """Puts the submission on a task that is digits but for some changes."""
+
+    def on_task(name, **changes):
+        register(tasks={name: replace(lookup("task", "digits"), name=name, **changes)})
+        manifest = submission / "submission.toml"
+        manifest.write_text(manifest.read_text().replace('task = "digits"', f'task = "{name}"'))
+        return submission
+
+    return on_task
+
+
+@pytest.fixture
+def easy(on_task):
+    """A tenth of the examples is right by chance."""
+    return on_task("easy", threshold=0.01)
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["count", "--help"], ["evaluate", "--help"], []])
+def test_help_does_not_import_torch(words):
+    code = (
+        f"import sys; sys.argv = ['micronet-eval', *{words}]\n"
+        "from micronet_eval.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == (0 if words else 2)
+
+
+def test_help_names_every_command(run):
+    status, out, _ = run("-h")
+    assert status == 0
+    assert all(f"\n  {name}" in out for name in cli.cli.commands)
+    assert {"evaluate", "compress", "count", *ENTRIES} <= set(cli.cli.commands)
+
+
+def test_version(run):
+    status, out, _ = run("--version")
+    assert status == 0
+    assert version("micronet-eval") in out
+
+
+def test_a_wrong_option_gives_exit_status_2(run):
+    status, _, err = run("count", "torchvision:resnet18", "--input", "1", "--format", "yaml")
+    assert status == 2
+    assert "'yaml' is not one of 'table', 'json', 'csv', 'markdown'" in err
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_is_the_default_command(run, submission):
+    short = run(submission, "--format", "json")
+    assert short == run("evaluate", submission, "--format", "json")
+    assert json.loads(short[1])["submission"] == "small"
+
+
+def test_json_is_the_report(run, submission):
+    _, out, err = run(submission, "--format", "json")
+    assert err == ""
+    assert out == evaluate(submission).to_json() + "\n"
+
+
+def test_two_runs_print_the_same_bytes(run, submission):
+    ended = subprocess.run(
+        [COMMAND, submission, "--format", "json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )
+    assert without_environment(run(submission, "--format", "json")[1]) == without_environment(ended.stdout)
+
+
+def test_a_table_says_what_was_measured_and_claimed(run, submission):
+    claim(submission, "storage = 20_000\nscore = 0.02")
+    _, out, _ = run(submission)
+    report = evaluate(submission)
+    assert f"{report.storage.params32:,.0f}" in out
+    assert "20,000" in out
+    assert f"{report.score.total:.6g}" in out
+    assert f"{report.storage.file_bytes:,} bytes in the file" in out
+    assert report.quality.reason in out
+    assert ">= 0.97 FAILED" in out
+    assert re.search(r"^params32 .* holds *$", out, re.MULTILINE)
+    assert re.search(r"^score .* fails *$", out, re.MULTILINE)
+
+
+def test_csv(run, submission):
+    _, out, _ = run(submission, "--format", "csv")
+    (row,) = csv.DictReader(io.StringIO(out))
+    report = evaluate(submission)
+    assert row["submission"] == "small"
+    assert float(row["params32"]) == report.storage.params32
+    assert float(row["ops32"]) == report.math.ops32
+    assert float(row["score"]) == report.score.total
+    assert float(row["quality"]) == report.quality.measured
+    assert row["passed"] == "False"
+
+
+def test_markdown(run, submission):
+    head, line, row = run(submission, "--format", "markdown")[1].splitlines()
+    assert head == "| submission | task | params32 | ops32 | storage | math | score | quality | passed |"
+    assert line == "| " + " | ".join(["---"] * 9) + " |"
+    assert row.startswith(f"| small | digits | {evaluate(submission).storage.params32} | ")
+
+
+def test_several_folders_are_one_table(run, submission, tmp_path):
+    other = shutil.copytree(submission, tmp_path / "other")
+    status, out, err = run(submission, other)
+    assert (status, err) == (1, "")
+    assert out.count("Submissions") == 1
+    assert [row.split()[1] for row in out.splitlines() if "digits" in row] == ["small", "other"]
+    reports = json.loads(run(submission, other, "--format", "json")[1])
+    assert [report["submission"] for report in reports] == ["small", "other"]
+    assert len(run(submission, other, "--format", "csv")[1].splitlines()) == 3
+
+
+def test_a_broken_folder_among_others_gives_its_message(run, easy, tmp_path):
+    broken = shutil.copytree(easy, tmp_path / "broken")
+    (broken / "weights.safetensors").unlink()
+    other = shutil.copytree(easy, tmp_path / "other")
+    status, out, err = run(easy, broken, other)
+    assert status == 2
+    assert err == f"micronet-eval: {broken / 'weights.safetensors'} is missing: a submission needs its packed weights\n"
+    assert [row.split()[1] for row in out.splitlines() if "easy" in row] == ["small", "other"]
+
+
+def test_layers_shows_every_operation(run, submission, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    few, every = run(submission)[1], run(submission, "--layers")[1]
+    modules = {layer.module for layer in evaluate(submission).layers}
+    assert len(evaluate(submission).layers) > 10
+    assert f"The 10 costliest of {len(evaluate(submission).layers)} operations" in few
+    assert "All priced operations" in every
+    shown = every.partition("All priced operations")[2]
+    assert all(re.search(rf"^ *{re.escape(module)} ", shown, re.MULTILINE) for module in modules if module)
+    assert every.count("\n") - few.count("\n") == len(evaluate(submission).layers) - 10
+
+
+# --- exit status ------------------------------------------------------------------------------------------------------
+
+
+def test_exit_status_0_where_all_is_well(run, easy):
+    claim(easy, "storage = 20_000")
+    status, out, err = run(easy)
+    assert (status, err) == (0, "")
+    assert "passed" in out
+
+
+def test_exit_status_1_where_a_claim_fails(run, easy):
+    claim(easy, "math = 1000")
+    status, out, err = run(easy)
+    assert (status, err) == (1, "")
+    assert "fails" in out
+
+
+def test_exit_status_1_where_the_threshold_fails(run, submission):
+    status, out, err = run(submission)
+    assert (status, err) == (1, "")
+    assert ">= 0.97 FAILED" in out
+
+
+def test_exit_status_0_where_quality_cannot_be_measured(run, on_task):
+    def nowhere(root, split):
+        raise DataMissing(f"no data in {root}")
+
+    folder = on_task("absent", dataset=nowhere)
+    claim(folder, "quality = 0.99")
+    status, out, err = run(folder, "--data", "somewhere")
+    assert (status, err) == (0, "")
+    assert "not measured: no data in somewhere; claimed 99.00%" in " ".join(out.split())
+
+
+# --- count ------------------------------------------------------------------------------------------------------------
+
+
+def test_count_as_json(run):
+    status, out, err = run("count", "torchvision:resnet18", "--input", "1x3x64x64", "--format", "json")
+    report = json.loads(out)
+    assert (status, err) == (0, "")
+    assert report["submission"] == "torchvision:resnet18"
+    assert (report["task"], report["score"], report["quality"]) == (None, None, None)
+    # torchvision's 1.814 GMACs are at 224x224; every layer has (64 / 224)^2 = 4 / 49 of the positions here.
+    convolutions = sum(layer["mults"] for layer in report["layers"] if layer["op"] == "aten.convolution")
+    assert convolutions == 1_813_561_344 // 49 * 4
+    assert report["math"]["macs"] == convolutions + 512 * 1000
+    assert report["storage"]["parameters"] == 11_689_512 - 4_800  # each batch norm became one bias of its convolution
+    assert report["storage"]["file_bytes"] is None
+    assert len(report["layers"]) == report["coverage"]["priced"]
+
+
+def test_count_as_table(run):
+    status, out, _ = run("count", "torchvision:resnet18", "--input", "1x3x64x64")
+    assert status == 0
+    assert out.startswith("torchvision:resnet18 · micronet-2019")
+    assert "11,684,712 values" in out
+    assert "148,557,824 in dot products" in out
+
+
+def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    package = tmp_path / "my_models" / "small"
+    package.mkdir(parents=True)
+    (package / "nets.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(7, 3)\n")
+    target = "my_models.small.nets:build"
+    status, out, _ = run("count", target, "--input", "5x7", "--format", "json", "--task", "digits")
+    assert status == 0
+    expected = score(nn.Linear(7, 3), torch.zeros(5, 7), task="digits")
+    assert expected.math.macs == 5 * 7 * 3
+    assert json.loads(out) == {**json.loads(expected.to_json()), "submission": target}
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("strategies", {"low-rank": "pruner", "magnitude": "sparsifier", "fixed-point": "quantizer"}),
+        ("tasks", {"cifar100": None, "imagenet": None, "digits": None}),
+        ("architectures", {"pyramidnet": None, "wide-resnet": None, "mobilenet-v2": None, "torchvision": None}),
+    ],
+)
+def test_lists_of_what_is_installed(run, command, names):
+    status, out, err = run(command, "--format", "json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert (status, err) == (0, "")
+    assert set(rows) == set(names)
+    assert all(row["package"] == f"micronet-eval {version('micronet-eval')}" for row in rows.values())
+    assert all(row.get("kind") == names[name] for name, row in rows.items())
+    assert [row["name"] for row in csv.DictReader(io.StringIO(run(command, "--format", "csv")[1]))] == list(rows)
+    table, markdown = run(command)[1], run(command, "--format", "markdown")[1]
+    assert all(name in table and f"| {name} |" in markdown for name in names)
+
+
+def test_the_options_of_a_strategy(run):
+    status, out, _ = run("strategies", "low-rank", "--format", "json")
+    rows = {row["option"]: row for row in json.loads(out)}
+    assert status == 0
+    assert rows["parameters"]["default"] == "required"
+    assert rows["macs"]["default"] is None
+    assert "whole model" in rows["parameters"]["meaning"]
+    assert "parameters" in run("strategies", "low-rank")[1]
+
+
+@pytest.mark.parametrize("style", ["table", "json", "csv", "markdown"])
+def test_a_strategy_without_options(run, register, style):
+    class Plain(Quantizer):
+        """Does nothing."""
+
+        def apply(self, model, context):
+            return model
+
+    register(quantizers={"plain": Plain})
+    status, _, err = run("strategies", "plain", "--format", style)
+    assert (status, err) == (0, "")
+
+
+# --- width and terminal -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_no_figure_of_a_report_is_cut(run, submission, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    claim(submission, "storage = 123_456_789_012\nmath = 345_678_901_234\nscore = 0.0123456")
+    out = run(submission, "--layers")[1]
+    report = evaluate(submission)
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines()) <= width
+    figures = [report.storage.bits, report.storage.value_bits, report.storage.mask_bits, report.storage.overhead_bits]
+    figures += [report.storage.file_bytes, report.math.mults, report.math.adds, report.math.macs]
+    figures += [123_456_789_012, 345_678_901_234, *(layer.storage_bits for layer in report.layers)]
+    words = set(out.replace("(", " ").split())
+    assert {f"{figure:,}" for figure in figures} <= words
+    assert {f"{report.score.total:.6g}", f"{report.score.math:.6g}", "0.0123456"} <= words
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_no_figure_of_several_reports_is_cut(run, submission, tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    other = shutil.copytree(submission, tmp_path / "another-one-with-a-name-that-is-long")
+    out = run(submission, other)[1]
+    report = evaluate(submission)
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines()) <= width
+    for figure in (report.score.storage, report.score.math, report.score.total):
+        assert out.count(f" {figure:.5f} ") == 2
+    assert out.count(f" {report.quality.measured:.2%} ") == 2
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_no_figure_of_the_tasks_is_cut(run, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = run("tasks")[1]
+    assert "…" not in out
+    assert {"36,500,000", "10,490,000,000", "690,922", "12,630,528"} <= set(out.split())
+
+
+@pytest.mark.parametrize("words", [["strategies"], ["strategies", "low-rank"], ["architectures"]])
+@pytest.mark.parametrize("width", [60, 200])
+def test_no_word_of_a_list_is_lost(run, monkeypatch, width, words):
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = run(*words)[1]
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines()) <= width
+
+
+def on_a_terminal(*words):
+    """What the command writes to a terminal that is its standard input, output and error."""
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [COMMAND, *words], stdin=its, stdout=its, stderr=its, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    )
+    os.close(its)
+    text = b""
+    try:
+        while piece := os.read(ours, 65536):
+            text += piece
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    os.close(ours)
+    process.wait()
+    return text.decode()
+
+
+def test_a_progress_bar_on_a_terminal_only(run, submission):
+    on, (_, out, err) = on_a_terminal(submission), run(submission)
+    assert "measuring small" in on
+    assert "100%" in on
+    assert "not zero" in on
+    assert "measuring" not in out + err
+    assert "\x1b" not in out + err
