@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -49,8 +50,9 @@ def as_bytes(data):
 def write(folder, tensors):
     """Writes the weights with the checksum that docs/format.md describes."""
     digest = hashlib.sha256()
-    for name in STREAMS:
-        digest.update(len(tensors[name]).to_bytes(8, "little") + tensors[name].numpy().tobytes())
+    for name in (*STREAMS, *sorted(set(tensors) - set(STREAMS))):
+        data = tensors[name].numpy().tobytes()
+        digest.update(len(data).to_bytes(8, "little") + data)
     kind = json.dumps({"version": 1, "sha256": digest.hexdigest()})
     save_file(tensors, folder / WEIGHTS, metadata={"micronet-packed": kind})
 
@@ -212,10 +214,11 @@ def test_a_layer_that_cannot_be_built(refused, submission, layer, message):
         (lambda s: s["activations"].update(nowhere=8), "no node 'nowhere'"),
         (lambda s: s["activations"].update(input_1=1), "fixed point of 1 bits: 2 to 24 bits are possible"),
         (lambda s: s["tensors"].append(["nowhere.weight", "float32", "dense"]), "'nowhere.weight' has no place"),
-        (lambda s: s["tensors"].append([s["tensors"][0][0], "codebook", "dense"]), "no number format 'codebook'"),
+        (lambda s: s["tensors"][0].__setitem__(1, "codebook"), "no number format 'codebook'"),
+        (lambda s: s["tensors"].append(s["tensors"][0]), "is there twice"),
         (lambda s: s["tensors"].append([s["tensors"][0][0], "float32", "sideways"]), "Input should be 'dense', "),
     ],
-    ids=["layer", "node", "bits", "tensor", "format", "layout"],
+    ids=["layer", "node", "bits", "tensor", "format", "twice", "layout"],
 )
 def test_a_structure_that_does_not_fit(refused, submission, change, message):
     change_structure(submission, change)
@@ -299,6 +302,22 @@ def test_a_declared_tensor_that_is_not_there(refused, plain):
     del tensors["0.weight"]
     write(folder, tensors)
     assert "tensor '0.weight' is missing from the file" in refused(folder)
+
+
+def test_a_tensor_that_is_not_declared(refused, plain):
+    folder = plain()
+    write(folder, {**load_file(folder / WEIGHTS), "more": torch.zeros(3)})
+    assert "the structure does not list tensor 'more'" in refused(folder)
+
+
+def test_the_checksum_covers_tensors_that_stand_as_they_are(refused, plain):
+    folder = plain()
+    tensors = load_file(folder / WEIGHTS)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    tensors["0.weight"][0] += 1
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    assert "checksum" in refused(folder)
 
 
 def test_a_tensor_of_another_shape(refused, plain):

@@ -194,3 +194,144 @@ def test_the_worked_examples_of_the_rules():
     assert weighted(Cost(mults=1), max(32, 8))[0] == 1
     assert weighted(Cost(mults=1), 64)[0] == 1
     assert round(3e6 / 6.9e6 + 500e6 / 1170e6, 3) == 0.862
+
+
+# --- what the forward makes, and what it keeps outside of its parameters ----------------------------------------------
+
+
+class Made(nn.Module):
+    """Computes with a tensor that `make` makes of a parameter of 2 x 4 values, and of one that is none."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.weight = nonzero(nn.Linear(4, 2, bias=False)).weight
+        self.plain = torch.linspace(1, 2, 8).view(4, 2)
+        self.make = make
+
+    def forward(self, x):
+        return x @ self.make(self)
+
+
+def in_place(module):
+    weight = torch.zeros(4, 2)
+    weight[:, 0] = module.weight[0]
+    weight[:, 1] = module.weight[1]
+    return weight
+
+
+def zeroed_after_use(module):
+    weight = module.weight.T.clone()
+    used = weight * 1
+    weight.zero_()
+    return used
+
+
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda m: m.weight.T, 8),
+        (in_place, 8),
+        (zeroed_after_use, 8),
+        (lambda m: torch.randn(4, 2), 8),  # what is drawn is needed as much as what is trained
+        (lambda m: torch.arange(8.0).view(4, 2).cos(), 8),
+        (lambda m: m.plain, 8),
+        (lambda m: m.plain * 2, 8),
+        (lambda m: m.weight.T.repeat(1, 3), 8),  # moves of 8 values
+        (lambda m: m.weight.T @ m.weight, 16),  # arithmetic: the result is what inference needs
+        (lambda m: torch.full((4, 2), 0.3), 0),  # a fill
+        (lambda m: torch.arange(8.0).view(4, 2), 0),  # a counter
+    ],
+)
+def test_what_is_multiplied_with_is_stored(make, values):
+    counted = count(Made(make), 1, 4)
+    assert (counted.storage.parameters, counted.storage.bits) == (values, values * 32)
+
+
+def test_a_tensor_that_is_read_twice_is_stored_once():
+    module = Made(lambda m: m.plain + m.plain)
+    assert count(module, 1, 4).storage.parameters == 8
+    assert count(Call(lambda x: x * module.plain[0] + x * module.plain[0]), 1, 2).storage.parameters == 2
+
+
+def test_what_an_input_is_written_beside_is_stored():
+    weight = nonzero(nn.Linear(4, 1, bias=False)).weight
+
+    def beside(x):
+        row = torch.zeros(2, 4)
+        row[:1] = weight
+        row[1:] = x
+        return row + row
+
+    counted = count(Call(beside), 1, 4)
+    assert (counted.storage.nonzeros, counted.storage.parameters) == (4, 8)
+
+
+def test_numbers_in_the_code_are_stored_once():
+    counted = count(Call(lambda x: x * 0.3 + x * 0.3 + x * 0.5 + 1.7 - x / 4), 1, 4)
+    assert (counted.storage.parameters, counted.storage.bits, counted.storage.code_bits) == (2, 64, 64)
+
+
+def test_a_causal_mask_is_stored_as_one_bit_an_element():
+    counted = count(Call(lambda x: x + torch.full((4, 4), -1e9).triu(1)), 4, 4)
+    assert (counted.storage.mask_bits, counted.storage.value_bits) == (16, 32)
+
+
+def test_a_returned_constant_is_stored():
+    module = Made(None)
+    module.forward = lambda x: module.weight
+    assert count(module, 1, 4).storage.parameters == 8
+
+
+def test_drawn_numbers_are_the_same_every_time():
+    module = Made(lambda m: torch.randint(-1, 2, (4, 2)).float())
+    state = torch.random.get_rng_state()
+    assert count(module, 1, 4) == count(module, 1, 4)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def integers(dtype):
+    module = nn.Module()
+    module.register_buffer("weight", torch.ones(4, 4).to(dtype))
+    module.forward = lambda x: x @ module.weight.float()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.int8, 8), (torch.uint8, 8), (torch.float8_e4m3fn, 8), (torch.float16, 16)]
+)
+def test_a_weight_that_is_converted_exactly_keeps_its_bits(dtype, bits):
+    counted = count(nn.Sequential(FixedPointQuantizer(4), integers(dtype)), 1, 4)
+    (layer,) = counted.layers
+    assert (layer.input_bits, layer.weight_bits) == (4, bits)
+    assert counted.storage.value_bits == 16 * bits
+
+
+def test_a_weight_that_is_rounded_counts_as_rounded():
+    linear = nonzero(nn.Linear(4, 4, bias=False))
+    counted = count(nn.Sequential(FixedPointQuantizer(4), Call(lambda x: x @ linear.weight.half().float())), 1, 4)
+    assert (counted.layers[0].weight_bits, counted.storage.value_bits) == (16, 16 * 16)
+
+
+def test_integers_count_their_bits():
+    (product,) = count(Call(lambda x: x.to(torch.int8) * x.to(torch.int8)), 1, 4).layers
+    assert product.input_bits == 8
+
+
+def test_masks_and_tables_do_not_deny_the_freebie():
+    mask, table = torch.tensor([True, False, True, False]), torch.tensor([1, 0, 3, 2])
+    module = Call(lambda x: x.masked_fill(mask, 0.0)[:, table] * x)
+    assert account(trace(module, torch.zeros(1, 4)), FORMULAS).freebie
+    assert not account(trace(integers(torch.int8), torch.zeros(1, 4)), FORMULAS).freebie
+
+
+def test_clamping_costs_as_many_comparisons_as_it_has_bounds():
+    assert count(Call(lambda x: x.clamp(min=0)), 1, 4).math.mults == 4
+    assert count(Call(lambda x: x.clamp(max=1)), 1, 4).math.mults == 4
+    assert count(Call(lambda x: x.clamp(0, 1)), 1, 4).math.mults == 8
+
+
+def test_a_module_that_is_there_twice_keeps_its_weights():
+    linear = nn.Linear(4, 4)
+    before = linear.weight.clone()
+    assert count(nn.Sequential(linear, nn.Sequential(linear)), 1, 4).storage.parameters == 20
+    assert torch.equal(linear.weight, before)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from micronet_eval.errors import InputError
 from micronet_eval.formats import FIXED_POINT_OP
-from micronet_eval.trace import Op, Value
+from micronet_eval.trace import WRITE_OP, Op, Value
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,12 @@ def add(op: Op) -> Cost:
     return Cost(mults=op.out.numel if scaled else 0, adds=op.out.numel)
 
 
+def clamp(op: Op) -> Cost:
+    """One comparison an element for each bound that there is, counted as ReLU's multiplication. *(ours)*"""
+    bounds = (op.arg(1, "min"), op.arg(2, "max"))
+    return Cost(mults=op.out.numel * sum(bound is not None for bound in bounds))
+
+
 def mean(op: Op) -> Cost:
     """Over k elements: k - 1 additions and 1 multiplication by 1/k."""
     return Cost(mults=op.out.numel, accumulations=op.inputs[0].numel - op.out.numel)
@@ -228,7 +234,7 @@ FORMULAS: Mapping[str, Formula] = MappingProxyType(
         "aten.leaky_relu": elementwise(1),
         "aten._prelu_kernel": elementwise(1),
         "aten.hardtanh": elementwise(2),  # ReLU6 too (ours)
-        "aten.clamp": elementwise(2),  # (ours)
+        "aten.clamp": clamp,
         "aten.clamp_min": elementwise(1),  # (ours)
         "aten.clamp_max": elementwise(1),  # (ours)
         "aten.sigmoid": elementwise(2, 1),
@@ -292,7 +298,11 @@ FREE: Mapping[str, str] = MappingProxyType(
     }
 )  # fmt: skip
 FREE = MappingProxyType(
-    {**{f"aten.{name}": why for name, why in FREE.items()}, FIXED_POINT_OP: "a conversion to fixed point"}
+    {
+        **{f"aten.{name}": why for name, why in FREE.items()},
+        FIXED_POINT_OP: "a conversion to fixed point",
+        WRITE_OP: "what a partial write left as it was",
+    }
 )
 
 ADDENDS: Mapping[str, int] = MappingProxyType({"aten.convolution": 2, "aten.addmm": 0, "aten.baddbmm": 0})

@@ -52,11 +52,15 @@ class Format(ABC):
         """The inverse of `encode`: the same values, in a tensor of the format's dtype."""
 
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 _PLAIN: dict[str, tuple[torch.dtype, torch.dtype, int]] = {
     "float64": (torch.float64, torch.int64, 64),
     "float32": (torch.float32, torch.int32, 32),
     "float16": (torch.float16, torch.int16, 16),
     "bfloat16": (torch.bfloat16, torch.int16, 16),
+    "float8_e4m3fn": (torch.float8_e4m3fn, torch.int8, 8),
+    "float8_e5m2": (torch.float8_e5m2, torch.int8, 8),
     "int64": (torch.int64, torch.int64, 64),
     "int32": (torch.int32, torch.int32, 32),
     "int16": (torch.int16, torch.int16, 16),
@@ -91,7 +95,8 @@ class Plain(Format):
         dtype, integer, bits = _PLAIN[self.name]
         if tensor.dtype != dtype:
             raise OffGrid(f"a tensor of {tensor.dtype} is not {self.name}")
-        codes = torch.where(tensor == 0, torch.zeros_like(tensor), tensor).view(integer).to(torch.int64)
+        is_zero = (tensor.float() if dtype in FLOAT8 else tensor) == 0
+        codes = torch.where(is_zero, 0, tensor.view(integer).to(torch.int64))
         return codes if bits == 64 else codes & ((1 << bits) - 1)
 
     def decode(self, codes: Tensor) -> Tensor:

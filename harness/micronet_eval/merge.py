@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from micronet_eval.storage import through_views
+from micronet_eval.precision import through_views
 from micronet_eval.structure import Mask, ScaleShift, replace
 from micronet_eval.trace import Op, Trace, Value, trace
 

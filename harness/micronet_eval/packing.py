@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,8 +148,13 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Tensor) -> Pa
     tensors: list[tuple[str, str, Layout]] = []
     for stored in stored_tensors(trace(model, example_input)):
         layout: Layout
-        if _owner(model, stored.name) is None:
+        if stored.in_code:
+            continue  # the architecture makes it again
+        owner = _owner(model, stored.name)
+        if owner is None:
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
+        if not _same(getattr(owner, stored.name.rpartition(".")[2]), stored.tensor):
+            raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
         codes = _codes(stored)
         width = stored.format.code_bits
         if stored.is_overhead:
@@ -191,6 +197,8 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
             quantizers = {name: FixedPointQuantizer(bits) for name, bits in structure.activations.items()}
             set_quantizers(model, quantizers)
         readers = {name: _BitReader(packed.streams[name]) for name in ("values", "masks", "overhead")}
+        if twice := [name for name, n in Counter(name for name, *_ in structure.tensors).items() if n > 1]:
+            raise OffGrid(f"tensor {twice[0]!r} is there twice")
         for name, spec, layout in structure.tensors:
             _assign(model, name, *_read_tensor(packed, readers, model, name, spec, layout))
         for reader in readers.values():
@@ -198,6 +206,17 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
     except (OffGrid, StructureError) as error:
         raise InputError(f"the weights do not fit: {error}") from error
     return model
+
+
+def _same(parameter: Tensor, used: Tensor) -> bool:
+    """Whether what is used is the parameter itself, bit for bit: NaN, too, whose refusal has a message of its own."""
+    alike = parameter.numel() == used.numel() and parameter.dtype == used.dtype
+    return alike and np.array_equal(_bytes(parameter), _bytes(used))
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    data: NDArray[np.uint8] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return data
 
 
 def _codes(stored: Stored) -> NDArray[np.int64]:
@@ -251,21 +270,27 @@ def _overhead(readers: dict[str, _BitReader], spec: str) -> bytes:
 
 
 def _assign(model: nn.Module, name: str, value: Tensor, number_format: Format) -> None:
+    """Sets a tensor at its place, and at every other place where the architecture has the same tensor."""
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     if attribute in owner._buffers:
         if layer_type(owner) is FixedPointQuantizer:
             FixedPoint(owner.bits, int(value))  # type: ignore[arg-type]  # checks the bounds
         owner._buffers[attribute] = value
-    elif attribute in owner._parameters:
-        setattr(owner, attribute, nn.Parameter(value, requires_grad=value.is_floating_point()))
-    else:
+        return
+    old, new = owner._parameters.get(attribute), nn.Parameter(value, requires_grad=value.is_floating_point())
+    if old is None:  # tied to one that was there before
         raise OffGrid(f"tensor {name!r} is there twice")
+    quantizer = None
     if isinstance(number_format, FixedPoint):
         quantizer = FixedPointQuantizer(number_format.bits, number_format.exponent)
-        parametrize.register_parametrization(owner, attribute, quantizer, unsafe=True)
     elif not isinstance(number_format, Plain):
         raise OffGrid(f"tensor {name!r}: {number_format.spec} cannot be set into a model")
+    for module in list(model.modules()):
+        for tied in [key for key, parameter in module._parameters.items() if parameter is old]:
+            setattr(module, tied, new)
+            if quantizer is not None:
+                parametrize.register_parametrization(module, tied, quantizer, unsafe=True)
 
 
 # --- packed <-> file --------------------------------------------------------------------------------------------------
@@ -276,7 +301,7 @@ def write(packed: Packed, path: Path) -> None:
     text = packed.structure.model_dump_json().encode()
     streams = {**packed.streams, "structure": np.frombuffer(zlib.compress(text, 9), np.uint8)}
     tensors = {name: torch.from_numpy(stream.copy()) for name, stream in streams.items()}
-    write_whole(path, save({**tensors, **packed.plain}, metadata=_metadata(streams)))
+    write_whole(path, save({**tensors, **packed.plain}, metadata=_metadata(streams, packed.plain)))
 
 
 def read(path: Path) -> Packed:
@@ -300,21 +325,20 @@ def read(path: Path) -> Packed:
         raise InputError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
     if any(stream.dtype != np.uint8 or stream.ndim != 1 for stream in streams.values()):
         raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes")
-    if metadata != _metadata(streams):
+    if metadata != _metadata(streams, plain):
         raise InputError(f"{path}: version or checksum do not match the contents; the file was damaged or changed")
-    return Packed(_structure(path, streams.pop("structure")), streams, plain)
+    structure = _structure(path, streams.pop("structure"))
+    if extra := sorted(set(plain) - {name for name, _, layout in structure.tensors if layout == "plain"}):
+        raise InputError(f"{path}: the structure does not list tensor {extra[0]!r}; remove it")
+    return Packed(structure, streams, plain)
 
 
-def _metadata(streams: dict[str, NDArray[np.uint8]]) -> dict[str, str]:
+def _metadata(streams: dict[str, NDArray[np.uint8]], plain: dict[str, Tensor]) -> dict[str, str]:
     """One key only: safetensors writes several in an order that changes from run to run."""
-    return {_KEY: json.dumps({**_KIND, "sha256": _digest(streams)})}
-
-
-def _digest(streams: dict[str, NDArray[np.uint8]]) -> str:
     digest = hashlib.sha256()
-    for name in _STREAMS:
-        digest.update(len(streams[name]).to_bytes(8, "little") + streams[name].tobytes())
-    return digest.hexdigest()
+    for data in (*(streams[name] for name in _STREAMS), *(_bytes(plain[name]) for name in sorted(plain))):
+        digest.update(data.size.to_bytes(8, "little") + data.tobytes())
+    return {_KEY: json.dumps({**_KIND, "sha256": digest.hexdigest()})}
 
 
 def _structure(path: Path, compressed: NDArray[np.uint8]) -> Structure:

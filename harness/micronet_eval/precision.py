@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
+
 from micronet_eval.costs import ADDENDS, FREE, SELECTS
 from micronet_eval.formats import FIXED_POINT_OP, FixedPoint
 from micronet_eval.trace import Op, Trace, Value
@@ -17,8 +19,21 @@ def keeps_width(op: Op) -> bool:
 
 def data_inputs(op: Op) -> tuple[Value, ...]:
     """The inputs whose values flow into the output: no indices, no masks; of a copy only the source."""
-    values = tuple(v for v in op.inputs if v.dtype.is_floating_point)
-    return values[1:] if op.name == "aten.copy" and len(values) > 1 else values
+    if op.name == "aten._to_copy":
+        return op.inputs
+    if op.name == "aten.copy":
+        return op.inputs[1:]
+    return tuple(v for v in op.inputs if v.dtype.is_floating_point)
+
+
+def through_views(value: Value) -> Value:
+    """The tensor that `value` is a view, a copy, or an exact conversion of."""
+    while (op := value.producer) is not None and op.name in FREE and op.name != FIXED_POINT_OP:
+        inputs = data_inputs(op)
+        if len(inputs) != 1 or inputs[0].numel != value.numel or _dtype_width(inputs[0]) > _dtype_width(value):
+            break
+        value = inputs[0]
+    return value
 
 
 def bit_widths(trace: Trace) -> Mapping[Value, int]:
@@ -62,24 +77,30 @@ def factor_widths(op: Op, widths: Mapping[Value, int]) -> tuple[int, int]:
     What is only added to a dot product does not count. A Python number counts 32 bits, unless it is a power of two.
     """
     added = op.args[ADDENDS[op.name]] if op.name in ADDENDS else None
-    factors = [v for v in op.inputs if v is not added and v.dtype.is_floating_point]
-    scalars = op.args[1:2] if op.name in ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub") else ()
+    factors = [v for v in op.inputs if v is not added]
     return (
         max((widths[v] for v in factors if not v.is_constant), default=0),
-        max([widths[v] for v in factors if v.is_constant] + [_number_width(s) for s in scalars], default=0),
+        max([widths[v] for v in factors if v.is_constant] + [number_width(n) for n in numbers(op)], default=0),
     )
+
+
+def numbers(op: Op) -> tuple[float, ...]:
+    """The Python numbers that the elements of a tensor are multiplied by, divided by, or added to."""
+    return tuple(n for n in op.args[1:2] if op.name in _WITH_NUMBERS and isinstance(n, float | int))
+
+
+def number_width(number: float) -> int:
+    """A power of two, or zero, counts 1 bit, any other number 32."""
+    return 1 if math.frexp(number)[0] in (0, 0.5, -0.5) else 32
+
+
+_WITH_NUMBERS = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub")
 
 
 def _constant_width(value: Value) -> int:
     quantizer = quantizing_op(value)
-    return quantizer.args[2] if quantizer else _dtype_width(value)
+    return quantizer.args[2] if quantizer else _dtype_width(through_views(value))
 
 
 def _dtype_width(value: Value) -> int:
-    return value.dtype.itemsize * 8
-
-
-def _number_width(number: object) -> int:
-    if not isinstance(number, float | int):
-        return 0
-    return 1 if math.frexp(number)[0] in (0.5, -0.5) else 32
+    return 1 if value.dtype == torch.bool else value.dtype.itemsize * 8

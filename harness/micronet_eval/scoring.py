@@ -33,7 +33,8 @@ class Layer:
 class Storage:
     """What is stored. `parameters` counts all values, zeros included; `params32` is bits / 32.
 
-    `file_bytes` is the size of the packed file, where the model comes from one.
+    `code_bits` are those of `bits` that the model's code makes, and no file holds. `file_bytes` is the size of the
+    packed file, where the model comes from one.
     """
 
     parameters: int
@@ -43,6 +44,7 @@ class Storage:
     mask_bits: int
     overhead_bits: int
     params32: float
+    code_bits: int = 0
     file_bytes: int | None = None
 
 
@@ -97,7 +99,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
     freebie = freebie and freebie_applies(stored, trace)
     widest = FREEBIE_BITS if freebie else 64
     bits = {s: s.bits(widest) for s in stored}
-    bits_of_op: Counter[Op] = Counter()
+    bits_of_op: Counter[Op | None] = Counter()
     for tensor, op in stored.items():
         bits_of_op[op] += bits[tensor].total
     values = [s for s in stored if not s.is_overhead]
@@ -110,6 +112,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         mask_bits=sum(b.mask for b in bits.values()),
         overhead_bits=sum(b.overhead for b in bits.values()),
         params32=total_bits / 32,
+        code_bits=sum(b.total for s, b in bits.items() if s.in_code),
     )
     widths = bit_widths(trace)
     priced: list[tuple[Op, Cost, Layer, Fraction, Fraction]] = []

@@ -30,8 +30,9 @@ from micronet_eval.errors import InputError
 class Value:
     """A tensor at one moment of the run. In-place operations make a new value.
 
-    `data` holds the real tensor of a constant (a parameter, a buffer, or what is computed from them alone); None for
-    activations. `name` is the path of a parameter or buffer, or `input`.
+    `data` holds the real tensor of a constant (a parameter, a buffer, or what is computed without any input); None for
+    activations. `name` is the path of a parameter or buffer, `input`, or `constant` for a tensor that the model keeps
+    elsewhere.
     """
 
     shape: tuple[int, ...]
@@ -99,18 +100,19 @@ def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
 
     Nothing of the model is changed. Raises InputError where the model cannot run on such an input.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # numbers that the forward draws are the same every time
         return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input))
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     recorder = _Recorder()
-    state: dict[str, Tensor] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
-        state[name] = recorder.parameter(name, tensor)
+        recorder.known(name, tensor)
     metas = tuple(recorder.input(t) for t in inputs)
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
+        stack.enter_context(_swapped(model, recorder))
         stack.enter_context(_module_paths(model, recorder.path))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_no_fast_path())
@@ -118,12 +120,12 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             stack.enter_context(_node_by_node(model, recorder))
         stack.enter_context(recorder)
         try:
-            result = torch.func.functional_call(model, state, metas)
+            result = model(*metas)
         except Exception as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
-    outputs = tuple(recorder.values[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor))
+        outputs = tuple(recorder.value(t) for t in tree_flatten(result)[0] if isinstance(t, Tensor))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
 
 
@@ -140,7 +142,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sharing: dict[int, list[Tensor]] = {}
         self.inputs: tuple[Value, ...] = ()
         self.nodes: dict[Value, str] = {}
-        self.models: set[int] = set()  # storages of the model's own parameters and buffers
+        self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
         if id(tensor) not in self.values:
@@ -149,10 +152,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values[id(tensor)] = value
         return tensor
 
-    def parameter(self, name: str, tensor: Tensor) -> Tensor:
-        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        self.models.add(tensor.untyped_storage()._cdata)
-        return self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach()))
+    def known(self, name: str, tensor: Tensor) -> Tensor:
+        """The stand-in on the meta device of a tensor that the model keeps."""
+        if id(tensor) not in self.kept:
+            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach()))
+            self.kept[id(tensor)] = tensor, meta
+        return self.kept[id(tensor)][1]
 
     def input(self, tensor: Tensor) -> Tensor:
         meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -165,66 +171,89 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, kwargs = tree_map(self._to_meta, (args, kwargs))
         if (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
+        written = _written(func, args, kwargs)
+        op = Op(_name(func), self.path[-1] if self.path else "", *self._values(args, kwargs))
         result = func(*args, **kwargs)
-        name = _name(func)
-        value_args, value_kwargs = tree_map(self._value, (args, kwargs))
-        op = Op(name, self.path[-1] if self.path else "", value_args, value_kwargs)
-        real = self._fold(func, op, result)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
-        reals = (
-            [t for t in tree_flatten(real)[0] if isinstance(t, Tensor)] if real is not None else [None] * len(outputs)
-        )
-        values = []
-        for tensor, data in zip(outputs, reals, strict=True):
-            value = Value(tuple(tensor.shape), tensor.dtype, None, data, op)
-            if func._schema.is_mutable and data is None:
-                self._rebind_views(tensor, op)
-            self.bind(tensor, value)
-            values.append(value)
-        op.outputs = tuple(values)
-        if real is None:
+        if op.name not in _FILLS and not all(v.is_constant for v in op.inputs):
+            op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
             self.ops.append(op)
-        else:
-            self.folded += 1
+            for tensor in written:
+                self._write(tensor, op)
+            for tensor, value in zip(outputs, op.outputs, strict=True):
+                self.bind(tensor, value)
+            return result
+        self.folded += 1
+        for tensor in written:
+            self._unshare(tensor, op)
+        reals = [t for t in tree_flatten(self._fold(func, op, args, kwargs, result))[0] if isinstance(t, Tensor)]
+        for tensor, data in zip(outputs, reals, strict=True):
+            if not any(tensor is t for t in written):  # those have their new value already
+                self.bind(tensor, Value(tuple(tensor.shape), tensor.dtype, None, data, op))
+        op.outputs = tuple(self.values[id(t)] for t in outputs)
         return result
 
-    def _rebind_views(self, written: Tensor, op: Op) -> None:
-        """After an in-place write every tensor on the same storage holds a new value."""
-        for tensor in self.sharing.get(written.untyped_storage()._cdata, []):
-            if tensor is not written:
-                self.values[id(tensor)] = Value(tuple(tensor.shape), tensor.dtype, None, None, op)
+    def value(self, tensor: Tensor) -> Value:
+        """The value that a tensor holds now."""
+        meta = self._to_meta(tensor)
+        if (part := self.overwritten.pop(id(meta), None)) is not None:
+            before, op = part
+            write = Op(WRITE_OP, op.module, (before, *op.outputs[:1]), {})
+            write.outputs = (Value(before.shape, before.dtype, None, None, write),)
+            self.ops.append(write)
+            self.values[id(meta)] = write.out
+        return self.values[id(meta)]
+
+    def _values(self, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda item: self.value(item) if isinstance(item, Tensor) else item, (args, kwargs))
+
+    def _write(self, written: Tensor, op: Op) -> None:
+        """After an activation was written into `written`, every tensor on the same storage holds a new value.
+
+        Where that was a constant before, a part of it may be left: who reads the tensor next reads both.
+        """
+        for tensor in self.sharing[written.untyped_storage()._cdata]:
+            before = self.value(tensor)
+            if before.is_constant and tensor is not written:
+                self.overwritten[id(tensor)] = before, op
+            self.values[id(tensor)] = Value(before.shape, before.dtype, None, None, op)
+
+    def _unshare(self, written: Tensor, op: Op) -> None:
+        """Before a constant is written into: new values, on real storage of their own, for all that share its storage.
+
+        What the model owns stays as it is, and so does what an operation has read before.
+        """
+        copies: dict[int, torch.UntypedStorage] = {}
+        for tensor in self.sharing[written.untyped_storage()._cdata]:
+            before = self.values[id(tensor)]
+            if before.data is None:
+                continue
+            storage = before.data.untyped_storage()
+            if storage._cdata not in copies:
+                copies[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+            data = torch.empty(0, dtype=before.dtype, device=before.data.device)
+            data.set_(copies[storage._cdata], before.data.storage_offset(), before.data.shape, before.data.stride())
+            write = Op(WRITE_OP, op.module, (before, *op.inputs), {})
+            write.outputs = (Value(before.shape, before.dtype, None, data, write),)
+            self.values[id(tensor)] = write.out
 
     def _to_meta(self, item: Any) -> Any:
-        """Tensors that the model keeps outside of its parameters and buffers are constants, too."""
-        if not isinstance(item, Tensor) or item.device.type == "meta":
-            return item
-        meta = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="meta")
-        return self.bind(meta, Value(tuple(item.shape), item.dtype, "constant", item.detach()))
+        """Tensors that the model keeps outside of its parameters and buffers are constants, too, each known once."""
+        return self.known("constant", item) if isinstance(item, Tensor) and id(item) not in self.values else item
 
-    def _value(self, item: Any) -> Any:
-        if not isinstance(item, Tensor):
-            return item
-        if id(item) not in self.values:
-            raise RuntimeError(f"a tensor of shape {tuple(item.shape)} comes from nowhere")
-        return self.values[id(item)]
-
-    def _copy_of_the_models(self, item: Any) -> Any:
-        return item.clone() if isinstance(item, Tensor) and item.untyped_storage()._cdata in self.models else item
-
-    def _fold(self, func: Any, op: Op, result: Any) -> Any:
-        """The real result where all tensors that go in are constants; None otherwise."""
+    def _fold(self, func: Any, op: Op, args: Any, kwargs: Any, result: Any) -> Any:
+        """The real result of an operation whose tensors are all constants."""
         if op.name in _FILLS:  # only the shape and the dtype of the input matter
             return torch.full(result.shape, _FILLS[op.name](op), dtype=result.dtype)
-        if not all(v.is_constant for v in op.inputs):
-            return None
-        device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
-        args, kwargs = tree_map(lambda a: a.data if isinstance(a, Value) else a, (op.args, op.kwargs))
-        if func._schema.is_mutable:  # a buffer that the forward changes is the model's, and stays as it is
-            args, kwargs = tree_map(self._copy_of_the_models, (args, kwargs))
+        args, kwargs = tree_map(lambda a: self.values[id(a)].data if isinstance(a, Tensor) else a, (args, kwargs))
         if "device" in kwargs:
+            device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
             kwargs = {**kwargs, "device": device}
         return func(*args, **kwargs)
 
+
+WRITE_OP = "micronet.write"
+"""Recorded though not executed: what a tensor holds after a part of it was written, of both what was and what is."""
 
 _FILLS: dict[str, Callable[[Op], Any]] = {
     "aten.new_zeros": lambda op: 0,
@@ -239,6 +268,15 @@ _FILLS: dict[str, Callable[[Op], Any]] = {
 def _name(func: Any) -> str:
     namespace, _, name = func._schema.name.partition("::")
     return f"{namespace}.{name[:-1] if name.endswith('_') and not name.endswith('__') else name}"
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    named = {**{a.name: v for a, v in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+    into = [named.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [t for t in tree_flatten(into)[0] if isinstance(t, Tensor)]
 
 
 def _at(path: str) -> str:
@@ -256,6 +294,24 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _swapped(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Stand-ins in the place of all parameters and buffers, and afterwards each tensor that was there.
+
+    torch.func.functional_call does not put back those of a module that the model has twice.
+    """
+    tables: list[dict[str, Any]] = [t for module in model.modules() for t in (module._parameters, module._buffers)]
+    before = [dict(table) for table in tables]
+    for table in tables:
+        table.update({name: recorder.kept[id(t)][1] for name, t in table.items() if t is not None})
+    try:
+        yield
+    finally:
+        for table, tensors in zip(tables, before, strict=True):
+            table.clear()
+            table.update(tensors)
 
 
 @contextmanager
