@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from torchvision.models import resnet18
+from torchvision.models import get_model, resnet18
 
 from micronet_eval.costs import FORMULAS
 from micronet_eval.formats import FixedPointQuantizer
@@ -96,6 +96,102 @@ def test_batch_norm_in_front_of_a_convolution_stays_a_scale_and_shift():
     kinds = {path: type(m) for path, m in result.named_modules() if path.split(".")[-1] in ("bn1", "bn2")}
     assert len(kinds) == 12
     assert kinds == {path: nn.Identity if path.endswith("bn2") else ScaleShift for path in kinds}
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv2d(4, 6, 1), images(4)),
+        (nn.Conv2d(4, 6, 3, bias=False), images(4)),
+        (nn.Conv2d(4, 6, 3, stride=2, dilation=2, groups=2), images(4)),
+        (nn.Conv2d(4, 4, 2, groups=4), images(4)),
+        (nn.Linear(4, 6), torch.randn(5, 4)),
+        (nn.Linear(4, 6, bias=False), torch.randn(5, 4)),
+    ],
+)
+def test_batch_norm_in_front_of_a_layer_that_pads_nothing_is_merged_forward(layer, x):
+    norm = nn.BatchNorm2d(4) if x.dim() == 4 else nn.BatchNorm1d(4)
+    model = fill(nn.Sequential(norm, layer))
+    result = same(model, x)
+    assert isinstance(result[0], nn.Identity)
+    assert result[1].bias is not None
+    assert isinstance(merged(model, x, ["backward"])[0], ScaleShift)
+
+
+def test_masked_weights_keep_their_zeros_forward():
+    layer = nn.Linear(4, 2)
+    parametrize.register_parametrization(layer, "weight", Mask(torch.tensor([[True, False, True, True]] * 2)))
+    result = same(fill(nn.Sequential(nn.BatchNorm1d(4), layer)), torch.randn(3, 4))
+    assert isinstance(result[0], nn.Identity)
+    assert (result[1].weight[:, 1] == 0).all()
+
+
+def test_a_layer_takes_the_norm_in_front_and_the_norm_behind():
+    result = same(fill(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))), images(4))
+    assert [type(m) for m in result] == [nn.Identity, nn.Conv2d, nn.Identity]
+
+
+def test_a_norm_that_could_go_both_ways_goes_backward():
+    result = same(fill(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))), images())
+    assert result[0].bias is not None
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batch_norm_behind_a_transposed_convolution_is_merged(groups):
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=groups)
+    result = same(fill(nn.Sequential(layer, nn.BatchNorm2d(6))), images(4))
+    assert isinstance(result[1], nn.Identity)
+
+
+def read_twice(self, x):
+    y = self.norm(x)
+    return self.layer(y) + y
+
+
+def layer_reads_another_too(self, x):
+    return self.layer(self.norm(x)) + self.layer(x)
+
+
+def relu_between(self, x):
+    return self.layer(torch.relu(self.norm(x)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "layer"),
+    [
+        (read_twice, nn.Conv2d(4, 4, 1)),
+        (layer_reads_another_too, nn.Conv2d(4, 4, 1)),
+        (relu_between, nn.Conv2d(4, 4, 1)),
+        (lambda self, x: self.layer(self.norm(x)), nn.Conv2d(4, 4, 3, padding=1)),
+        (lambda self, x: self.layer(self.norm(x)), nn.Conv2d(4, 4, 1, padding=1)),
+        (lambda self, x: self.layer(self.norm(x)), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+        (lambda self, x: self.layer(self.norm(x)), nn.ConvTranspose2d(4, 4, 3)),
+        (lambda self, x: self.layer(self.norm(x).transpose(1, 2)), nn.Conv2d(6, 4, 1)),
+    ],
+)
+def test_where_merging_forward_would_be_wrong_it_becomes_a_scale_and_shift(forward, layer):
+    result = same(module(forward, norm=nn.BatchNorm2d(4), layer=layer), images(4))
+    assert isinstance(result.norm, ScaleShift)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "shufflenet_v2_x0_5"])
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+def test_merging_a_real_network_keeps_its_logits(name):
+    """In float64: an untrained deep network amplifies float32's rounding to some 1e-5 of its logits."""
+    model = get_model(name, weights=None).eval().double()
+    torch.manual_seed(0)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):  # as after training: means and variances of what it really sees
+            norm.momentum = None
+            norm.train()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        difference = (merged(model, x)(x) - expected).abs().max() / expected.abs().max()
+    assert difference <= 1e-10
 
 
 def test_a_view_that_changes_nothing_may_lie_between():

@@ -109,7 +109,7 @@ def test_weights_and_activations_have_the_claimed_bits(name):
 @pytest.mark.parametrize("name", STORAGE)
 def test_batch_norm_is_merged_where_the_entry_merged_it(name):
     stages = [step.stage for step in read_manifest(FOLDER / name).provenance.steps]
-    assert ("merge batch-norm" in stages) == (name != "1")
+    assert ("merge batch-norm-backward" in stages) == (name != "1")
 
 
 # --- counted and packed bits ------------------------------------------------------------------------------------------

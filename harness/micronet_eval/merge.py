@@ -1,4 +1,4 @@
-"""Batch norm in evaluation is a fixed scale and shift: merged into the layer before it where that is exact.
+"""Batch norm in evaluation is a fixed scale and shift: merged into the layer before or behind it where that is exact.
 
 The merge is really made, so what is counted is what runs.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +16,35 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from micronet_eval.precision import through_views
-from micronet_eval.structure import Mask, ScaleShift, replace
+from micronet_eval.structure import Mask, ScaleShift, replace, submodule
 from micronet_eval.trace import Op, Trace, Value, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
 _SAME = ("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.view", "aten._unsafe_view")
-_MERGES_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_MERGES_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
+
+Direction = Literal["backward", "forward"]
+BOTH: tuple[Direction, ...] = ("backward", "forward")
 
 
-def merged(model: nn.Module, example_input: Tensor) -> nn.Module:
-    """A copy of `model` without batch norm: merged backward where exact, else a ScaleShift (2 values a channel).
+def merged(model: nn.Module, example_input: Tensor, directions: Sequence[Direction] = BOTH) -> nn.Module:
+    """A copy of `model` without batch norm: merged where that is exact, else a ScaleShift (2 values a channel).
 
     A model without batch norm is returned as it is.
 
-    Exact means: the convolution or linear layer in front feeds nothing but this batch norm, each of the two runs
-    once, and the weight is free to be scaled (not quantized). Masked weights keep their zeros.
+    Exact means, backward: the convolution or linear layer in front feeds nothing but this batch norm, each of the two
+    runs once, and the weight is free to be scaled (not quantized). Forward: the batch norm feeds nothing but such a
+    layer, which pads nothing (padding comes after the shift). Masked weights keep their zeros.
     """
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         return model
     model = copy.deepcopy(model)
     recorded = trace(model, example_input)
-    for norm_path, layer_path in _mergeable(model, recorded):
-        norm = model.get_submodule(norm_path)
+    for norm_path, layer_path, direction in _mergeable(model, recorded, directions):
+        norm, layer = model.get_submodule(norm_path), model.get_submodule(layer_path)
         assert isinstance(norm, _BatchNorm)
-        _merge(model.get_submodule(layer_path), norm)
+        (_merge_backward if direction == "backward" else _merge_forward)(layer, norm)
         replace(model, norm_path, nn.Identity())
     return without_batch_norm(model)
 
@@ -52,32 +59,33 @@ def without_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def _mergeable(model: nn.Module, recorded: Trace) -> list[tuple[str, str]]:
-    """Pairs of a batch norm's path and the path of the layer that it merges into."""
-    runs: dict[str, int] = {}
-    for op in recorded.ops:
-        if op.name in _DOT_PRODUCTS or "batch_norm" in op.name:
-            runs[op.module] = runs.get(op.module, 0) + 1
+def _mergeable(
+    model: nn.Module, recorded: Trace, directions: Sequence[Direction]
+) -> Iterator[tuple[str, str, Direction]]:
+    """The paths of each batch norm that can be merged and of the layer that takes it; backward where both can."""
+    runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or "batch_norm" in op.name)
     users = recorded.users()
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
-    pairs = []
     for op in recorded.ops:
-        if "batch_norm" not in op.name or runs[op.module] != 1:
+        norm = submodule(model, op.module)
+        if "batch_norm" not in op.name or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
-        layer = _only_source(op.args[0], users, recorded.outputs)
-        norm = model.get_submodule(op.module)
-        if layer is None or runs[layer.module] != 1 or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
-            continue
-        own = model.get_submodule(layer.module)
-        weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
-        alone = parametrize.is_parametrized(own) or (weight.producer is None and reads[weight] == 1)
-        if alone and _can_scale(own):
-            pairs.append((op.module, layer.module))
-    return pairs
+        for direction in directions:
+            find = _only_source if direction == "backward" else _only_reader
+            layer = find(op, users, recorded.outputs)
+            if layer is None or runs[op.module] != 1 or runs[layer.module] != 1:
+                continue
+            own = model.get_submodule(layer.module)
+            weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
+            alone = parametrize.is_parametrized(own) or (weight.producer is None and reads[weight] == 1)
+            if alone and _can_scale(own):
+                yield op.module, layer.module, direction
+                break
 
 
-def _only_source(value: Value, users: dict[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
-    """The dot product that made `value`, if nothing else reads what lies between."""
+def _only_source(norm: Op, users: dict[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
+    """The dot product that feeds `norm`, if nothing else reads what lies between."""
+    value: Value = norm.args[0]
     while value.producer is not None and len(users[value]) == 1 and value not in outputs:
         op = value.producer
         if op.name in _DOT_PRODUCTS:
@@ -85,6 +93,20 @@ def _only_source(value: Value, users: dict[Value, list[Op]], outputs: tuple[Valu
         if op.name not in _SAME or op.out.shape != op.inputs[0].shape:
             return None
         value = op.inputs[0]
+    return None
+
+
+def _only_reader(norm: Op, users: dict[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
+    """The dot product without padding that `norm` feeds, if nothing else reads what lies between."""
+    value = norm.out
+    while len(users.get(value, ())) == 1 and value not in outputs:
+        (op,) = users[value]
+        if op.name in _DOT_PRODUCTS and op.args[1 if op.name == "aten.addmm" else 0] is value:
+            unpadded = op.name != "aten.convolution" or not (any(op.args[4]) or op.args[6])
+            return op if unpadded else None
+        if op.name not in _SAME or op.out.shape != value.shape:
+            return None
+        value = op.out
     return None
 
 
@@ -111,22 +133,52 @@ def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale.detach(), shift.detach()
 
 
-def _merge(layer: nn.Module, norm: _BatchNorm) -> None:
+def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
+    """s (W x + b) + t = (s W) x + (s b + t)."""
     scale, shift = _scale_and_shift(norm)
+    weight = _weight(layer)
     with torch.no_grad():
-        masked = parametrize.is_parametrized(layer)
-        weight = layer.parametrizations["weight"].original if masked else layer.weight  # type: ignore[index,union-attr]
-        assert isinstance(weight, Tensor)
-        dtype = weight.dtype
-        weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)))
+        if isinstance(layer, _TRANSPOSED):  # inputs x outputs of each group
+            channels = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
+            scaled = (_by_group(weight, layer) * channels).flatten(0, 1)
+        else:
+            scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+        weight.copy_(scaled)
         if layer.bias is not None:
             shift = shift + layer.bias.double() * scale  # type: ignore[operator]
-        layer.bias = nn.Parameter(shift.to(dtype))
+        layer.bias = nn.Parameter(shift.to(weight.dtype))
+
+
+def _merge_forward(layer: nn.Module, norm: _BatchNorm) -> None:
+    """W (s x + t) + b = (W s) x + (W t + b); the weights of a group of outputs meet the channels of that group."""
+    scale, shift = _scale_and_shift(norm)
+    weight = _weight(layer)
+    channels = (getattr(layer, "groups", 1), 1, -1, *[1] * (weight.dim() - 2))
+    with torch.no_grad():
+        bias = (_by_group(layer.weight, layer) * shift.view(channels)).flatten(2).sum(2).flatten()  # type: ignore[arg-type]
+        if layer.bias is not None:
+            bias = bias + layer.bias.double()  # type: ignore[operator]
+        weight.copy_((_by_group(weight, layer) * scale.view(channels)).flatten(0, 1))
+        layer.bias = nn.Parameter(bias.to(weight.dtype))
+
+
+def _by_group(weight: Tensor, layer: nn.Module) -> Tensor:
+    """The weight in float64, its first dimension split into groups."""
+    groups = getattr(layer, "groups", 1)
+    return weight.double().reshape(groups, -1, *weight.shape[1:])
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight that may be scaled: of a masked one, the values behind the mask."""
+    masked = parametrize.is_parametrized(layer)
+    weight = layer.parametrizations["weight"].original if masked else layer.weight  # type: ignore[index,union-attr]
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _scale_shift(norm: _BatchNorm) -> ScaleShift:
     scale, shift = _scale_and_shift(norm)
     layer = ScaleShift(norm.num_features)
-    layer.weight = nn.Parameter(scale.to(layer.weight.dtype))
-    layer.bias = nn.Parameter(shift.to(layer.bias.dtype))
+    dtype = norm.running_var.dtype  # type: ignore[union-attr]
+    layer.weight, layer.bias = nn.Parameter(scale.to(dtype)), nn.Parameter(shift.to(dtype))
     return layer

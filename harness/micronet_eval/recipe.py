@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
-from micronet_eval.merge import merged, without_batch_norm
+from micronet_eval.merge import BOTH, merged, without_batch_norm
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context, Strategy
 from micronet_eval.submission import (
@@ -68,12 +68,15 @@ class Statistics(Table):
 
 
 class Stage(BaseModel):
-    """One stage: exactly one of the fields below; beside a strategy stand its options."""
+    """One stage: exactly one of the fields below; beside a strategy stand its options.
+
+    `merge` merges batch norm into the layers before and behind it, or backward only.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     train: Training | None = None
     statistics: Statistics | None = None
-    merge: Literal["batch-norm"] | None = None
+    merge: Literal["batch-norm", "batch-norm-backward"] | None = None
     pruner: str | None = None
     sparsifier: str | None = None
     quantizer: str | None = None
@@ -191,7 +194,7 @@ def _run(stage: Stage, strategy: Strategy | None, model: nn.Module, context: Con
         return train(model, stage.train, context, log)
     if stage.statistics is not None:
         return estimate_statistics(model, stage.statistics, context)
-    return merged(model, context.example_input)
+    return merged(model, context.example_input, BOTH if stage.merge == "batch-norm" else ("backward",))
 
 
 def _step(name: str, model: nn.Module, example: Tensor) -> Step:
