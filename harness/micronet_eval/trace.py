@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from micronet_eval.errors import InputError
+from micronet_eval.unfused import unfused
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +112,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
         stack.enter_context(_module_paths(model, recorder.path))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_no_fast_path())
+        stack.enter_context(unfused())
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
         stack.enter_context(recorder)
@@ -123,8 +122,19 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             where = recorder.path[-1] if recorder.path else ""
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
-    outputs = tuple(recorder.values[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor))
+    outputs = tuple(recorder.values[id(t)] for t in tensors_in(result))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """The tensors that a model returns: alone, in lists, dicts and named tuples, in dataclasses."""
+    for item in tree_flatten(result)[0]:
+        if isinstance(item, Tensor):
+            yield item
+        elif is_dataclass(item) and not isinstance(item, type):
+            yield from tensors_in([getattr(item, f.name) for f in fields(item)])
+        elif isinstance(item, Mapping):
+            yield from tensors_in(list(item.values()))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -165,7 +175,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, kwargs = tree_map(self._to_meta, (args, kwargs))
         if (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
-        result = func(*args, **kwargs)
+        result = self._execute(func, args, kwargs)
         name = _name(func)
         value_args, value_kwargs = tree_map(self._value, (args, kwargs))
         op = Op(name, self.path[-1] if self.path else "", value_args, value_kwargs)
@@ -187,6 +197,22 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self.folded += 1
         return result
+
+    def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result on the meta device. A number, or a shape, that depends on values is that of the constants."""
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if not _VALUE_DEPENDENT & set(func.tags):
+                raise
+            values = [self._value(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+            if any(v.data is None or v.data.is_meta for v in values):
+                raise RuntimeError(f"{_name(func)} depends on values that are not known before the model runs") from error
+        real = func(*tree_map(self._data, args), **tree_map(self._data, kwargs))
+        return tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, real)
+
+    def _data(self, item: Any) -> Any:
+        return self._value(item).data if isinstance(item, Tensor) else item
 
     def _rebind_views(self, written: Tensor, op: Op) -> None:
         """After an in-place write every tensor on the same storage holds a new value."""
@@ -218,6 +244,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not all(v.is_constant for v in op.inputs):
             return None
         device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
+        if any(v.data is not None and v.data.is_meta for v in op.inputs):
+            return result  # a parameter without values makes none
         args, kwargs = tree_map(lambda a: a.data if isinstance(a, Value) else a, (op.args, op.kwargs))
         if func._schema.is_mutable:  # a buffer that the forward changes is the model's, and stays as it is
             args, kwargs = tree_map(self._copy_of_the_models, (args, kwargs))
@@ -225,6 +253,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": device}
         return func(*args, **kwargs)
 
+
+_VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 _FILLS: dict[str, Callable[[Op], Any]] = {
     "aten.new_zeros": lambda op: 0,
@@ -278,17 +308,6 @@ def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Attention modules would otherwise run as one opaque operation."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"""One defined way to run: the same plain operations whatever the device, the gradient mode and torch's fast paths.
+
+On the CPU without gradients torch runs attention, transformer layers and LSTMs as single opaque operations. On the
+meta device, with the two switches set here, all of them run as matrix products, softmax and element-wise operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Attention as two products and a softmax, transformer layers as their parts, written-out constants with values."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _ConstantsHaveValues():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _ConstantsHaveValues(TorchFunctionMode):
+    """A tensor that the forward writes out as numbers is made of them first, and then goes where the model is.
+
+    On the meta device the numbers would be lost, although what the model computes may depend on them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[0] if args else None, Tensor):
+            return self._made(func(*args, **{**kwargs, "device": "cpu"}), kwargs.get("device"))
+        if func is Tensor.new_tensor:
+            like, *data = args
+            options = {"dtype": like.dtype, **kwargs, "device": "cpu"}
+            return self._made(torch.tensor(*data, **options), kwargs.get("device", like.device))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _made(constant: Tensor, device: Any) -> Tensor:
+        return constant if device is None else constant.to(device)
