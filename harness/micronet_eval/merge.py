@@ -15,14 +15,14 @@ from torch.nn.utils import parametrize
 
 from micronet_eval.storage import through_views
 from micronet_eval.structure import Mask, ScaleShift, replace
-from micronet_eval.trace import Op, Trace, Value, trace
+from micronet_eval.trace import Example, Op, Trace, Value, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
 _SAME = ("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.view", "aten._unsafe_view")
 _MERGES_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def merged(model: nn.Module, example_input: Tensor) -> nn.Module:
+def merged(model: nn.Module, example_input: Example) -> nn.Module:
     """A copy of `model` without batch norm: merged backward where exact, else a ScaleShift (2 values a channel).
 
     A model without batch norm is returned as it is.

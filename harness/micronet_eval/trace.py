@@ -94,21 +94,28 @@ class Trace:
         return users
 
 
-def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""The input of a model: one tensor, several by position, or several by the names of the arguments."""
+
+
+def trace(model: nn.Module, example_input: Example) -> Trace:
     """The operations of one forward pass of `model` on tensors shaped like `example_input`, in evaluation mode.
 
     Nothing of the model is changed. Raises InputError where the model cannot run on such an input.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input))
+        if isinstance(example_input, Mapping):
+            return _trace(model, (), example_input)
+        return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input), {})
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Trace:
     recorder = _Recorder()
     state: dict[str, Tensor] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
         state[name] = recorder.parameter(name, tensor)
     metas = tuple(recorder.input(t) for t in inputs)
+    named_metas = {name: recorder.input(t) for name, t in named.items()}
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
         stack.enter_context(_module_paths(model, recorder.path))
@@ -117,10 +124,10 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             stack.enter_context(_node_by_node(model, recorder))
         stack.enter_context(recorder)
         try:
-            result = torch.func.functional_call(model, state, metas)
+            result = torch.func.functional_call(model, state, metas, named_metas)
         except Exception as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
-            shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
+            shapes = ", ".join("x".join(map(str, t.shape)) for t in (*inputs, *named.values()))
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
     outputs = tuple(recorder.values[id(t)] for t in tensors_in(result))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
@@ -207,7 +214,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise
             values = [self._value(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
             if any(v.data is None or v.data.is_meta for v in values):
-                raise RuntimeError(f"{_name(func)} depends on values that are not known before the model runs") from error
+                raise RuntimeError(
+                    f"{_name(func)} depends on values that are not known before the model runs"
+                ) from error
         real = func(*tree_map(self._data, args), **tree_map(self._data, kwargs))
         return tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, real)
 

@@ -42,8 +42,19 @@ class _ConstantsHaveValues(TorchFunctionMode):
             like, *data = args
             options = {"dtype": like.dtype, **kwargs, "device": "cpu"}
             return self._made(torch.tensor(*data, **options), kwargs.get("device", like.device))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            tensor, index, *rest = args
+            index = tuple(map(_table, index)) if isinstance(index, tuple) else _table(index)
+            return func(tensor, index, *rest)
         return func(*args, **kwargs)
 
     @staticmethod
     def _made(constant: Tensor, device: Any) -> Tensor:
         return constant if device is None else constant.to(device)
+
+
+def _table(index: Any) -> Any:
+    """A list of places as a tensor; every other index as it is."""
+    if not isinstance(index, list) or not all(isinstance(i, int) for i in index):
+        return index
+    return torch.tensor(index, dtype=torch.bool if index and isinstance(index[0], bool) else torch.int64, device="cpu")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from micronet_eval.costs import dot_products, elementwise as by_element, norms, reductions, resampling
+from micronet_eval.costs import dot_products, norms, reductions, resampling
+from micronet_eval.costs import elementwise as by_element
 from micronet_eval.costs.cost import Cost, Formula, NoFormula
 from micronet_eval.costs.dot_products import ADDENDS
 from micronet_eval.costs.elementwise import elementwise

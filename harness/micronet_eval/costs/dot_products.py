@@ -78,7 +78,9 @@ def _taps(weight: Value, groups: int) -> Tensor:
     channels, outputs, *kernel = weight.shape
     if data is None or bool((data != 0).all()):
         return torch.full((1, 1, *kernel), float(channels // groups))
-    return (data != 0).view(groups, channels // groups, outputs, *kernel).sum(1).flatten(0, 1).unsqueeze(0).float().cpu()
+    return (
+        (data != 0).view(groups, channels // groups, outputs, *kernel).sum(1).flatten(0, 1).unsqueeze(0).float().cpu()
+    )
 
 
 def mm(op: Op) -> Cost:

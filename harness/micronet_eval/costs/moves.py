@@ -55,7 +55,8 @@ FREE: Mapping[str, str] = MappingProxyType(
 """Operations that cost nothing -> why."""
 
 _RESHAPES = frozenset(
-    f"aten.{name}" for name in ("view", "_unsafe_view", "_reshape_alias", "clone", "contiguous", "alias", "squeeze", "unsqueeze")
+    f"aten.{name}"
+    for name in ("view", "_unsafe_view", "_reshape_alias", "clone", "contiguous", "alias", "squeeze", "unsqueeze")
 )  # fmt: skip
 _REORDERS = frozenset({"aten.transpose", "aten.permute", "aten.t"})
 
@@ -109,9 +110,7 @@ def _by_table(op: Op) -> bool:
     if op.name == "aten.index_select":
         return op.args[2].is_constant and not op.args[0].is_constant
     tables = [t for t in op.args[1] if t is not None]
-    return (
-        len(tables) == 1 and tables[0].is_constant and tables[0].dtype != torch.bool and not op.args[0].is_constant
-    )
+    return len(tables) == 1 and tables[0].is_constant and tables[0].dtype != torch.bool and not op.args[0].is_constant
 
 
 def _chain(op: Op) -> list[Op]:

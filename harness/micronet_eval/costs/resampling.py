@@ -37,8 +37,8 @@ def adaptive_max_pool(op: Op) -> Cost:
 
 
 def adaptive_elements(op: Op) -> int:
-    """Elements in all windows: the one of output i of o over n inputs goes from floor(i n / o) to ceil((i + 1) n / o)."""
-    outputs = op.args[1]
+    """Elements in all windows: that of output i of o over n inputs goes from floor(i n / o) to ceil((i + 1) n / o)."""
+    outputs: Sequence[int] = op.args[1]
     sizes = op.inputs[0].shape[-len(outputs) :]
     channels = op.out.numel // math.prod(outputs)
     return channels * math.prod(
@@ -76,8 +76,8 @@ def grid_sample(op: Op) -> Cost:
     """Sampling at given places. *(ours)*
 
     For each place and dimension: coordinate to index 1 multiplication and 1 addition, rounding 1 multiplication; then
-    with t taps in all (2 a dimension, 4 if bicubic): 2 additions a dimension for the distances (bicubic: 4 polynomials of
-    3 multiplications and 3 additions), t multiplications for the weights; and for each element of the output t
+    with t taps in all (2 a dimension, 4 if bicubic): 2 additions a dimension for the distances (bicubic: 4 polynomials
+    of 3 multiplications and 3 additions), t multiplications for the weights; and for each element of the output t
     multiplications and t - 1 additions.
     """
     mode = op.args[2]
