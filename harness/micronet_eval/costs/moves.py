@@ -48,6 +48,7 @@ FREE: Mapping[str, str] = MappingProxyType(
             )),
             _FILL,
         ),
+        **dict.fromkeys(("aten._assert_async", "aten._assert_tensor_metadata"), "a check that computes nothing"),
         "aten._to_copy": "a conversion to a format that the same hardware computes in",
         FIXED_POINT_OP: "a conversion to fixed point",
     }
@@ -63,7 +64,7 @@ _REORDERS = frozenset({"aten.transpose", "aten.permute", "aten.t"})
 
 def permutation(op: Op) -> Cost:
     """A permutation of channels is a product with a sparse matrix: 1 multiplication an element."""
-    return Cost(mults=op.out.numel)
+    return Cost(mults=op.out.numel if permutes(op) else 0)
 
 
 def permutes(op: Op) -> bool:
@@ -72,7 +73,7 @@ def permutes(op: Op) -> bool:
     Three forms are seen: nn.ChannelShuffle; view, transpose, view, as ShuffleNet writes it (`permutation_of`); and
     indexing along one dimension by a constant table with as many entries as there are elements.
     """
-    return op.name in ("aten.channel_shuffle", "aten.native_channel_shuffle") or _by_table(op) or permutation_of(op) > 0
+    return _by_table(op) or permutation_of(op) > 0
 
 
 def permutation_of(op: Op) -> int:
