@@ -103,6 +103,11 @@ def search(op: Op) -> Cost:
     return Cost(adds=op.out.numel * _log2(borders.shape[-1] + 1))
 
 
+def histogram(op: Op) -> Cost:
+    """Each element finds its bin, 1 multiplication and 1 addition, and adds 1 to it. *(ours)*"""
+    return Cost(_elements(op), _elements(op), _elements(op))
+
+
 def _log2(n: int) -> int:
     """ceil(log2 n), exactly."""
     return max(n - 1, 0).bit_length()
@@ -179,6 +184,7 @@ FORMULAS: dict[str, Formula] = {
     "aten.topk": topk,
     "aten.searchsorted": search,
     "aten.bucketize": search,
+    "aten.histc": histogram,
     "aten.scatter_add": scattered_sum,
     "aten.scatter_reduce": scattered_sum,
     "aten.index_add": scattered_sum,
