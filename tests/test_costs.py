@@ -322,24 +322,19 @@ def test_free_operations_come_with_a_reason():
 
 
 def test_unknown_operation_is_an_error_that_names_it_and_its_module():
-    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.Softplus()))
-    with pytest.raises(NoFormula, match=r"aten\.softplus in module '1\.1'"):
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), module(lambda self, x: torch.special.i0(x))))
+    with pytest.raises(NoFormula, match=r"aten\.i0 in module '1\.1'"):
         count(model, (1, 4))
 
 
 def test_unknown_operation_outside_of_any_submodule_is_said_to_be_in_the_models_forward():
-    with pytest.raises(NoFormula, match=r"aten\.softplus in the model's own forward"):
-        count(module(lambda self, x: F.softplus(x)), (1, 4))
-
-
-def test_transposed_convolution_is_an_error():
-    with pytest.raises(NoFormula, match=r"aten\.convolution.*transposed"):
-        count(nn.ConvTranspose2d(4, 4, 2), (1, 4, 3, 3))
+    with pytest.raises(NoFormula, match=r"aten\.i0 in the model's own forward"):
+        count(module(lambda self, x: torch.special.i0(x)), (1, 4))
 
 
 def test_formula_of_a_plugin_makes_an_unknown_operation_count():
-    added = {**FORMULAS, "aten.softplus": lambda op: Cost(mults=2 * op.out.numel, adds=op.out.numel)}
-    math = account(trace(nn.Softplus(), torch.ones(1, 4)), added).math
+    added = {**FORMULAS, "aten.i0": lambda op: Cost(mults=2 * op.out.numel, adds=op.out.numel)}
+    math = account(trace(module(lambda self, x: torch.special.i0(x)), torch.ones(1, 4)), added).math
     assert (math.mults, math.adds) == (8, 4)
 
 
@@ -487,7 +482,7 @@ def test_a_buffer_that_the_forward_changes_is_left_unchanged():
 
 
 def test_the_training_modes_come_back_after_an_error():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Softplus())
+    model = nn.Sequential(nn.Linear(4, 4), module(lambda self, x: torch.special.i0(x)))
     with pytest.raises(NoFormula):
         count(model, (1, 4))
     assert all(m.training for m in model.modules())

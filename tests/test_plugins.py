@@ -66,7 +66,7 @@ def two_layers(width=16):
 
 class Sine(nn.Module):
     def forward(self, x):
-        return torch.sinh(x)
+        return torch.special.i0(x)
 
 
 @pytest.fixture
@@ -200,9 +200,9 @@ def test_a_plugin_that_is_unregistered_leaves_nothing():
 
 
 def test_a_cost_of_a_plugin(register):
-    with pytest.raises(InputError, match=r"no cost formula for operation aten\.sinh"):
+    with pytest.raises(InputError, match=r"no cost formula for operation aten\.i0"):
         score(Sine(), torch.zeros(1, 5))
-    register(costs={"aten.sinh": elementwise(3, 2)})
+    register(costs={"aten.i0": elementwise(3, 2)})
     report = score(Sine(), torch.zeros(1, 5))
     assert (report.math.mults, report.math.adds) == (15, 10)
     assert report.coverage.priced == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +16,6 @@ from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from micronet_eval.evaluation import Report
 
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
@@ -71,24 +68,33 @@ def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | N
 
 @cli.command()
 @click.argument("target")
-@click.option("--input", "shape", required=True, help="Shape of one example's input, for example 1x3x224x224.")
+@click.option(
+    "--input",
+    "inputs",
+    required=True,
+    multiple=True,
+    help="One example's input: a shape like 1x3x224x224, 1x16:int64 for token ids, NAME=1x16:int64 for an argument "
+    "by name. Once for each input.",
+)
 @click.option("--task", help="Score relative to the baseline of this task.")
+@click.option("--depth", type=click.IntRange(min=0), help="Show the cost of each module, to this depth.")
 @_layers
 @_format
-def count(target: str, shape: str, task: str | None, layers: bool, style: str) -> None:
-    """Count what any model costs: torchvision:NAME, or package.module:FUNCTION that returns a module."""
-    import torch
+def count(target: str, inputs: tuple[str, ...], task: str | None, depth: int | None, layers: bool, style: str) -> None:
+    """Count what any model costs.
 
+    TARGET is torchvision:NAME, timm:NAME, transformers:CLASS (its default configuration), or package.module:FUNCTION
+    that returns a module.
+    """
     from micronet_eval.evaluation import score
+    from micronet_eval.targets import build, example
 
-    try:
-        sizes = tuple(int(size) for size in shape.split("x"))
-        if min(sizes) < 1:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--input {shape!r} is no shape; write it like 1x3x224x224") from None
-    report = score(_model(target), torch.zeros(sizes), task)
-    _show([report.model_copy(update={"submission": target})], style, layers)
+    shaped = example(inputs)
+    report = score(build(target), shaped, task).model_copy(update={"submission": target})
+    if depth is None:
+        _show([report], style, layers)
+    else:
+        _show_modules(report, depth, style)
 
 
 @cli.command()
@@ -198,53 +204,6 @@ def _first_line(thing: object) -> str:
     return (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
 
 
-def _model(target: str) -> nn.Module:
-    """The module that TARGET names, without any weights where that can be."""
-    import torch
-    from torch import nn
-
-    module, _, name = target.partition(":")
-    if not module or not name or module.startswith("."):
-        raise InputError(f"{target!r} names no model; write torchvision:NAME or package.module:FUNCTION")
-    if module == "torchvision":
-        return _torchvision(name)
-    sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot find {target!r}: {error}") from error
-    except Exception as error:  # it is somebody's code
-        raise SubmissionError(f"{module} failed: {type(error).__name__}: {error}") from error
-    try:
-        model = function()
-    except Exception as error:  # it is somebody's code
-        raise SubmissionError(f"{target} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{target} returned a {type(model).__name__}, not a torch.nn.Module")
-    return model if not isinstance(model, torch.jit.ScriptModule) else _no_script(target)
-
-
-def _no_script(target: str) -> nn.Module:
-    raise InputError(f"{target} is a TorchScript module, whose operations cannot be traced; give the original module")
-
-
-def _torchvision(name: str) -> nn.Module:
-    from torchvision import models
-
-    from micronet_eval.structure import without_weights
-
-    known = models.list_models(models)
-    if name not in known:
-        raise InputError(plugins.unknown("torchvision model", name, known))
-    model: nn.Module
-    try:
-        with without_weights():
-            model = models.get_model(name, weights=None)
-    except NotImplementedError:  # some compute their widths with tensors
-        model = models.get_model(name, weights=None)
-    return model
-
-
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on the terminal while examples are measured; none where output goes elsewhere."""
@@ -272,6 +231,23 @@ def _show(reports: list[Report], style: str, layers: bool) -> None:
     else:
         table = reporting.rows(reports)
         click.echo(reporting.to_csv(table) if style == "csv" else reporting.to_markdown(table))
+
+
+def _show_modules(report: Report, depth: int, style: str) -> None:
+    from micronet_eval import report as reporting
+    from micronet_eval.breakdown import by_module
+
+    modules = by_module((*report.layers, *report.free_layers), depth)
+    rows = [module.as_row() for module in modules]
+    if style == "json":
+        click.echo(json.dumps({**json.loads(report.to_json()), "modules": rows}, indent=2))
+    elif style == "table":
+        from rich.console import Console
+
+        console = Console()
+        console.print(reporting.render_modules(report, modules, console.width))
+    else:
+        click.echo(reporting.to_csv(rows) if style == "csv" else reporting.to_markdown(rows))
 
 
 def _show_rows(rows: list[dict[str, Any]], style: str) -> None:

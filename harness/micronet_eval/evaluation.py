@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
@@ -22,7 +22,7 @@ from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import without_values
 from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, build, read_manifest
 from micronet_eval.task import Task
-from micronet_eval.trace import trace
+from micronet_eval.trace import Example, trace
 
 COST_TOLERANCE = Decimal("1.01")
 """A claimed cost holds when the measurement is at most 1 % worse."""
@@ -51,6 +51,7 @@ class Report(BaseModel):
     quality: Quality | None
     claims: tuple[Claim, ...]
     layers: tuple[Layer, ...]
+    free_layers: tuple[Layer, ...] = ()
     ruleset: str
     freebie: bool
     coverage: Coverage
@@ -97,7 +98,7 @@ def evaluate(folder: str | Path, data: str | Path | None = None, progress: Progr
     return _report(folder.resolve().name, task, counted, quality, manifest.claims, manifest.provenance.note)
 
 
-def score(model: nn.Module, example_input: Tensor, task: str | None = None) -> Report:
+def score(model: nn.Module, example_input: Example, task: str | None = None) -> Report:
     """What any module costs for one example, and its score relative to the baseline of `task` (None: no score).
 
     Batch norm is merged first where that is exact; the module itself is left alone. Quality is not measured.
@@ -129,6 +130,7 @@ def _report(
         quality=quality,
         claims=_check(claims, counted, total, quality),
         layers=counted.layers,
+        free_layers=counted.free_layers,
         ruleset=RULESET,
         freebie=counted.freebie,
         coverage=counted.coverage,

@@ -47,7 +47,7 @@ def micronet_register_architectures(register: Callable[[str, Callable[..., nn.Mo
 
 @hookspec
 def micronet_register_costs(register: Callable[[str, Formula], None]) -> None:
-    """register(operation, formula), for example register("aten.sinh", elementwise(1))."""
+    """register(operation, formula), for example register("aten.i0", elementwise(1))."""
 
 
 @hookspec

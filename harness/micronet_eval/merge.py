@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from micronet_eval.precision import through_views
 from micronet_eval.structure import Mask, ScaleShift, replace, submodule
-from micronet_eval.trace import Op, Trace, Value, trace
+from micronet_eval.trace import Example, Op, Trace, Value, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
 _SAME = ("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.view", "aten._unsafe_view")
@@ -28,7 +28,7 @@ Direction = Literal["backward", "forward"]
 BOTH: tuple[Direction, ...] = ("backward", "forward")
 
 
-def merged(model: nn.Module, example_input: Tensor, directions: Sequence[Direction] = BOTH) -> nn.Module:
+def merged(model: nn.Module, example_input: Example, directions: Sequence[Direction] = BOTH) -> nn.Module:
     """A copy of `model` without batch norm: merged where that is exact, else a ScaleShift (2 values a channel).
 
     A model without batch norm is returned as it is.

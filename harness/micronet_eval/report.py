@@ -12,11 +12,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from micronet_eval.breakdown import ModuleCost
 from micronet_eval.evaluation import Claim, Report
 from micronet_eval.quality import Quality
 from micronet_eval.scoring import Layer
 
 COSTLIEST = 10
+WIDE = 100  # columns of a terminal from which on everything is shown of each module
 NARROW = 72  # columns of a terminal below which less is shown of each operation
 VERDICTS = {True: Text("holds", "green"), False: Text("fails", "bold red"), None: Text("not measured", "yellow")}
 
@@ -168,9 +170,35 @@ def _layers(report: Report, every: bool, width: int) -> Table:
     return table
 
 
+def render_modules(report: Report, modules: Sequence[ModuleCost], width: int = 80) -> RenderableType:
+    """The cost of each module, children below their parents; narrow terminals show less of each."""
+    title = f"{report.submission}: what each module costs, all that runs inside of it included"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("module", overflow="fold", min_width=8)
+    columns: dict[str, Callable[[ModuleCost], str]] = {
+        "mults": lambda m: _count(m.mults),
+        "adds": lambda m: _count(m.adds),
+        "MACs": lambda m: _count(m.macs),
+        "ops32": lambda m: _count(m.ops32),
+        "of math": lambda m: f"{m.math_share:.1%}",
+        "stored bits": lambda m: _count(m.storage_bits),
+        "of storage": lambda m: f"{m.storage_share:.1%}",
+    }
+    if width < WIDE:
+        del columns["mults"], columns["adds"]
+    if width < NARROW:
+        del columns["MACs"]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=width >= WIDE)
+    for module in modules:
+        name = "  " * (module.depth - 1) + module.module.rpartition(".")[2]
+        table.add_row(Text(name, "bold" if not module.depth else ""), *(cell(module) for cell in columns.values()))
+    return Group(table, Text(_coverage(report), "dim"))
+
+
 def _count(number: float) -> str:
     """A count in at most seven characters: 12,345 or 1.234 M."""
-    for size, unit in ((1e9, "G"), (1e6, "M")):
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.4g} {unit}"
     return f"{number:,.0f}"

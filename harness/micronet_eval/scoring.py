@@ -17,7 +17,10 @@ RULESET = "micronet-2019"
 
 @dataclass(frozen=True)
 class Layer:
-    """One priced operation. `ops32` is its cost in 32-bit operations, `storage_bits` what it is the first to use."""
+    """One operation. `ops32` is its cost in 32-bit operations, `storage_bits` what it is the first to use.
+
+    `macs` says how many of the multiplications belong to dot products.
+    """
 
     module: str
     op: str
@@ -27,6 +30,7 @@ class Layer:
     weight_bits: int
     ops32: float
     storage_bits: int
+    macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,18 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs by the rules, before any baseline. `freebie` says that it counts as 16 bit."""
+    """What a model costs by the rules, before any baseline. `freebie` says that it counts as 16 bit.
+
+    `layers` are the priced operations. `free_layers` are those that cost nothing but are the first to use something
+    that is stored: the table of a look-up, the exponent of a quantizer.
+    """
 
     storage: Storage
     math: Math
     layers: tuple[Layer, ...]
     coverage: Coverage
     freebie: bool
+    free_layers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,15 +126,26 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
     widths = bit_widths(trace)
     priced: list[tuple[Op, Cost, Layer, Fraction, Fraction]] = []
     free: dict[str, str] = {}
+    free_layers: list[Layer] = []
     for op in trace.ops:
         cost = cost_of(op, formulas)
         if cost is None:
             free[op.name] = FREE[op.name]
+            if bits_of_op[op]:
+                free_layers.append(Layer(op.module, op.name, 0, 0, 0, 0, 0.0, bits_of_op[op]))
             continue
         inputs, weights = factor_widths(op, widths)
         mult_ops, add_ops = weighted(cost, max(inputs, weights), freebie)
         layer = Layer(
-            op.module, op.name, cost.mults, cost.all_adds, inputs, weights, float(mult_ops + add_ops), bits_of_op[op]
+            module=op.module,
+            op=op.name,
+            mults=cost.mults,
+            adds=cost.all_adds,
+            input_bits=inputs,
+            weight_bits=weights,
+            ops32=float(mult_ops + add_ops),
+            storage_bits=bits_of_op[op],
+            macs=cost.macs,
         )
         priced.append((op, cost, layer, mult_ops, add_ops))
     mult_ops32 = sum((m for *_, m, _ in priced), Fraction(0))
@@ -140,7 +160,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
     )
     layers = tuple(layer for _, _, layer, _, _ in priced)
     coverage = Coverage(len(trace.ops) + trace.folded, len(priced), dict(sorted(free.items())), trace.folded)
-    return Account(storage, math, layers, coverage, freebie)
+    return Account(storage, math, layers, coverage, freebie, tuple(free_layers))
 
 
 def weighted(cost: Cost, width: int, freebie: bool = False) -> tuple[Fraction, Fraction]:

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from micronet_eval.errors import InputError
+from micronet_eval.unfused import unfused
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,38 +95,55 @@ class Trace:
         return users
 
 
-def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""The input of a model: one tensor, several by position, or several by the names of the arguments."""
+
+
+def trace(model: nn.Module, example_input: Example) -> Trace:
     """The operations of one forward pass of `model` on tensors shaped like `example_input`, in evaluation mode.
 
     Nothing of the model is changed. Raises InputError where the model cannot run on such an input.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # numbers that the forward draws are the same every time
-        return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input))
+        if isinstance(example_input, Mapping):
+            return _trace(model, (), example_input)
+        return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input), {})
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Trace:
     recorder = _Recorder()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
         recorder.known(name, tensor)
     metas = tuple(recorder.input(t) for t in inputs)
+    named_metas = {name: recorder.input(t) for name, t in named.items()}
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
         stack.enter_context(_swapped(model, recorder))
         stack.enter_context(_module_paths(model, recorder.path))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_no_fast_path())
+        stack.enter_context(unfused())
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
         stack.enter_context(recorder)
         try:
-            result = model(*metas)
+            result = model(*metas, **named_metas)
         except Exception as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
-            shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
+            shapes = ", ".join("x".join(map(str, t.shape)) for t in (*inputs, *named.values()))
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
-        outputs = tuple(recorder.value(t) for t in tree_flatten(result)[0] if isinstance(t, Tensor))
+        outputs = tuple(recorder.value(t) for t in tensors_in(result))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """The tensors that a model returns: alone, in lists, dicts and named tuples, in dataclasses."""
+    for item in tree_flatten(result)[0]:
+        if isinstance(item, Tensor):
+            yield item
+        elif is_dataclass(item) and not isinstance(item, type):
+            yield from tensors_in([getattr(item, f.name) for f in fields(item)])
+        elif isinstance(item, Mapping):
+            yield from tensors_in(list(item.values()))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -173,7 +190,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": torch.device("meta")}
         written = _written(func, args, kwargs)
         op = Op(_name(func), self.path[-1] if self.path else "", *self._values(args, kwargs))
-        result = func(*args, **kwargs)
+        result = self._execute(func, args, kwargs)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         if op.name not in _FILLS and not all(v.is_constant for v in op.inputs):
             op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
@@ -237,6 +254,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             write.outputs = (Value(before.shape, before.dtype, None, data, write),)
             self.values[id(tensor)] = write.out
 
+    def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result on the meta device. A number, or a shape, that depends on values is that of the constants."""
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if not _VALUE_DEPENDENT & set(func.tags):
+                raise
+            values = [self.value(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+            if any(v.data is None or v.data.is_meta for v in values):
+                raise RuntimeError(
+                    f"{_name(func)} depends on values that are not known before the model runs"
+                ) from error
+        real = func(*tree_map(self._data, args), **tree_map(self._data, kwargs))
+        return tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, real)
+
+    def _data(self, item: Any) -> Any:
+        return self.value(item).data if isinstance(item, Tensor) else item
+
     def _to_meta(self, item: Any) -> Any:
         """Tensors that the model keeps outside of its parameters and buffers are constants, too, each known once."""
         return self.known("constant", item) if isinstance(item, Tensor) and id(item) not in self.values else item
@@ -245,12 +280,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The real result of an operation whose tensors are all constants."""
         if op.name in _FILLS:  # only the shape and the dtype of the input matter
             return torch.full(result.shape, _FILLS[op.name](op), dtype=result.dtype)
+        if any(v.data is not None and v.data.is_meta for v in op.inputs):
+            return result  # a parameter without values makes none
         args, kwargs = tree_map(lambda a: self.values[id(a)].data if isinstance(a, Tensor) else a, (args, kwargs))
         if "device" in kwargs:
             device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
             kwargs = {**kwargs, "device": device}
         return func(*args, **kwargs)
 
+
+_VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 WRITE_OP = "micronet.write"
 """Recorded though not executed: what a tensor holds after a part of it was written, of both what was and what is."""
@@ -334,17 +373,6 @@ def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Attention modules would otherwise run as one opaque operation."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
