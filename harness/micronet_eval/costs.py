@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from micronet_eval.errors import InputError
-from micronet_eval.formats import FIXED_POINT_OP
+from micronet_eval.formats import CONVERSIONS
 from micronet_eval.trace import WRITE_OP, Op, Value
 
 
@@ -223,8 +223,32 @@ def group_norm(op: Op) -> Cost:
     return normalization(batch * groups, x.numel, weight is not None, bias is not None)
 
 
+SCALE_OP = "micronet.scale"
+"""Written into a trace by `precision.with_scales`: the multiplications by scales that are no powers of two."""
+
+
+def scale(op: Op) -> Cost:
+    """Multiplications by scales, and additions that correct for zero points."""
+    return Cost(mults=op.kwargs["mults"], accumulations=op.kwargs["adds"])
+
+
+def choose_scale(op: Op) -> Cost:
+    """Scale and zero point of k elements found while running, for each of the scales. *(ours)*
+
+    Smallest and largest (2 k - 2 comparisons); scale: 1 subtraction, 1 multiplication; zero point: 1 and 1.
+    """
+    scales = op.out.numel
+    return Cost(2 * scales, 2 * (op.inputs[0].numel - scales) + 2 * scales)
+
+
 FORMULAS: Mapping[str, Formula] = MappingProxyType(
     {
+        SCALE_OP: scale,
+        "quantized_decomposed.choose_qparams": choose_scale,
+        "quantized_decomposed.choose_qparams_symmetric": choose_scale,
+        "quantized_decomposed.choose_qparams_per_token": choose_scale,
+        "quantized_decomposed._choose_qparams_per_token_asymmetric_impl": choose_scale,
+        "quantized_decomposed.choose_qparams_per_token_asymmetric": choose_scale,
         "aten.convolution": convolution,
         "aten.mm": mm,
         "aten.bmm": mm,
@@ -300,7 +324,7 @@ FREE: Mapping[str, str] = MappingProxyType(
 FREE = MappingProxyType(
     {
         **{f"aten.{name}": why for name, why in FREE.items()},
-        FIXED_POINT_OP: "a conversion to fixed point",
+        **CONVERSIONS,
         WRITE_OP: "what a partial write left as it was",
     }
 )
