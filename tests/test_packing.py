@@ -103,8 +103,9 @@ def test_fixed_point_codes_are_twos_complement(number_format):
 @few
 @given(st.one_of(fixed_points, st.sampled_from(sorted(_PLAIN)).map(Plain)))
 def test_spec_and_overhead_describe_a_format(number_format):
-    assert format_of(number_format.spec, number_format.overhead) == number_format
-    assert packing.overhead_bytes(number_format.spec) == len(number_format.overhead) == number_format.overhead_bytes
+    columns = iter(number_format.side)
+    again = format_of(number_format.spec, (), lambda count, width: next(columns)[0])
+    assert (again, next(columns, None)) == (number_format, None)
 
 
 @pytest.mark.parametrize("name", sorted(_PLAIN))
@@ -139,17 +140,15 @@ def test_fixed_point_has_bounds(bits, exponent):
         FixedPoint(bits, exponent)
 
 
-@pytest.mark.parametrize("spec", ["fixed-point:1", "fixed-point:25", "fixed-point:x", "fixed-point", "float8", ""])
-@pytest.mark.parametrize("overhead", [b"", b"1"])
-def test_a_format_that_does_not_exist_is_refused(spec, overhead):
+@pytest.mark.parametrize(
+    "spec",
+    ["fixed-point:1", "fixed-point:25", "fixed-point:x", "fixed-point", "float8", "", "affine:7:-7:1",
+     "affine:-7:7:0x1", "affine:-7:7:1x1", "signed:9:int8", "unsigned:3:float32", "codebook:0",
+     "codebook:4:int8", "signs:float9"],
+)  # fmt: skip
+def test_a_format_that_does_not_exist_is_refused(spec):
     with pytest.raises(OffGrid):
-        format_of(spec, overhead)
-
-
-@pytest.mark.parametrize(("spec", "overhead"), [("fixed-point:8", b""), ("fixed-point:8", b"12"), ("float32", b"1")])
-def test_overhead_of_the_wrong_length_is_refused(spec, overhead):
-    with pytest.raises(OffGrid):
-        format_of(spec, overhead)
+        format_of(spec, (2,), lambda count, width: torch.zeros(count, dtype=torch.int64))
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------

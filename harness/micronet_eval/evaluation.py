@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from micronet_eval import packing, plugins
+from micronet_eval.costs import SCALE_OP
 from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
 from micronet_eval.quality import Progress, Quality, measure, not_measured
 from micronet_eval.scoring import RULESET, Account, Coverage, Layer, Math, Score, Storage, account
 from micronet_eval.scoring import score as score_of
-from micronet_eval.storage import without_values
+from micronet_eval.storage import FREEBIE_BITS, without_values
 from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, build, read_manifest
 from micronet_eval.task import Task
 from micronet_eval.trace import Example, trace
@@ -136,8 +137,19 @@ def _report(
         coverage=counted.coverage,
         environment=_environment(),
         provenance=note,
-        warnings=(),
+        warnings=_wide(counted),
     )
+
+
+def _wide(counted: Account) -> tuple[str, ...]:
+    """Says where a model with quantized activations still multiplies at 32 bit."""
+    quantized = any(0 < layer.input_bits < FREEBIE_BITS for layer in counted.layers)
+    wide = [x for x in counted.layers if x.mults and x.op != SCALE_OP and max(x.input_bits, x.weight_bits) >= 32]
+    if not quantized or not wide:
+        return ()
+    first = f"{wide[0].op.partition('.')[2]} in {wide[0].module!r}"
+    several = f"{len(wide)} operations multiply" if len(wide) > 1 else "1 operation multiplies"
+    return (f"{several} at 32 bit although activations are quantized, the first is {first}",)
 
 
 def _check(claims: Claims, counted: Account, total: Score | None, quality: Quality | None) -> tuple[Claim, ...]:

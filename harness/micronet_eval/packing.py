@@ -1,9 +1,10 @@
 """Packed weights: every stored tensor bit by bit at its true width, in one safetensors file.
 
 Layout (docs/format.md). Three tensors of bytes hold what the storage term of the score counts: `values` (codes, least
-significant bit first, of non-zero values only where a bitmask says which they are), `masks` (bitmasks) and
-`overhead` (exponents). `structure` is zlib-compressed JSON: the layers that differ from the registered architecture,
-the activation quantizers, and name, format and layout of each tensor. The header carries a SHA-256 of all four.
+significant bit first, of some values only where a mask says which they are), `masks` (1 bit an element or a block) and
+`overhead` (exponents, scales, zero points, tables). `structure` is zlib-compressed JSON: the layers that differ from
+the registered architecture, the activation quantizers, and name, format and layout of each tensor. The header carries a
+SHA-256 of all four.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -27,7 +28,20 @@ from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
-from micronet_eval.formats import FixedPoint, FixedPointQuantizer, Format, OffGrid, Plain, format_of, overhead_bytes
+from micronet_eval.formats import (
+    Affine,
+    AffineQuantizer,
+    Codebook,
+    CodebookQuantizer,
+    FixedPoint,
+    FixedPointQuantizer,
+    Format,
+    OffGrid,
+    Plain,
+    Signs,
+    format_of,
+)
+from micronet_eval.masks import ELEMENT, Block, block_mask, elements, mask_shape
 from micronet_eval.storage import Stored, stored_tensors
 from micronet_eval.structure import (
     StructureError,
@@ -47,7 +61,7 @@ _KEY, _KIND = "micronet-packed", {"version": 1}
 _STREAMS = ("values", "masks", "overhead", "structure")
 _STRUCTURE_LIMIT = 64 << 20  # bytes of JSON; more is a decompression bomb
 
-Layout = Literal["dense", "bitmask", "overhead", "plain"]
+Layout = Annotated[str, StringConstraints(pattern=r"^(dense|bitmask|blocks:[1-9]\d{0,9}x[1-9]\d{0,9}|overhead|plain)$")]
 
 
 class Structure(BaseModel):
@@ -155,19 +169,21 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Tensor) -> Pa
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
         if not _same(getattr(owner, stored.name.rpartition(".")[2]), stored.tensor):
             raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
-        codes = _codes(stored)
+        codes, block = _codes(stored), stored.mask(stored.format.code_bits)
         width = stored.format.code_bits
         if stored.is_overhead:
             layout = "overhead"
-            overhead.write(codes, width)
-        elif stored.is_sparse(width):
-            layout = "bitmask"
-            masks.write((codes != 0).astype(np.int64), 1)
-            values.write(codes[codes != 0], width)
-        else:
+            overhead.write(codes.reshape(-1), width)
+        elif block is None:
             layout = "dense"
-            values.write(codes, width)
-        overhead.write(np.frombuffer(stored.format.overhead, np.uint8).astype(np.int64), 8)
+            values.write(codes.reshape(-1), width)
+        else:
+            layout = "bitmask" if block == ELEMENT else f"blocks:{block[0]}x{block[1]}"
+            mask = block_mask(stored.is_nonzero.cpu(), block)
+            masks.write(mask.reshape(-1).numpy().astype(np.int64), 1)
+            values.write(codes[elements(mask, block, codes.shape).numpy()], width)
+        for column, bits in stored.format.side:
+            overhead.write(column.reshape(-1).numpy(), bits)
         tensors.append((stored.name, stored.format.spec, layout))
     try:
         structure = Structure(
@@ -223,7 +239,8 @@ def _codes(stored: Stored) -> NDArray[np.int64]:
     if stored.tensor.is_floating_point() and not bool(torch.isfinite(stored.tensor).all()):
         raise InputError(f"tensor {stored.name!r} holds NaN or infinity")
     try:
-        return stored.format.encode(stored.tensor.cpu()).numpy().reshape(-1)
+        codes: NDArray[np.int64] = stored.format.encode(stored.tensor.cpu()).numpy()
+        return codes
     except OffGrid as error:
         raise InputError(f"tensor {stored.name!r}: {error}") from error
 
@@ -241,32 +258,43 @@ def _read_tensor(
     if owner is None:
         raise OffGrid(f"tensor {name!r} has no place in the architecture")
     shape = getattr(owner, name.rpartition(".")[2]).shape
-    width = format_of(spec, bytes(overhead_bytes(spec))).code_bits
-    count = int(np.prod(shape))
+    side = readers["overhead"]
+
+    def read_side(count: int, width: int) -> Tensor:
+        return torch.from_numpy(side.read(count, width))
+
     if layout == "plain":
         tensor = packed.plain.get(name)
         if tensor is None or tensor.shape != shape:
             raise OffGrid(f"tensor {name!r} is missing from the file, or is not of shape {tuple(shape)}")
-        number_format = format_of(spec, _overhead(readers, spec))
-        codes = _codes(Stored(name, tensor, number_format))
+        number_format = format_of(spec, shape, read_side)
+        value = number_format.decode(torch.from_numpy(_codes(Stored(name, tensor, number_format))))
+    elif layout == "overhead":
+        number_format = format_of(spec, shape, read_side)
+        value = number_format.decode(read_side(int(np.prod(shape)), number_format.code_bits).reshape(shape))
     else:
-        if layout == "bitmask":
-            mask = readers["masks"].read(count, 1).astype(bool)
-            codes = np.zeros(count, np.int64)
-            codes[mask] = readers["values"].read(int(mask.sum()), width)
-            if not codes[mask].all():
-                raise OffGrid(f"tensor {name!r}: the bitmask names a value that is zero")
-        else:
-            codes = readers["overhead" if layout == "overhead" else "values"].read(count, width)
-        number_format = format_of(spec, _overhead(readers, spec))
-    value = number_format.decode(torch.from_numpy(codes.copy())).reshape(shape)
+        number_format = format_of(spec, shape, read_side)
+        kept = _read_mask(readers["masks"], shape, layout)
+        codes = torch.zeros(shape, dtype=torch.int64)
+        codes[kept] = torch.from_numpy(readers["values"].read(int(kept.sum()), number_format.code_bits))
+        value = number_format.decode(codes)
+        value[~kept] = 0
+        if layout == "bitmask" and not bool(Stored(name, value, number_format).is_nonzero[kept].all()):
+            raise OffGrid(f"tensor {name!r}: the bitmask names a value that is zero")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise OffGrid(f"tensor {name!r} holds NaN or infinity")
     return value, number_format
 
 
-def _overhead(readers: dict[str, _BitReader], spec: str) -> bytes:
-    return readers["overhead"].read(overhead_bytes(spec), 8).astype(np.uint8).tobytes()
+def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> Tensor:
+    """Which elements of a tensor are in the file."""
+    if layout == "dense":
+        return torch.ones(shape, dtype=torch.bool)
+    rows, columns = layout.removeprefix("blocks:").split("x") if layout != "bitmask" else ELEMENT
+    block: Block = int(rows), int(columns)
+    blocks = mask_shape(shape, block)
+    mask = torch.from_numpy(reader.read(blocks[0] * blocks[1], 1)).to(torch.bool).view(blocks)
+    return elements(mask, block, shape)
 
 
 def _assign(model: nn.Module, name: str, value: Tensor, number_format: Format) -> None:
@@ -281,16 +309,27 @@ def _assign(model: nn.Module, name: str, value: Tensor, number_format: Format) -
     old, new = owner._parameters.get(attribute), nn.Parameter(value, requires_grad=value.is_floating_point())
     if old is None:  # tied to one that was there before
         raise OffGrid(f"tensor {name!r} is there twice")
-    quantizer = None
-    if isinstance(number_format, FixedPoint):
-        quantizer = FixedPointQuantizer(number_format.bits, number_format.exponent)
-    elif not isinstance(number_format, Plain):
-        raise OffGrid(f"tensor {name!r}: {number_format.spec} cannot be set into a model")
+    quantizer = _quantizer(name, number_format)
     for module in list(model.modules()):
         for tied in [key for key, parameter in module._parameters.items() if parameter is old]:
             setattr(module, tied, new)
             if quantizer is not None:
                 parametrize.register_parametrization(module, tied, quantizer, unsafe=True)
+
+
+def _quantizer(name: str, number_format: Format) -> nn.Module | None:
+    """What keeps a parameter in its format while the model runs."""
+    if isinstance(number_format, Signs):
+        number_format = number_format.base
+    if isinstance(number_format, FixedPoint):
+        return FixedPointQuantizer(number_format.bits, number_format.exponent)
+    if isinstance(number_format, Affine):
+        return AffineQuantizer(number_format)
+    if isinstance(number_format, Codebook):
+        return CodebookQuantizer(number_format)
+    if not isinstance(number_format, Plain):
+        raise OffGrid(f"tensor {name!r}: {number_format.spec} cannot be set into a model")
+    return None
 
 
 # --- packed <-> file --------------------------------------------------------------------------------------------------

@@ -1,86 +1,81 @@
-"""The bit-width of every value in a trace, from quantizers and dtypes: moves keep it, arithmetic widens it again."""
+"""The bit-width of every value in a trace: conversions narrow it, moves keep it, arithmetic widens it again.
+
+A scale that is no power of two is put off until after a dot product, a mean or a sum, which is where the rules count
+it: one multiplication an output. `with_scales` writes these multiplications into a trace. Everywhere else the values
+are multiplied by their scale first, and are as wide as their dtype.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from micronet_eval.costs import ADDENDS, FREE, SELECTS
-from micronet_eval.formats import FIXED_POINT_OP, FixedPoint
+from micronet_eval.costs import ADDENDS, SCALE_OP
+from micronet_eval.formats import QUANTIZE
+from micronet_eval.grids import (
+    Grid,
+    constant_grid,
+    data_inputs,
+    dequantized,
+    dtype_width,
+    grid_of,
+    has_only_signs,
+    is_conversion,
+    keeps_width,
+    through_views,
+)
 from micronet_eval.trace import Op, Trace, Value
 
-
-def keeps_width(op: Op) -> bool:
-    """Whether the results of `op` are some of its inputs or zero, so that they need no more bits."""
-    return op.name in FREE or op.name in SELECTS
-
-
-def data_inputs(op: Op) -> tuple[Value, ...]:
-    """The inputs whose values flow into the output: no indices, no masks; of a copy only the source."""
-    if op.name == "aten._to_copy":
-        return op.inputs
-    if op.name == "aten.copy":
-        return op.inputs[1:]
-    return tuple(v for v in op.inputs if v.dtype.is_floating_point)
-
-
-def through_views(value: Value) -> Value:
-    """The tensor that `value` is a view, a copy, or an exact conversion of."""
-    while (op := value.producer) is not None and op.name in FREE and op.name != FIXED_POINT_OP:
-        inputs = data_inputs(op)
-        if len(inputs) != 1 or inputs[0].numel != value.numel or _dtype_width(inputs[0]) > _dtype_width(value):
-            break
-        value = inputs[0]
-    return value
+LINEAR = frozenset(
+    f"aten.{name}"
+    for name in (
+        "convolution", "mm", "bmm", "addmm", "baddbmm", "mean", "sum",
+        "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
+    )
+)  # fmt: skip
+"""Operations that a factor common to all elements of an input passes through unchanged."""
 
 
 def bit_widths(trace: Trace) -> Mapping[Value, int]:
-    """The bits of every value that the operations of `trace` read or write."""
+    """The bits of every value that the operations of `trace` read or write: those of its codes where it has some."""
     widths: dict[Value, int] = {}
     for op in trace.ops:
         for value in op.inputs:
             if value not in widths:
-                widths[value] = _constant_width(value) if value.is_constant else _dtype_width(value)
+                widths[value] = _constant_width(value) if value.is_constant else dtype_width(value)
         for out in op.outputs:
-            if op.name == FIXED_POINT_OP:
-                widths[out] = op.args[2]
+            if is_conversion(op) and out is op.out and op.name in QUANTIZE:
+                widths[out] = min(grid_of(op).code_bits, widths[op.inputs[0]], dtype_width(out))
+            elif out is op.out and (grid := dequantized(op)) is not None:
+                widths[out] = min(
+                    grid.code_bits, *(widths[v] for v in op.inputs[:1] if is_conversion(op)), dtype_width(out)
+                )
+                widths[out] += grid.shifts_while_running
             elif keeps_width(op) and (inputs := data_inputs(op)):
-                widths[out] = min(max(widths[v] for v in inputs), _dtype_width(out))
+                widths[out] = min(max(widths[v] for v in inputs), dtype_width(out))
             else:
-                widths[out] = _dtype_width(out)
+                widths[out] = dtype_width(out)
     return widths
-
-
-def quantizing_op(value: Value) -> Op | None:
-    """The quantizer that made the constant `value`, seen through views."""
-    while (op := value.producer) is not None:
-        if op.name == FIXED_POINT_OP:
-            return op
-        if op.name not in FREE or not (inputs := data_inputs(op)):
-            return None
-        value = inputs[0]
-    return None
-
-
-def fixed_point_format(op: Op) -> FixedPoint:
-    """The format that a quantizing operation gives. An exponent without value (on the meta device) reads as 0."""
-    exponent = op.args[1].data
-    known = exponent is not None and exponent.device.type != "meta"
-    return FixedPoint(op.args[2], int(exponent) if known else 0)
 
 
 def factor_widths(op: Op, widths: Mapping[Value, int]) -> tuple[int, int]:
     """The widest activation and the widest constant that `op` computes with, in bits; 0 where there is none.
 
     What is only added to a dot product does not count. A Python number counts 32 bits, unless it is a power of two.
+    Where signs are all that is multiplied with values that have a sign bit of their own, both sides are 1 bit.
     """
-    added = op.args[ADDENDS[op.name]] if op.name in ADDENDS else None
-    factors = [v for v in op.inputs if v is not added]
+    if op.name == SCALE_OP:
+        return 0, op.kwargs["bits"]
+    factors = _factors(op)
+    if _flips_signs(op, factors):
+        return 1, 1
+    used = {v: widths[v] if op.name in LINEAR or keeps_width(op) else _applied_width(v, widths) for v in factors}
     return (
-        max((widths[v] for v in factors if not v.is_constant), default=0),
-        max([widths[v] for v in factors if v.is_constant] + [number_width(n) for n in numbers(op)], default=0),
+        max((used[v] for v in factors if not v.is_constant), default=0),
+        max([used[v] for v in factors if v.is_constant] + [number_width(n) for n in numbers(op)], default=0),
     )
 
 
@@ -97,10 +92,216 @@ def number_width(number: float) -> int:
 _WITH_NUMBERS = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub")
 
 
+def _factors(op: Op) -> list[Value]:
+    added = op.args[ADDENDS[op.name]] if op.name in ADDENDS else None
+    return [v for v in op.inputs if v is not added]
+
+
 def _constant_width(value: Value) -> int:
-    quantizer = quantizing_op(value)
-    return quantizer.args[2] if quantizer else _dtype_width(through_views(value))
+    grid = constant_grid(value)
+    return min(grid.bits, dtype_width(value)) if grid else dtype_width(through_views(value))
 
 
-def _dtype_width(value: Value) -> int:
-    return 1 if value.dtype == torch.bool else value.dtype.itemsize * 8
+def _applied_width(value: Value, widths: Mapping[Value, int]) -> int:
+    """The width of a value whose scale had to be applied first."""
+    grid = constant_grid(value) if value.is_constant else pending(value)
+    return dtype_width(value) if grid is not None and grid.scale_bits else widths[value]
+
+
+# --- signs ------------------------------------------------------------------------------------------------------------
+
+
+def _flips_signs(op: Op, factors: list[Value]) -> bool:
+    """Whether `op` multiplies values with a sign bit by a binary or ternary weight: 1/32 of an operation."""
+    constants, activations = [v for v in factors if v.is_constant], [v for v in factors if not v.is_constant]
+    if len(constants) != 1 or len(activations) != 1 or not (op.name in LINEAR or op.name == "aten.mul"):
+        return False
+    grid = constant_grid(constants[0])
+    if grid is None or (op.name not in LINEAR and grid.scale_bits):
+        return False
+    return has_sign_bit(activations[0]) and has_only_signs(constants[0], grid)
+
+
+def has_sign_bit(value: Value) -> bool:
+    """Whether a sign stands for itself, as in floating point. Fixed point is two's complement: it does not. *(ours)*"""
+    op = value.producer
+    if not value.dtype.is_floating_point or (op is not None and is_conversion(op)):
+        return False
+    if op is not None and keeps_width(op) and (inputs := data_inputs(op)):
+        return all(map(has_sign_bit, inputs))
+    return True
+
+
+# --- scales -----------------------------------------------------------------------------------------------------------
+
+
+def pending(value: Value) -> Grid | None:
+    """The grid of an activation that is still codes times one scale: from a conversion, through moves, ReLU and max."""
+    op = value.producer
+    if op is None or value.is_constant:
+        return None
+    if value is op.out and (grid := dequantized(op)) is not None:
+        return grid if _is_common(op, grid) else None
+    if not keeps_width(op):
+        return None
+    grids = [pending(v) for v in data_inputs(op) if not v.is_constant]
+    same = bool(grids) and all(g is not None and _same(g, grids[0]) for g in grids)
+    return grids[0] if same else None
+
+
+def _is_common(op: Op, grid: Grid) -> bool:
+    """Whether one scale holds for all that a dot product adds up: one of the tensor, or of a token (last dimension)."""
+    shape = op.out.shape
+    return grid.blocks[-1:] == shape[-1:] and (grid.blocks == shape or grid.is_dynamic)
+
+
+def _same(a: Grid, b: Grid | None) -> bool:
+    return b is not None and a.scales == b.scales and a.zero_points == b.zero_points
+
+
+def with_scales(trace: Trace) -> Trace:
+    """The same trace with the multiplications by scales that are no powers of two, where the rules count them.
+
+    - Behind a linear operation with scaled inputs, one an output, for all scales that are known before together, one
+      more for those that are computed from activations, and one for each group where a weight has several scales
+      along the sum. A zero point of an activation times the weights is a constant, folded into the bias; without
+      a bias it is one more addition an output. One that is computed from activations is subtracted from each. *(ours)*
+    - At a conversion to codes, one an element, unless the values come straight from such a linear operation, whose
+      multiplication takes it in, or have the same scale already. *(ours)*
+    - At a conversion to values, one an element, if anything else than linear operations and conversions to codes reads
+      them. *(ours)*
+    """
+    users = trace.users()
+    ops: list[Op] = []
+    scaled: set[Value] = set()  # values that a scale was multiplied into
+    for op in trace.ops:
+        explicit = None if is_conversion(op) else dequantized(op)
+        if explicit is not None and _is_common(op, explicit) and _is_put_off(op.out, users, trace):
+            continue  # a multiplication by scales that the model's code makes before the linear operation
+        ops.append(op)
+        found = _scaling_of_conversion(op, users, trace, scaled) if is_conversion(op) else _scaling_of_linear(op)
+        if found is None:
+            continue
+        mults, adds, bits, takes_more = found
+        if takes_more:
+            scaled.add(op.out)
+        if mults or adds:
+            kwargs = {"mults": mults, "adds": adds, "bits": bits}
+            ops.append(Op(SCALE_OP, op.module, (op.out,), kwargs, (replace(op.out),)))
+    return replace(trace, ops=tuple(ops))
+
+
+Scaling = tuple[int, int, int, bool]
+"""Multiplications, additions, bits of the scale, and whether a later constant factor can be part of the same."""
+
+
+def _scaling_of_linear(op: Op) -> Scaling | None:
+    if op.name not in LINEAR:
+        return None
+    factors = _factors(op)
+    constants = [v for v in factors if v.is_constant]
+    grids = [g for v in factors if (g := constant_grid(v) if v.is_constant else _pending_in(op, v)) is not None]
+    scaled = [g for g in grids if g.scale_bits]
+    static, dynamic = [g for g in scaled if not g.is_dynamic], [g for g in scaled if g.is_dynamic]
+    shifted = [g for v in factors if not v.is_constant and (g := _pending_in(op, v)) and any(g.zeros())]
+    if not scaled and not shifted:
+        return None
+    bias = op.name in ADDENDS and op.args[ADDENDS[op.name]] is not None
+    outputs, groups = _outputs_and_groups(op, constants[0]) if len(constants) == 1 else (op.out.numel, op.out.numel)
+    mults = (groups if static else 0) + outputs * len(dynamic)
+    adds = outputs if shifted and constants and not bias else 0
+    return (mults, adds, max((g.scale_bits for g in scaled), default=0), bool(static)) if mults or adds else None
+
+
+def _pending_in(op: Op, value: Value) -> Grid | None:
+    """The scale of an activation that `op` can put off. One for each token only if a constant is summed with it."""
+    grid = pending(value)
+    if grid is None or not grid.is_dynamic or value.numel == 0:
+        return grid
+    per_tensor = all(isinstance(s, float) or s.numel == 1 for s in grid.scales)
+    return grid if per_tensor or any(v.is_constant for v in _factors(op)) else None
+
+
+def _outputs_and_groups(op: Op, weight: Value) -> tuple[int, int]:
+    """The outputs of a dot product with a constant that have a non-zero weight, and their scales along the sum."""
+    grid = constant_grid(weight)
+    summed = _output_dims(op, weight)
+    known = weight.data is not None and not weight.data.is_meta
+    nonzero = (weight.data.float() != 0) if known else torch.ones(weight.shape, dtype=torch.bool, device="cpu")  # type: ignore[union-attr]
+    rows = math.prod(weight.shape[d] for d in summed)
+    used = nonzero.movedim(summed, tuple(range(len(summed)))).reshape(rows, -1)
+    times = op.out.numel // rows if rows else 0
+    outputs = int(used.any(1).sum()) * times
+    if grid is None or grid.indices is None or not used.numel():
+        return outputs, outputs
+    where = grid.indices.movedim(summed, tuple(range(len(summed)))).reshape(rows, -1)
+    ordered = torch.where(used, where, -1).sort(1).values
+    starts = ordered[:, 1:] != ordered[:, :-1]
+    distinct = int((starts & (ordered[:, 1:] >= 0)).sum()) + int((ordered[:, 0] >= 0).sum())
+    return outputs, distinct * times
+
+
+def _output_dims(op: Op, weight: Value) -> tuple[int, ...]:
+    """The dimensions of a constant that count outputs, over which nothing is summed."""
+    if op.name == "aten.convolution":
+        return (1,) if op.args[6] else (0,)  # transposed: inputs come first
+    batch = tuple(range(len(weight.shape) - 2))
+    first = op.args[1 if op.name in ADDENDS else 0]
+    return (*batch, len(weight.shape) - (2 if first is weight else 1))
+
+
+def _scaling_of_conversion(op: Op, users: Mapping[Value, list[Op]], trace: Trace, scaled: set[Value]) -> Scaling | None:
+    grid = grid_of(op)
+    if not grid.scale_bits:
+        return None
+    source, codes, values = op.inputs[0], op.name in QUANTIZE, op.inputs[0].dtype.is_floating_point
+    mults = 0
+    if values:  # to codes
+        before = pending(source)
+        taken_in = not grid.is_dynamic and _origin(source) & scaled
+        if not taken_in and not (before is not None and _same(grid, before)):
+            mults += op.out.numel
+    if not codes and not (_is_common(op, grid) and _is_put_off(op.out, users, trace)):
+        mults += op.out.numel
+    adds = op.out.numel if not codes and grid.shifts_while_running else 0
+    return mults, adds, grid.scale_bits, False
+
+
+def _origin(value: Value) -> set[Value]:
+    """Where a value comes from through moves, ReLU and max; nothing where that is in several places."""
+    while (op := value.producer) is not None and keeps_width(op):
+        inputs = [v for v in data_inputs(op) if not v.is_constant]
+        if len(inputs) != 1:
+            return set()
+        value = inputs[0]
+    return {value}
+
+
+def _is_put_off(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> bool:
+    """Whether all that read a value, through moves, ReLU and max, can put its scale off, or convert it again."""
+    if value in trace.outputs:
+        return False
+    for op in users.get(value, []):
+        if keeps_width(op):
+            if pending(op.out) is None or not all(_is_put_off(out, users, trace) for out in op.outputs):
+                return False
+        elif not is_conversion(op) and (
+            op.name not in LINEAR or value not in _factors(op) or not _pending_in(op, value)
+        ):
+            return False
+    return True
+
+
+__all__ = [
+    "LINEAR",
+    "bit_widths",
+    "data_inputs",
+    "factor_widths",
+    "has_sign_bit",
+    "keeps_width",
+    "number_width",
+    "numbers",
+    "pending",
+    "through_views",
+    "with_scales",
+]

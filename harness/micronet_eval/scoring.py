@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from micronet_eval.costs import FREE, Cost, Formula, cost_of
-from micronet_eval.precision import bit_widths, factor_widths
+from micronet_eval.precision import bit_widths, factor_widths, with_scales
 from micronet_eval.storage import FREEBIE_BITS, freebie_applies, stored_tensors
 from micronet_eval.trace import Op, Trace
 
@@ -104,6 +104,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
 
     Raises NoFormula where an operation has no price.
     """
+    executed, trace = trace, with_scales(trace)
     stored = stored_tensors(trace)
     freebie = freebie and freebie_applies(stored, trace)
     widest = FREEBIE_BITS if freebie else 64
@@ -123,7 +124,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         params32=total_bits / 32,
         code_bits=sum(b.total for s, b in bits.items() if s.in_code),
     )
-    widths = bit_widths(trace)
+    widths = bit_widths(executed)
     priced: list[tuple[Op, Cost, Layer, Fraction, Fraction]] = []
     free: dict[str, str] = {}
     free_layers: list[Layer] = []
@@ -159,7 +160,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         macs=sum(cost.macs for _, cost, *_ in priced),
     )
     layers = tuple(layer for _, _, layer, _, _ in priced)
-    coverage = Coverage(len(trace.ops) + trace.folded, len(priced), dict(sorted(free.items())), trace.folded)
+    coverage = Coverage(len(executed.ops) + trace.folded, len(priced), dict(sorted(free.items())), trace.folded)
     return Account(storage, math, layers, coverage, freebie, tuple(free_layers))
 
 

@@ -1,11 +1,13 @@
 """What a model has to store: the constants that its operations use, each at the bits of its format.
 
-A tensor is stored dense, or sparse as its non-zero values plus a bitmask of 1 bit an element, whichever is smaller.
+A tensor is stored dense, or as its non-zero values plus a bitmask of 1 bit an element, or as its non-zero blocks plus 1
+bit a block, whichever is smallest.
 `packing` writes exactly these bits; what the model's code makes by itself counts, too, but is not in the file.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +17,32 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from micronet_eval.costs import FREE
-from micronet_eval.formats import FIXED_POINT_OP, FLOAT8, Format, Plain
-from micronet_eval.precision import data_inputs, fixed_point_format, number_width, numbers, quantizing_op, through_views
+from micronet_eval.formats import (
+    CODEBOOK_OP,
+    FIXED_POINT_OP,
+    FLOAT8,
+    Affine,
+    Codebook,
+    FixedPoint,
+    Format,
+    Integer,
+    Plain,
+    Signs,
+    index_bits,
+)
+from micronet_eval.grids import (
+    Grid,
+    constant_grid,
+    data_inputs,
+    dtype_width,
+    grid_of,
+    has_only_signs,
+    is_conversion,
+    through_views,
+    values_of,
+)
+from micronet_eval.masks import ELEMENT, Block, block_mask, candidates, elements, mask_shape
+from micronet_eval.precision import number_width, numbers
 from micronet_eval.trace import WRITE_OP, Op, Trace, Value
 
 FREEBIE_BITS = 16
@@ -59,24 +85,50 @@ class Stored:
         """Elements that are not zero; all of them where there are no values (on the meta device)."""
         if self.tensor.is_meta:
             return self.elements
-        # torch has no arithmetic on 8-bit floats
-        return int((self.tensor.float() if self.tensor.dtype in FLOAT8 else self.tensor).count_nonzero())
+        return int(self.is_nonzero.sum())
 
     def bits(self, widest: int = 64) -> Bits:
         """What the tensor takes when no value takes more than `widest` bits (the freebie's 16)."""
         width = min(self.format.code_bits, widest)
         if self.is_overhead:
             return Bits(0, 0, self.elements * width)
-        overhead = 8 * len(self.format.overhead)
         if self.in_code and self._is_pattern():
             return Bits(width, self.elements)
-        if self.is_sparse(width):
-            return Bits(self.nonzeros * width, self.elements, overhead)
-        return Bits(self.elements * width, 0, overhead)
+        block = self.mask(width)
+        if block is None:
+            return Bits(self.elements * width, 0, self.format.side_bits)
+        kept, mask_bits = self._kept(block)
+        return Bits(kept * width, mask_bits, self.format.side_bits)
 
-    def is_sparse(self, width: int) -> bool:
-        """Whether non-zero values of `width` bits with a bitmask are smaller than all values."""
-        return self.nonzeros * width + self.elements < self.elements * width
+    def mask(self, width: int) -> Block | None:
+        """The blocks of the smallest mask for values of `width` bits; None where all values are smaller without one.
+
+        The largest blocks come last: of two that are equally small the first is taken.
+        """
+        dense = self.elements * width
+        if self.tensor.is_meta or self.nonzeros == self.elements:
+            return None
+        if not self.format.holds_zero:
+            return ELEMENT  # a block could hold a zero
+        sizes: dict[Block | None, int] = {None: dense, ELEMENT: self.nonzeros * width + self.elements}
+        if self.nonzeros * width < dense:
+            for block in candidates(self.tensor.shape):
+                if self.nonzeros * width + math.prod(mask_shape(self.tensor.shape, block)) < min(sizes.values()):
+                    kept, mask_bits = self._kept(block)
+                    sizes[block] = kept * width + mask_bits
+        return min(sizes, key=sizes.__getitem__)
+
+    @cached_property
+    def is_nonzero(self) -> Tensor:
+        """Which elements are not zero. torch has no arithmetic on 8-bit floats."""
+        return (self.tensor.float() if self.tensor.dtype in FLOAT8 else self.tensor) != 0
+
+    def _kept(self, block: Block) -> tuple[int, int]:
+        """The elements in blocks that are not zero, and the bits of the mask."""
+        if block == ELEMENT:
+            return self.nonzeros, self.elements
+        mask = block_mask(self.is_nonzero, block)
+        return int(elements(mask, block, self.tensor.shape).sum()), mask.numel()
 
     def _is_pattern(self) -> bool:
         """Whether all values that are not zero are the same, as in the mask of causal attention."""
@@ -106,7 +158,7 @@ def without_values(trace: Trace) -> set[str]:
 def freebie_applies(stored: Iterable[Stored], trace: Trace) -> bool:
     """Whether nothing is quantized below 16 bits, so that parameters and multiplications may count as 16 bit."""
     narrow_weight = any(s.format.code_bits < FREEBIE_BITS for s in stored if not (s.is_overhead or s.is_index))
-    return not narrow_weight and not any(op.name == FIXED_POINT_OP and op.args[2] < FREEBIE_BITS for op in trace.ops)
+    return not narrow_weight and not any(is_conversion(op) and grid_of(op).code_bits < FREEBIE_BITS for op in trace.ops)
 
 
 def _constants(op: Op | None, trace: Trace) -> Iterator[Value]:
@@ -123,23 +175,53 @@ def _constants(op: Op | None, trace: Trace) -> Iterator[Value]:
 def _sources(value: Value, op: Op | None) -> list[tuple[Value, Stored]]:
     """What has to be stored to have the constant `value`: itself, or what it is moved from, whichever is smaller.
 
-    The result of arithmetic on constants is itself what inference needs. *(ours)*
+    Codes are stored with their scales and zero points. The result of other arithmetic on constants is itself what
+    inference needs. *(ours)*
     """
     value = through_views(value)
     if _costs_nothing(value):
         return []
-    itself = (value, _stored(value, op))
+    grid = constant_grid(value)
+    if grid is not None and grid.codes is not None and grid.codes is not value:
+        parts = [v for v in (*grid.scales, *grid.zero_points) if isinstance(v, Value) and v.is_constant]
+        sides = [
+            (v, _side(v, grid)) for v in map(through_views, parts) if v.data is None or v.data.is_meta or v.data.any()
+        ]
+        return [(grid.codes, _stored(grid.codes, op, grid, value)), *sides]
+    itself = (value, _stored(value, op, grid))
     producer = value.producer
-    if producer is None or producer.name not in FREE or producer.name == WRITE_OP or quantizing_op(value) is not None:
+    if producer is None or producer.name not in FREE or producer.name == WRITE_OP or is_conversion(producer):
         return [itself]
     moved = dict(s for source in producer.inputs if source.is_constant for s in _sources(source, producer))
     return [itself] if itself[1].bits().total <= sum(s.bits().total for s in moved.values()) else list(moved.items())
 
 
 def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
-    """The numbers in the model's code that tensors are multiplied by or added to. Powers of two are shifts."""
-    found = [number for number in (numbers(op) if op is not None else ()) if number_width(number) > 1]
+    """The numbers in the model's code that tensors are multiplied by, added to, or converted with.
+
+    Powers of two are shifts: as a factor they take nothing, as a scale an exponent of 8 bits.
+    """
+    if op is None:
+        return []
+    if is_conversion(op) and op.name != FIXED_POINT_OP:
+        return _scales_in_code(grid_of(op))
+    found = [number for number in numbers(op) if number_width(number) > 1]
     return [(n, Stored(f"number {n!r}", torch.tensor(float(n)), Plain("float32"), in_code=True)) for n in found]
+
+
+def _scales_in_code(grid: Grid) -> list[tuple[Hashable, Stored]]:
+    """The scale and zero point that a conversion has as numbers; those that are equal are stored once."""
+    found: list[tuple[Hashable, Stored]] = []
+    for scale in (s for s in grid.scales if not isinstance(s, Value)):
+        exact = math.frexp(scale)
+        tensor = torch.tensor(exact[1] - 1, dtype=torch.int8) if exact[0] == 0.5 else torch.tensor(float(scale))
+        name = Plain.of(tensor.dtype)
+        found.append((("scale", scale), Stored(f"scale {scale!r}", tensor, name, is_overhead=True, in_code=True)))
+    for zero in (int(z) for z in grid.zero_points if not isinstance(z, Value) and z):
+        number_format = Integer(grid.code_bits, grid.low < 0, "int64")
+        stored = Stored(f"zero point {zero}", torch.tensor(zero), number_format, is_overhead=True, in_code=True)
+        found.append((("zero point", zero, grid.code_bits), stored))
+    return found
 
 
 def _costs_nothing(value: Value) -> bool:
@@ -150,6 +232,11 @@ def _costs_nothing(value: Value) -> bool:
         return True
     assert value.data is not None
     return not value.data.is_meta and bool((value.data == value.data.flatten()[:1]).all())
+
+
+def _is_zero(value: Value) -> bool:
+    """Whether a zero point is 0 everywhere, so that nobody needs it."""
+    return value.data is not None and not value.data.is_meta and not bool(value.data.any())
 
 
 def _is_made(value: Value) -> bool:
@@ -180,14 +267,83 @@ def _leaves(value: Value) -> dict[Value, None]:
     return {leaf: None for source in value.producer.inputs if source.is_constant for leaf in _leaves(source)}
 
 
-def _stored(value: Value, op: Op | None) -> Stored:
+def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value | None = None) -> Stored:
+    """`value` in the format of its `grid`; where it holds codes, `made` is what is made of them."""
     assert value.data is not None
     leaves = [leaf.name for leaf in _leaves(value) if leaf.name]
-    where = op.name if op is not None else "the output"
-    name = leaves[0].replace("parametrizations.", "").removesuffix(".original") if leaves else f"constant of {where}"
-    quantizer = quantizing_op(value)
-    if quantizer is not None:
-        return Stored(name, value.data, fixed_point_format(quantizer), in_code=not leaves)
-    exponent_of_activation = op is not None and op.name == FIXED_POINT_OP and value is through_views(op.args[1])
+    name = _path(leaves) if leaves else f"constant of {op.name if op is not None else 'the output'}"
+    exponent = is_conversion(op) and op is not None and value is not through_views(op.inputs[0])
+    if exponent:
+        return Stored(name, value.data, _side_format(value, grid_of(op)), is_overhead=True, in_code=not leaves)  # type: ignore[arg-type]
     index = op is not None and op.name in FREE and not value.dtype.is_floating_point
-    return Stored(name, value.data, Plain.of(value.dtype), exponent_of_activation, index, in_code=not leaves)
+    number_format = _format(value, grid, made or value, index)
+    folds = op is not None and op.outputs and op.out.is_constant  # an index into a codebook is a code
+    return Stored(name, value.data, number_format, False, index and not folds, in_code=not leaves)
+
+
+def _side(value: Value, grid: Grid) -> Stored:
+    leaves = [leaf.name for leaf in _leaves(value) if leaf.name]
+    assert value.data is not None
+    name = _path(leaves) if leaves else "constant"
+    return Stored(name, value.data, _side_format(value, grid), is_overhead=True, in_code=not leaves)
+
+
+def _side_format(value: Value, grid: Grid) -> Format:
+    """A scale as it is; a zero point, which is a code, at the bits of one."""
+    if value.dtype.is_floating_point or value not in map(through_views, _values(grid.zero_points)):
+        return Plain.of(value.dtype)
+    return Integer(min(grid.code_bits, dtype_width(value)), grid.low < 0, Plain.of(value.dtype).name)
+
+
+def _values(items: Iterable[object]) -> Iterator[Value]:
+    return (item for item in items if isinstance(item, Value))
+
+
+def _path(leaves: list[str]) -> str:
+    """The name that a parameter has in the model, without parametrizations and masks around it."""
+    name = leaves[0].replace("parametrizations.", "").removesuffix(".original")
+    base = name.removesuffix("_orig")  # torch.nn.utils.prune
+    return base if f"{base}_mask" in leaves else name
+
+
+def _format(value: Value, grid: Grid | None, made: Value, index: bool) -> Format:
+    """The format of a stored constant, the smallest that holds it."""
+    assert value.data is not None
+    number_format = _declared_format(value, grid, index)
+    if grid is not None and has_only_signs(made, grid) and not isinstance(number_format, Codebook | Plain):
+        return Signs(number_format)
+    return number_format
+
+
+def _declared_format(value: Value, grid: Grid | None, index: bool) -> Format:
+    op, data = value.producer, value.data
+    assert data is not None
+    if is_conversion(op) and op is not None:
+        return _format_of_conversion(op)
+    if index and not data.is_meta and data.numel() and value.dtype != torch.bool and int(data.min()) >= 0:
+        return Integer(index_bits(int(data.max()) + 1), False, Plain.of(value.dtype).name)
+    if grid is None:
+        return Plain.of(value.dtype) if value.bits is None else _integer(value, value.bits)
+    if value.dtype.is_floating_point:
+        return Plain.of(value.dtype) if value.dtype in FLOAT8 else FixedPoint(max(2, grid.code_bits), 0)
+    return _integer(value, grid.code_bits)
+
+
+def _integer(value: Value, bits: int) -> Format:
+    return Integer(bits, value.dtype.is_signed, Plain.of(value.dtype).name)
+
+
+def _format_of_conversion(op: Op) -> Format:
+    """The format that a conversion gives. What has no values (on the meta device) reads as 0, or as 1 for a scale."""
+    if op.name == FIXED_POINT_OP:
+        exponent = values_of(op.named["exponent"])
+        return FixedPoint(op.named["bits"], int(exponent[0]) if exponent else 0)
+    if op.name == CODEBOOK_OP:
+        table = op.named["table"]
+        return Codebook(torch.zeros(table.shape, dtype=table.dtype) if table.data.is_meta else table.data)
+    grid = grid_of(op)
+    (scale,), (zero,) = grid.scales, grid.zero_points
+    count = scale.numel if isinstance(scale, Value) else 1
+    scales = torch.tensor(values_of(scale) or [1.0] * count, dtype=torch.float32)
+    zeros = torch.tensor(values_of(zero) or [0] * count, dtype=torch.int64)
+    return Affine(grid.low, grid.high, grid.blocks, scales, zeros.expand(count) if bool(zeros.any()) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import nullcontext
 from decimal import Decimal
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from micronet_eval import plugins
 from micronet_eval.errors import InputError
@@ -69,11 +70,22 @@ class Step(Table):
 
 
 class Provenance(Table):
-    """Where the weights come from: a `note` for the report, the `data` that was used, the recipe's steps."""
+    """Where the weights come from: a `note` for the report, the `data` that was used, the recipe's steps.
+
+    `calibration` is the data that activation ranges were found on, where it is not `data`. Neither may be the test set.
+    """
 
     note: str = ""
     data: str = ""
+    calibration: str = ""
     steps: list[Step] = Field(default_factory=list)
+
+    @field_validator("data", "calibration")
+    @classmethod
+    def _no_leak(cls, data: str) -> str:
+        if "test" in re.findall(r"[a-z]+", data.lower()):
+            raise ValueError("the test set may only be tested on; train and calibrate on training data")
+        return data
 
 
 class Manifest(Table):

@@ -10,6 +10,7 @@ quantized or transposed on its way is known with its values where an operation o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map
 
 from micronet_eval.errors import InputError
+from micronet_eval.formats import CONVERSIONS
 from micronet_eval.unfused import unfused
 
 
@@ -32,7 +34,7 @@ class Value:
 
     `data` holds the real tensor of a constant (a parameter, a buffer, or what is computed without any input); None for
     activations. `name` is the path of a parameter or buffer, `input`, or `constant` for a tensor that the model keeps
-    elsewhere.
+    elsewhere. `bits` is the width of its integers where a tensor subclass means fewer than its dtype holds.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,7 @@ class Value:
     name: str | None = None
     data: Tensor | None = None
     producer: Op | None = None
+    bits: int | None = None
 
     @property
     def is_constant(self) -> bool:
@@ -59,6 +62,7 @@ class Op:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Value, ...] = ()
+    func: Callable[..., Any] | None = None
 
     @property
     def out(self) -> Value:
@@ -71,6 +75,13 @@ class Op:
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at `position`, or by keyword `name`, or `default`."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """All arguments by the names that the operation's schema gives them."""
+        schema = getattr(self.func, "_schema", None)
+        names = [a.name for a in schema.arguments] if schema is not None else []
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
 @dataclass(frozen=True)
@@ -169,11 +180,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values[id(tensor)] = value
         return tensor
 
-    def known(self, name: str, tensor: Tensor) -> Tensor:
-        """The stand-in on the meta device of a tensor that the model keeps."""
+    def known(self, name: str, tensor: Tensor, bits: int | None = None) -> Tensor:
+        """The stand-in on the meta device of a tensor that the model keeps.
+
+        A tensor subclass stands for the tensors inside of it: its own code runs on their stand-ins.
+        """
+        if id(tensor) not in self.kept and is_traceable_wrapper_subclass(tensor):
+            names, context = tensor.__tensor_flatten__()
+            inner = {n: self.known(f"{name}.{n}", getattr(tensor, n), _meant_bits(context)) for n in names}
+            whole = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+            self.kept[id(tensor)] = tensor, whole
         if id(tensor) not in self.kept:
             meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach()))
+            bits = None if tensor.is_floating_point() else bits
+            self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach(), bits=bits))
             self.kept[id(tensor)] = tensor, meta
         return self.kept[id(tensor)][1]
 
@@ -184,13 +204,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.bind(meta, value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass(t) for t in tree_flatten((args, kwargs))[0]):
+            return NotImplemented  # the subclass answers, in operations on what is inside of it
         kwargs = kwargs or {}
         args, kwargs = tree_map(self._to_meta, (args, kwargs))
         if (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
         written = _written(func, args, kwargs)
-        op = Op(_name(func), self.path[-1] if self.path else "", *self._values(args, kwargs))
-        result = self._execute(func, args, kwargs)
+        values = self._values(args, kwargs)
+        op = Op(_name(func), self.path[-1] if self.path else "", values[0], values[1], func=func)
+        result = _fake_quantized(args[0], func) if op.name in _WITHOUT_META else self._execute(func, args, kwargs)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         if op.name not in _FILLS and not all(v.is_constant for v in op.inputs):
             op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
@@ -304,6 +327,16 @@ _FILLS: dict[str, Callable[[Op], Any]] = {
 }
 
 
+_WITHOUT_META = frozenset(name for name in CONVERSIONS if name.startswith("aten."))
+"""Operations that torch does not run on the meta device."""
+
+
+def _fake_quantized(x: Tensor, func: Any) -> Any:
+    """What torch's fake-quantize operations return: a tensor like their input, and some of them a mask."""
+    results = (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool))[: len(func._schema.returns)]
+    return results if len(results) > 1 else results[0]
+
+
 def _name(func: Any) -> str:
     namespace, _, name = func._schema.name.partition("::")
     return f"{namespace}.{name[:-1] if name.endswith('_') and not name.endswith('__') else name}"
@@ -316,6 +349,12 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     named = {**{a.name: v for a, v in zip(func._schema.arguments, args, strict=False)}, **kwargs}
     into = [named.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return [t for t in tree_flatten(into)[0] if isinstance(t, Tensor)]
+
+
+def _meant_bits(context: Any) -> int | None:
+    """The bits of the integers inside a tensor subclass that names a `target_dtype`, as torchao's do (`torch.int4`)."""
+    target = re.fullmatch(r"torch\.u?int(\d+)", str(context.get("target_dtype"))) if isinstance(context, dict) else None
+    return int(target[1]) if target else None
 
 
 def _at(path: str) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from micronet_eval.costs import dot_products, norms, reductions, resampling
+from micronet_eval.costs import dot_products, norms, reductions, resampling, scales
 from micronet_eval.costs import elementwise as by_element
 from micronet_eval.costs.cost import Cost, Formula, NoFormula
 from micronet_eval.costs.dot_products import ADDENDS
 from micronet_eval.costs.elementwise import elementwise
 from micronet_eval.costs.moves import FREE, permutation, permutation_of, permutes
+from micronet_eval.costs.scales import SCALE_OP
 from micronet_eval.trace import Op
 
 FORMULAS: Mapping[str, Formula] = MappingProxyType(
@@ -24,6 +25,7 @@ FORMULAS: Mapping[str, Formula] = MappingProxyType(
         **reductions.FORMULAS,
         **norms.FORMULAS,
         **resampling.FORMULAS,
+        **scales.FORMULAS,
         "aten.channel_shuffle": permutation,
         "aten.native_channel_shuffle": permutation,
     }
@@ -54,5 +56,5 @@ def cost_of(op: Op, formulas: Mapping[str, Formula]) -> Cost | None:
     raise NoFormula(op)
 
 
-__all__ = ["ADDENDS", "FORMULAS", "FREE", "SELECTS", "Cost", "Formula", "NoFormula", "cost_of", "elementwise",
-           "permutation_of"]  # fmt: skip
+__all__ = ["ADDENDS", "FORMULAS", "FREE", "SCALE_OP", "SELECTS", "Cost", "Formula", "NoFormula", "cost_of",
+           "elementwise", "permutation_of"]  # fmt: skip

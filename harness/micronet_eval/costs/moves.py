@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from micronet_eval.costs.cost import Cost
-from micronet_eval.formats import FIXED_POINT_OP
+from micronet_eval.formats import CONVERSIONS
 from micronet_eval.trace import WRITE_OP, Op, Value
 
 _VIEW = "a view or a copy of the same values"
@@ -50,7 +50,7 @@ FREE: Mapping[str, str] = MappingProxyType(
         ),
         **dict.fromkeys(("aten._assert_async", "aten._assert_tensor_metadata"), "a check that computes nothing"),
         "aten._to_copy": "a conversion to a format that the same hardware computes in",
-        FIXED_POINT_OP: "a conversion to fixed point",
+        **CONVERSIONS,
         WRITE_OP: "what a partial write left as it was",
     }
 )  # fmt: skip

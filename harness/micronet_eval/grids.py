@@ -1,0 +1,271 @@
+"""Quantized values: which operations make them, and the grid that they lie on, value = (code - zero point) * scale.
+
+One table says which operations convert (formats.CONVERSIONS); `grid_of` reads the grid from an operation's arguments by
+the names of its schema, so that torch's fake-quantize, the operations of the PT2E flow and our own look alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from micronet_eval.costs import FREE, SELECTS
+from micronet_eval.formats import (
+    CODEBOOK_OP,
+    CONVERSIONS,
+    FIXED_POINT_OP,
+    FLOAT8,
+    QUANTIZE,
+    bits_of_range,
+    block_indices,
+)
+from micronet_eval.trace import WRITE_OP, Op, Value
+
+Scale = Value | float
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Codes from `low` to `high`, and what makes values of them.
+
+    `scales` are the tensors or numbers with the scales: none where that is 1, several where tensors were put together.
+    `indices` says for each element of a constant which scale is its own. `codes` is the constant with the codes
+    themselves, where there is one; 8-bit floats are codes, too.
+    """
+
+    low: int
+    high: int
+    scales: tuple[Scale, ...] = ()
+    zero_points: tuple[Value | int, ...] = ()
+    indices: Tensor | None = None
+    codes: Value | None = None
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def code_bits(self) -> int:
+        return bits_of_range(self.low, self.high)
+
+    @property
+    def bits(self) -> int:
+        """Bits of code - zero point. What is subtracted when the model is loaded can make a weight wider. *(ours)*"""
+        zeros = [int(z) for z in self.zeros()]
+        return bits_of_range(self.low - max(zeros, default=0), self.high - min(zeros, default=0))
+
+    def zeros(self) -> Iterator[float]:
+        """The zero points that are known; those of a tensor without values count as 0."""
+        for zero in self.zero_points:
+            yield from values_of(zero)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether a scale is computed from the activations themselves."""
+        return any(isinstance(s, Value) and not s.is_constant for s in self.scales)
+
+    @property
+    def shifts_while_running(self) -> bool:
+        """Whether a zero point is computed from the activations: then it is subtracted from each, one bit wider."""
+        return any(isinstance(z, Value) and not z.is_constant for z in self.zero_points)
+
+    @property
+    def scale_bits(self) -> int:
+        """The width of the scales that are no powers of two, 0 where all are: those are shifts."""
+        return max((_scale_width(s) for s in self.scales if not _is_shift(s)), default=0)
+
+
+def data_inputs(op: Op) -> tuple[Value, ...]:
+    """The inputs whose values flow into the output: no indices, no masks, no scales; of a copy only the source."""
+    if op.name == "aten._to_copy" or op.name in CONVERSIONS:
+        return op.inputs[:1]
+    if op.name == "aten.copy":
+        return op.inputs[1:]
+    return tuple(v for v in op.inputs if v.dtype.is_floating_point or v.dtype == op.out.dtype)
+
+
+def keeps_width(op: Op) -> bool:
+    """Whether the results of `op` are some of its inputs or zero, so that they need no more bits."""
+    return (op.name in FREE and op.name not in CONVERSIONS) or op.name in SELECTS
+
+
+def through_views(value: Value) -> Value:
+    """The tensor that `value` is a view, a copy, or an exact conversion of."""
+    while (op := value.producer) is not None and op.name in FREE and op.name not in CONVERSIONS:
+        inputs = data_inputs(op)
+        if len(inputs) != 1 or inputs[0].numel != value.numel or dtype_width(inputs[0]) > dtype_width(value):
+            break
+        value = inputs[0]
+    return value
+
+
+def dtype_width(value: Value) -> int:
+    """The bits that a value's dtype has, or that a tensor subclass means."""
+    return 1 if value.dtype == torch.bool else value.bits or value.dtype.itemsize * 8
+
+
+# --- from an operation ------------------------------------------------------------------------------------------------
+
+
+def is_conversion(op: Op | None) -> bool:
+    """Whether `op` makes, or reads, quantized values."""
+    return op is not None and op.name in CONVERSIONS
+
+
+def grid_of(op: Op) -> Grid:
+    """The grid that a conversion's values lie on. Scales and indices are those of its output."""
+    a, shape = op.named, op.inputs[0].shape
+    if op.name == FIXED_POINT_OP:
+        half = 1 << (a["bits"] - 1)
+        return Grid(-half, half - 1, tuple(2.0**e for e in values_of(a["exponent"])))
+    if op.name == CODEBOOK_OP:
+        half = 1 << (dtype_width(a["table"]) - 1)
+        return Grid(-half, half - 1)  # multiplied with are the values of the table
+    scale = next(a[n] for n in ("scale", "scales", "input_scale") if n in a)
+    zero = next((a[n] for n in ("zero_point", "zero_points", "input_zero_point") if a.get(n) is not None), 0)
+    blocks = _blocks(op, scale, shape)
+    many = isinstance(scale, Value) and scale.numel > 1
+    indices = block_indices(shape, blocks) if many and op.out.is_constant else None
+    codes = through_views(op.inputs[0]) if op.out.is_constant and not op.inputs[0].dtype.is_floating_point else None
+    return Grid(a["quant_min"], a["quant_max"], (scale,), (zero,), indices, codes, blocks)
+
+
+def dequantized(op: Op) -> Grid | None:
+    """The grid of what `op` makes of codes: a conversion to values, or codes of activations multiplied by scales.
+
+    Those scales are of the tensor, or of a token; the zero points may have been subtracted before.
+    """
+    if is_conversion(op):
+        return None if op.name in QUANTIZE else grid_of(op)
+    if op.name != "aten.mul" or op.out.is_constant:
+        return None
+    for codes, scale in permutations(op.inputs, 2):
+        source, zeros = through_views(codes), tuple[Value, ...]()
+        if (before := source.producer) is not None and before.name == "aten.sub" and len(before.inputs) == 2:
+            source, zero = map(through_views, before.inputs)
+            zeros = (zero,) if not zero.dtype.is_floating_point else ()
+        one_a_token = scale.dtype.is_floating_point and scale.shape[-1:] in ((), (1,)) and scale.numel < codes.numel
+        if not source.is_constant and source.dtype in (torch.int8, torch.uint8) and one_a_token:
+            half = 1 << (dtype_width(source) - 1)
+            low = -half if source.dtype.is_signed else 0
+            whole = codes.shape if scale.numel == 1 else (1,) * (len(codes.shape) - 1) + codes.shape[-1:]
+            return Grid(low, low + 2 * half - 1, (scale,), zeros, blocks=whole)
+    return None
+
+
+def _blocks(op: Op, scale: Scale, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many elements share a scale, dimension by dimension."""
+    a = op.named
+    if not isinstance(scale, Value) or scale.numel == 1:
+        return shape
+    if "block_size" in a:
+        return tuple(a["block_size"])
+    axis = a.get("axis", a.get("ch_axis"))
+    if axis is not None:
+        return tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
+    return (1,) * (len(shape) - 1) + (a.get("group_size", shape[-1]),)  # per group, or per token
+
+
+# --- of constants -----------------------------------------------------------------------------------------------------
+
+
+def constant_grid(value: Value) -> Grid | None:
+    """The grid of a constant: of the conversion that made it, or of codes that are multiplied by scales.
+
+    Seen through moves; the index of each element's scale moves along. None where the values lie on no grid.
+    """
+    op = value.producer
+    if op is None:
+        return None
+    if is_conversion(op):
+        return grid_of(op)
+    if op.name in FREE and op.name != WRITE_OP:
+        return _moved(op, value)
+    if op.name == "aten.mul":
+        for codes, scale in permutations((v for v in op.inputs if v.is_constant), 2):
+            grid = _codes(codes)
+            if grid is not None and scale.dtype.is_floating_point and scale.numel < value.numel and not grid.scales:
+                indices = torch.arange(scale.numel, device="cpu").view(scale.shape).expand(value.shape)
+                return replace(grid, scales=(scale,), indices=indices)
+    return _codes(value)
+
+
+def _moved(op: Op, value: Value) -> Grid | None:
+    sources = data_inputs(op)
+    grids = [constant_grid(v) for v in sources]
+    found = [g for g in grids if g is not None]
+    if not found or len(found) < len(grids):
+        return None
+    count, moved = 0, dict[Value, Tensor]()
+    for source, grid in zip(sources, found, strict=True):
+        own = torch.zeros(source.shape, dtype=torch.int64, device="cpu") if grid.indices is None else grid.indices
+        moved[source] = own + count
+        count += int(own.max()) + 1 if own.numel() else 0
+    indices: Tensor | None = found[0].indices
+    if count > 1 and op.func is not None and op.name != "aten._to_copy":
+        args, kwargs = tree_map(lambda a: moved.get(a, a.data) if isinstance(a, Value) else a, (op.args, op.kwargs))
+        indices = tree_flatten(op.func(*args, **kwargs))[0][op.outputs.index(value)]
+    if len(found) == 1:
+        return replace(found[0], indices=indices)
+    scales, zeros = (tuple(x for g in found for x in getattr(g, name)) for name in ("scales", "zero_points"))
+    return Grid(min(g.low for g in found), max(g.high for g in found), scales, zeros, indices)
+
+
+def _codes(value: Value) -> Grid | None:
+    """The grid of integers or 8-bit floats, converted or not, with a zero point subtracted or not, or of signs."""
+    source = through_views(value)
+    op = source.producer
+    if source.dtype in FLOAT8 or not (source.dtype.is_floating_point or source.dtype == torch.bool):
+        width, signed = dtype_width(source), source.dtype.is_signed
+        half = 1 << (width - 1)
+        return Grid(-half if signed else 0, half - 1 if signed else 2 * half - 1, codes=source)
+    if op is not None and op.name == "aten.sub" and all(v.is_constant for v in op.inputs) and len(op.inputs) == 2:
+        codes, zero = (_codes(v) for v in op.inputs)
+        if codes is not None and zero is not None and not codes.zero_points:
+            return replace(codes, zero_points=(through_views(op.inputs[1]),))
+    if op is not None and op.name not in FREE and _are_signs(source):
+        return Grid(-1, 1, codes=source)
+    return None
+
+
+def _are_signs(value: Value) -> bool:
+    """Whether computed values are -1 and +1, both, and at most 0 beside them: a binary or ternary weight."""
+    if value.data is None or value.data.is_meta:
+        return False
+    return set(torch.unique(value.data).tolist()) in ({-1.0, 1.0}, {-1.0, 0.0, 1.0})
+
+
+def has_only_signs(value: Value, grid: Grid) -> bool:
+    """Whether a constant is its scale, its scale with the sign reversed, or zero, and not zero everywhere."""
+    data, magnitudes = value.data, [v for s in grid.scales for v in values_of(s)]
+    if data is None or data.is_meta or not value.dtype.is_floating_point or any(grid.zeros()):
+        return False
+    data, steps = data.float(), torch.tensor(magnitudes or [1.0], device="cpu")
+    if steps.numel() > 1:
+        if grid.indices is None:
+            return False
+        steps = steps[grid.indices]
+    return bool((data != 0).any()) and bool(((data == 0) | (data.abs() == steps)).all())
+
+
+# --- scales -----------------------------------------------------------------------------------------------------------
+
+
+def values_of(item: Value | float) -> list[float]:
+    """The numbers that a scale or zero point holds, as far as they are known."""
+    if not isinstance(item, Value):
+        return [float(item)]
+    known = item.data is not None and not item.data.is_meta
+    return item.data.reshape(-1).tolist() if known else []  # type: ignore[union-attr]
+
+
+def _is_shift(scale: Scale) -> bool:
+    values = values_of(scale)
+    return bool(values) and all(math.frexp(v)[0] == 0.5 for v in values)
+
+
+def _scale_width(scale: Scale) -> int:
+    return min(32, dtype_width(scale)) if isinstance(scale, Value) else 32

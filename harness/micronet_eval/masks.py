@@ -1,0 +1,50 @@
+"""Masks: 1 bit a block for which blocks of a tensor are stored. A block of one element is the usual bitmask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Block = tuple[int, int]
+"""Rows and columns of a block of the matrix [first dimension, all others]: output channels by what feeds them."""
+
+ELEMENT: Block = (1, 1)
+_SQUARES_AND_STRIPES = ((1, 4), (4, 1), (2, 2), (4, 4), (8, 8), (16, 16), (1, 8), (8, 1), (1, 16), (16, 1))
+
+
+def candidates(shape: Sequence[int]) -> list[Block]:
+    """The blocks that are tried: squares, stripes, the positions of one kernel, whole rows, whole columns."""
+    rows, columns = _matrix(shape)
+    kernel = math.prod(shape[2:])
+    blocks = [*_SQUARES_AND_STRIPES, (1, kernel), (1, columns), (rows, 1)]
+    return [b for b in dict.fromkeys(blocks) if b != ELEMENT and b[0] <= rows and b[1] <= columns]
+
+
+def block_mask(kept: Tensor, block: Block) -> Tensor:
+    """Which blocks of the matrix hold an element that is `kept` (bool): [ceil(rows / r), ceil(columns / c)]."""
+    rows, columns = _matrix(kept.shape)
+    matrix = kept.reshape(rows, columns)
+    padded = torch.nn.functional.pad(matrix, (0, -columns % block[1], 0, -rows % block[0]))
+    return padded.view(padded.shape[0] // block[0], block[0], -1, block[1]).any(3).any(1)
+
+
+def elements(mask: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
+    """Which elements of a tensor of `shape` lie in the blocks of `mask`."""
+    rows, columns = _matrix(shape)
+    spread = mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return spread[:rows, :columns].reshape(tuple(shape))
+
+
+def mask_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:
+    """Rows and columns of blocks, those at the edges included: 512x128 in blocks of 4x4 are 128x32, 4,096 bits."""
+    rows, columns = _matrix(shape)
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    if not shape:
+        return 1, 1
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))

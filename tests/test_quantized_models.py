@@ -1,0 +1,198 @@
+"""Models that torch, PT2E and torchao quantize, against numbers worked out by hand from the rules."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+from micronet_eval.costs import FORMULAS
+from micronet_eval.evaluation import score
+from micronet_eval.scoring import account
+from micronet_eval.trace import trace
+
+
+def nonzero(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    return model
+
+
+def count(model, *shape):
+    return account(trace(model, torch.zeros(shape)), FORMULAS)
+
+
+class FakeQuantized(nn.Module):
+    """4-bit weights with a scale a channel, 8-bit activations; 4 -> 3 without bias."""
+
+    def __init__(self, activation_scale, zero_point=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 4), 0.3))
+        self.register_buffer("scale", torch.tensor([0.1, 0.15, 0.3]))
+        self.register_buffer("zero", torch.zeros(3, dtype=torch.int32))
+        self.of_activation = activation_scale, zero_point
+
+    def forward(self, x):
+        x = torch.fake_quantize_per_tensor_affine(x, *self.of_activation, -128, 127)
+        return F.linear(x, torch.fake_quantize_per_channel_affine(self.weight, self.scale, self.zero, 0, -7, 7))
+
+
+def test_fake_quantized_weights_and_activations():
+    counted = count(FakeQuantized(0.125), 2, 4)
+    product, scale = counted.layers
+    assert (product.input_bits, product.weight_bits, product.mults) == (8, 4, 2 * 12)
+    assert (scale.op, scale.mults) == ("micronet.scale", 2 * 3)  # one an output, at 32 bits
+    assert counted.math.mult_ops32 == 24 * 8 / 32 + 6
+    # 12 codes of 4 bits and 3 scales; the activation's scale is a power of two, an exponent of 8 bits
+    assert (counted.storage.value_bits, counted.storage.overhead_bits) == (12 * 4, 3 * 32 + 8)
+
+
+def test_a_scale_of_activations_and_its_zero_point():
+    at_input, product, behind = count(FakeQuantized(0.1, 3), 2, 4).layers
+    assert (at_input.op, at_input.mults) == ("micronet.scale", 2 * 4)  # x / scale
+    assert product.input_bits == 8
+    assert (behind.mults, behind.adds) == (2 * 3, 2 * 3)  # both scales at once; z * sum(w), for want of a bias
+
+
+def test_an_element_wise_product_of_scaled_values_is_wide():
+    class Square(nn.Module):
+        def forward(self, x):
+            x = torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127)
+            return x * x
+
+    scale, product = count(Square(), 2, 4).layers
+    assert (scale.mults, product.input_bits) == (2 * 8, 32)  # to codes, and back
+
+
+class Signs(nn.Module):
+    def __init__(self, scale, narrow=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.7, -0.2, 0.1, -3.0], [-1.0, -2.0, 3.0, 0.0]]))
+        self.register_buffer("scale", torch.as_tensor(scale))
+        self.narrow = narrow
+
+    def forward(self, x):
+        if self.narrow:
+            x = torch.fake_quantize_per_tensor_affine(x, 0.5, 0, -8, 7)
+        return F.linear(x, self.weight.sign() * self.scale)
+
+
+@pytest.mark.parametrize(("scale", "scalings"), [([[0.5], [0.25]], 0), ([[0.3], [0.7]], 2)])
+def test_ternary_weights_count_a_32nd_of_what_has_a_sign_bit(scale, scalings):
+    counted = count(Signs(scale), 1, 4)
+    assert counted.math.mult_ops32 == 7 / 32 + scalings
+    assert (counted.storage.value_bits, counted.storage.mask_bits) == (7, 8)  # a sign each, and a bitmask
+
+
+def test_fixed_point_has_no_sign_bit():
+    assert count(Signs([[0.5], [0.25]], narrow=True), 1, 4).layers[0].ops32 == 7 * 4 / 32 + 5
+
+
+def test_a_codebook_stores_indices_and_its_table():
+    class Clustered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.tensor([-1.5, -0.25, 0.5, 1.0, 2.0]))
+            self.register_buffer("indices", torch.arange(40).view(5, 8) % 5)
+
+        def forward(self, x):
+            return F.linear(x, self.table[self.indices])
+
+    counted = count(Clustered(), 1, 8)
+    # 40 indices of 3 bits, 32 of them not 0: with a mask 32 * 3 + 40 would be more; the table has 5 values
+    assert counted.storage.bits == 40 * 3 + 5 * 32
+    assert not counted.freebie
+    assert counted.layers[0].weight_bits == 32
+
+
+def test_pruned_weights_are_stored_as_masked():
+    model = nonzero(nn.Linear(64, 64, bias=False))
+    prune.random_unstructured(model, "weight", 0.5)
+    counted = account(trace(model, torch.zeros(1, 64)), FORMULAS, freebie=False)
+    assert counted.math.mults == 2048
+    assert counted.storage.bits == 2048 * 32 + 4096
+
+
+def test_blocks_of_the_rules_example():
+    model = nonzero(nn.Linear(128, 512, bias=False))
+    with torch.no_grad():  # a chequered half of the 4x4 blocks
+        rows, columns = torch.arange(512)[:, None] // 4, torch.arange(128) // 4
+        model.weight[(rows + columns) % 2 == 0] = 0
+    storage = account(trace(model, torch.zeros(1, 128)), FORMULAS, freebie=False).storage
+    assert storage.mask_bits == 4096
+    assert storage.bits == 512 * 128 // 2 * 32 + 4096
+
+
+def test_a_multiplication_that_stays_wide_is_told():
+    told = score(nn.Sequential(FakeQuantized(0.125), nn.Linear(3, 2), nn.Linear(2, 2)), torch.zeros(1, 4)).warnings
+    assert told == ("2 operations multiply at 32 bit although activations are quantized, the first is addmm in '1'",)
+    assert score(FakeQuantized(0.125), torch.zeros(1, 4)).warnings == ()
+    assert score(nn.Linear(4, 4), torch.zeros(1, 4)).warnings == ()
+
+
+@pytest.mark.parametrize("field", ["data", "calibration"])
+def test_calibration_on_the_test_set_is_refused(submission, run, field):
+    manifest = submission / "submission.toml"
+    text = re.sub(r'(?m)^(data|calibration) = "[^"]*"\n', "", manifest.read_text())
+    manifest.write_text(text.replace("[provenance]", f'[provenance]\n{field} = "test"'))
+    status, _, error = run(submission)
+    assert status == 2
+    assert f"provenance.{field}" in error
+    assert "training data" in error
+
+
+# --- PT2E and torchao -------------------------------------------------------------------------------------------------
+
+torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+
+
+def quantized(config):
+    model = nonzero(nn.Sequential(nn.Linear(64, 32)))
+    torchao.quantize_(model, config)
+    return model
+
+
+def test_torchao_int8_weights_and_dynamic_activations():
+    weights = count(quantized(torchao.Int8WeightOnlyConfig(version=2)), 2, 64)
+    assert (weights.layers[0].input_bits, weights.layers[0].weight_bits) == (32, 8)
+    assert weights.storage.bits == 32 * 64 * 8 + 32 * 32 + 32 * 32  # codes, scales, biases
+
+
+def test_torchao_4_bit_weights_by_groups():
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+    model = quantized(config)
+    assert model[0].weight.dtype == torch.float32 and model[0].weight.qdata.dtype == torch.int8
+    product, scale = count(model, 2, 64).layers
+    assert (product.weight_bits, scale.mults) == (4, 2 * 32 * 2)  # two groups an output
+    storage = count(model, 2, 64).storage
+    assert storage.overhead_bits == 64 * 32  # scales; the zero points are 0
+    assert storage.bits <= 2048 * 4 + 64 * 32 + 32 * 32
+
+
+def test_torchao_float8_weights():
+    product, scale, _ = count(quantized(torchao.Float8WeightOnlyConfig()), 2, 64).layers
+    assert (product.weight_bits, scale.op, scale.mults) == (8, "micronet.scale", 64)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_pt2e_static_quantization():
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    quantizers = pytest.importorskip("torchao.testing.pt2e._xnnpack_quantizer")
+    model = nonzero(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))).eval()
+    x = torch.linspace(-1, 2, 192).view(1, 3, 8, 8)
+    config = quantizers.get_symmetric_quantization_config(is_per_channel=True)
+    prepared = pt2e.prepare_pt2e(
+        torch.export.export(model, (x,)).module(), quantizers.XNNPACKQuantizer().set_global(config)
+    )
+    prepared(x)
+    counted = count(pt2e.convert_pt2e(prepared), *x.shape)
+    at_input, convolution, rescale, relu, linear, last, back = counted.layers
+    assert (at_input.mults, rescale.mults, last.mults, back.mults) == (192, 512, 4, 4)
+    for layer in (convolution, linear):
+        assert (layer.input_bits, layer.weight_bits) == (8, 8)
+    assert (convolution.mults, linear.mults, relu.mults) == (64 * 8 * 27, 2048, 512)
+    assert counted.storage.value_bits == (216 + 2048) * 8 + (8 + 4) * 32
