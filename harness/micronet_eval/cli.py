@@ -73,9 +73,10 @@ def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | N
 @click.argument("target")
 @click.option("--input", "shape", required=True, help="Shape of one example's input, for example 1x3x224x224.")
 @click.option("--task", help="Score relative to the baseline of this task.")
+@click.option("--path", "shares", multiple=True, help="Share of examples on a path, for example exit=0.3; repeat it.")
 @_layers
 @_format
-def count(target: str, shape: str, task: str | None, layers: bool, style: str) -> None:
+def count(target: str, shape: str, task: str | None, shares: tuple[str, ...], layers: bool, style: str) -> None:
     """Count what any model costs: torchvision:NAME, or package.module:FUNCTION that returns a module."""
     import torch
 
@@ -87,7 +88,7 @@ def count(target: str, shape: str, task: str | None, layers: bool, style: str) -
             raise ValueError
     except ValueError:
         raise InputError(f"--input {shape!r} is no shape; write it like 1x3x224x224") from None
-    report = score(_model(target), torch.zeros(sizes), task)
+    report = score(_model(target), torch.zeros(sizes), task, dict(map(_share, shares)))
     _show([report.model_copy(update={"submission": target})], style, layers)
 
 
@@ -100,6 +101,18 @@ def compress(recipe: Path, output: Path, data: Path | None) -> None:
     from micronet_eval.recipe import compress
 
     compress(recipe, output, data, log=click.echo)
+    click.echo(f"wrote {output}")
+
+
+@cli.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("state_dict", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+def import_(folder: Path, state_dict: Path, output: Path) -> None:
+    """Make a submission of the weights in STATE_DICT (safetensors or torch.save) and the submission.toml in FOLDER."""
+    from micronet_eval.importing import import_weights
+
+    import_weights(folder, state_dict, output)
     click.echo(f"wrote {output}")
 
 
@@ -187,6 +200,14 @@ def main() -> None:
         cli()
     except (InputError, SubmissionError) as error:
         sys.exit(_complain(error))
+
+
+def _share(text: str) -> tuple[str, float]:
+    path, _, share = text.rpartition("=")
+    try:
+        return path, float(share)
+    except ValueError:
+        raise InputError(f"--path {text!r} is no path and share; write it like exit=0.3") from None
 
 
 def _complain(error: Exception) -> int:

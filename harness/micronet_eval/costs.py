@@ -248,6 +248,10 @@ FORMULAS: Mapping[str, Formula] = MappingProxyType(
         "aten.abs": elementwise(1),
         "aten.eq": elementwise(0, 1),  # a comparison is a subtraction (ours)
         "aten.ne": elementwise(0, 1),
+        "aten.ge": elementwise(0, 1),
+        "aten.gt": elementwise(0, 1),
+        "aten.le": elementwise(0, 1),
+        "aten.lt": elementwise(0, 1),
         "aten.mul": elementwise(1),
         "aten.div": elementwise(1),
         "aten.add": add,

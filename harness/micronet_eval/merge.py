@@ -34,7 +34,7 @@ def merged(model: nn.Module, example_input: Tensor) -> nn.Module:
         return model
     model = copy.deepcopy(model)
     recorded = trace(model, example_input)
-    for norm_path, layer_path in _mergeable(model, recorded):
+    for norm_path, layer_path in _mergeable_on_all_paths(model, recorded):
         norm = model.get_submodule(norm_path)
         assert isinstance(norm, _BatchNorm)
         _merge(model.get_submodule(layer_path), norm)
@@ -50,6 +50,18 @@ def without_batch_norm(model: nn.Module) -> nn.Module:
                 return _scale_shift(module)
             replace(model, path, _scale_shift(module))
     return model
+
+
+def _mergeable_on_all_paths(model: nn.Module, recorded: Trace) -> list[tuple[str, str]]:
+    """The pairs of `_mergeable` that are pairs on each path of a conditional model on which one of the two runs."""
+    parts = list(recorded.by_path().values())
+    ran = [{op.module for op in part.ops} for part in parts]
+    found = [_mergeable(model, part) for part in parts]
+    return [
+        pair
+        for pair in dict.fromkeys(pair for pairs in found for pair in pairs)
+        if all(pair in pairs or not modules.intersection(pair) for pairs, modules in zip(found, ran, strict=True))
+    ]
 
 
 def _mergeable(model: nn.Module, recorded: Trace) -> list[tuple[str, str]]:

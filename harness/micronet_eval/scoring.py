@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from micronet_eval.costs import FREE, Cost, Formula, cost_of
@@ -15,14 +15,18 @@ from micronet_eval.trace import Op, Trace
 RULESET = "micronet-2019"
 
 
+Count = int | float
+"""Whole operations; of a conditional model the mean over the examples, which need not be whole."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One priced operation. `ops32` is its cost in 32-bit operations, `storage_bits` what it is the first to use."""
 
     module: str
     op: str
-    mults: int
-    adds: int
+    mults: Count
+    adds: Count
     input_bits: int
     weight_bits: int
     ops32: float
@@ -50,12 +54,12 @@ class Storage:
 class Math:
     """Operations for one example. `ops32` weighs each by its bit-width / 32; `macs` are those of dot products."""
 
-    mults: int
-    adds: int
+    mults: Count
+    adds: Count
     ops32: float
     mult_ops32: float
     add_ops32: float
-    macs: int
+    macs: Count
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,19 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs by the rules, before any baseline. `freebie` says that it counts as 16 bit."""
+    """What a model costs by the rules, before any baseline. `freebie` says that it counts as 16 bit.
+
+    `paths` is what an example costs on each path of a conditional model, and `shares` how many of the examples take
+    it; `math` is the mean. Both are empty for other models.
+    """
 
     storage: Storage
     math: Math
     layers: tuple[Layer, ...]
     coverage: Coverage
     freebie: bool
+    paths: Mapping[str, Math] = field(default_factory=dict)
+    shares: Mapping[str, Fraction] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

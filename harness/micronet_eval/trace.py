@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 
 
@@ -51,13 +52,17 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """One executed ATen (or custom) operation. `name` is like `aten.relu`: no overload, no in-place underscore."""
+    """One executed ATen (or custom) operation. `name` is like `aten.relu`: no overload, no in-place underscore.
+
+    `path` is the path through a conditional model that it belongs to; such a model runs once for each path.
+    """
 
     name: str
     module: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Value, ...] = ()
+    path: str = ""
 
     @property
     def out(self) -> Value:
@@ -85,6 +90,11 @@ class Trace:
     folded: int
     nodes: Mapping[Value, str] = field(repr=False)
 
+    def by_path(self) -> dict[str, Trace]:
+        """The operations of each path through the model on their own."""
+        names = dict.fromkeys(op.path for op in self.ops) or {"": None}
+        return {name: replace(self, ops=tuple(op for op in self.ops if op.path == name)) for name in names}
+
     def users(self) -> dict[Value, list[Op]]:
         """For every value the operations that read it."""
         users: dict[Value, list[Op]] = {}
@@ -97,7 +107,8 @@ class Trace:
 def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
     """The operations of one forward pass of `model` on tensors shaped like `example_input`, in evaluation mode.
 
-    Nothing of the model is changed. Raises InputError where the model cannot run on such an input.
+    Of a conditional model it is one forward pass for each path. Nothing of the model is changed. Raises InputError
+    where the model cannot run on such an input.
     """
     with torch.inference_mode(False), torch.no_grad():
         return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input))
@@ -108,7 +119,6 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     state: dict[str, Tensor] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
         state[name] = recorder.parameter(name, tensor)
-    metas = tuple(recorder.input(t) for t in inputs)
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
         stack.enter_context(_module_paths(model, recorder.path))
@@ -116,15 +126,23 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
         stack.enter_context(_no_fast_path())
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
-        stack.enter_context(recorder)
         try:
-            result = torch.func.functional_call(model, state, metas)
+            results = [_run(model, path, state, inputs, recorder) for path in paths_of(model)]
         except Exception as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
-    outputs = tuple(recorder.values[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor))
+    outputs = tuple(recorder.values[id(t)] for t in tree_flatten(results)[0] if isinstance(t, Tensor))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
+
+
+def _run(
+    model: nn.Module, path: str, state: dict[str, Tensor], inputs: tuple[Tensor, ...], recorder: _Recorder
+) -> object:
+    recorder.branch = path
+    metas = tuple(recorder.input(t) for t in inputs)
+    with taking(model, path), recorder:
+        return torch.func.functional_call(model, state, metas)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -135,6 +153,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.folded = 0
         self.path: list[str] = []
+        self.branch = ""
         self.values: dict[int, Value] = {}
         self.alive: list[Tensor] = []
         self.sharing: dict[int, list[Tensor]] = {}
@@ -168,7 +187,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         name = _name(func)
         value_args, value_kwargs = tree_map(self._value, (args, kwargs))
-        op = Op(name, self.path[-1] if self.path else "", value_args, value_kwargs)
+        op = Op(name, self.path[-1] if self.path else "", value_args, value_kwargs, path=self.branch)
         real = self._fold(func, op, result)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         reals = (
