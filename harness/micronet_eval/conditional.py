@@ -42,7 +42,7 @@ class Conditional(nn.Module):
     last path is the one of the examples that never leave. Answers have the examples in dimension 0.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
     only: str | None = None
     """The path that all examples take, whatever they are; None where each takes its own."""
 
@@ -60,6 +60,9 @@ class Conditional(nn.Module):
         """Whether the examples at hand leave on `path` here; `examples` is a bool for each of them."""
         if path not in self.paths:
             raise InputError(f"{type(self).__name__} takes path {path!r}, but declares only: {', '.join(self.paths)}")
+        if examples.dim() != 1:
+            wrong = f"a tensor of shape {tuple(examples.shape)}"
+            raise InputError(f"{type(self).__name__}: takes({path!r}, ...) needs one bool an example, not {wrong}")
         if self.only is not None:
             leave = path == self.only
         elif bool(examples.all()):
@@ -104,6 +107,8 @@ def conditional_of(model: nn.Module) -> Conditional | None:
     found = [module for module in model.modules() if isinstance(module, Conditional)]
     if len(found) > 1:
         raise InputError("the model has several conditional parts; one that names all paths can be counted")
+    if found and len(set(found[0].paths)) < 2:
+        raise InputError(f"{type(found[0]).__name__} needs at least two paths, as in: paths = ('exit', 'full')")
     return found[0] if found else None
 
 

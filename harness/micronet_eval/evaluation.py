@@ -140,7 +140,9 @@ def score(
     paths = paths_of(model)
     exact = exact_shares(paths if any(paths) else (), shares or {})
     if any(paths) and not exact:
-        raise InputError(f"give the shares of the examples that take each path: {', '.join(paths)}")
+        raise InputError(
+            f"give the share of the examples on each path (`shares`, or --path NAME=SHARE): {', '.join(paths)}"
+        )
     counted = mean_account(trace(merged(model, example_input), example_input), plugins.formulas(), exact)
     quality = None if known is None else not_measured(known, None, "only the cost was asked for")
     return _report(type(model).__name__, known, counted, quality, Claims(), "")
