@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 import micronet_eval
+from micronet_eval import packing
 from micronet_eval.conditional import Conditional, taking
 from micronet_eval.errors import InputError
+from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.merge import merged
 from micronet_eval.structure import ScaleShift
 from micronet_eval.trace import trace
@@ -85,10 +88,6 @@ def test_a_part_of_a_model_can_be_conditional():
 
 
 def test_quantization_below_16_bits_on_one_path_ends_the_freebie_for_all():
-    from torch.nn.utils import parametrize
-
-    from micronet_eval.formats import FixedPointQuantizer
-
     model = fork()
     parametrize.register_parametrization(model.near, "weight", FixedPointQuantizer(8, -7))
     report = micronet_eval.score(model, EXAMPLE, shares=SHARES)
@@ -346,6 +345,48 @@ def test_shares_of_a_model_with_one_path_are_refused(made, run):
     status, _, err = run(made("[paths]\nexit = 1.0\n", manifest=manifest))
     assert status == 2
     assert "field 'paths': shares are given of exit, but the model has only one path" in err
+
+
+class Quantized(Hasty):
+    """8-bit activations into the exit and the rest, by the architecture's own quantizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = FixedPointQuantizer(8, -5)
+
+    def run(self, x):
+        x = self.narrow(self.start(x))
+        answer = self.exit(x)
+        return answer if self.takes("exit", answer.amax(1) >= 1) else self.rest(x)
+
+
+def test_a_conditional_model_with_quantizers_of_its_own():
+    torch.manual_seed(0)
+    example = torch.zeros(1, 1, 8, 8)
+    model = merged(Quantized().eval(), example)
+    parametrize.register_parametrization(model.exit[1], "weight", FixedPointQuantizer(8, -7))
+    packed = packing.pack(model, Quantized(), example)
+    again = packing.unpack(packed, Quantized()).eval()
+    x = torch.rand(64, 1, 8, 8) * 4
+    assert torch.equal(again(x), model(x))
+    assert again.taken == model.taken
+    report = micronet_eval.score(again, example, shares={"exit": 0.5, "full": 0.5})
+    assert not report.freebie
+    (exit,) = [layer for layer in report.layers if layer.module == "exit.1"]
+    nonzero = int(model.exit[1].weight.count_nonzero())  # some round to zero
+    assert (exit.input_bits, exit.weight_bits, exit.ops32) == (8, 8, nonzero * 8 / 32 + nonzero)
+    assert report.storage.overhead_bits == 8 + 8  # both exponents, each once
+
+
+def test_quantizers_cannot_be_set_into_a_conditional_model(described, run, tmp_path):
+    described()
+    (tmp_path / "recipe.toml").write_text(
+        'task = "digits"\ndata = "noise"\n[architecture]\nname = "hasty"\n[[stages]]\nquantizer = "fixed-point"\n'
+        '[submission]\nname = "hasty"\nauthors = ["test"]\n'
+    )
+    status, _, err = run("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out")
+    assert status == 2
+    assert "fixed-point: activation quantizers cannot be set into a model with several paths; use Fixed" in err
 
 
 def test_a_recipe_writes_the_shares_that_it_claims(described, run, tmp_path):
