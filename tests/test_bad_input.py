@@ -368,7 +368,7 @@ def test_an_input_that_is_no_shape(refused, shape):
     ("target", "message"),
     [
         ("torchvision:resnet19", "unknown torchvision model 'resnet19'; nearest: resnet1"),
-        ("nonsense", "'nonsense' names no model; write torchvision:NAME or package.module:FUNCTION"),
+        ("nonsense", "'nonsense' names no model; write torchvision:NAME, timm:NAME, transformers:CLASS, or "),
         (":f", "':f' names no model"),
         ("no_such_module:f", "cannot find 'no_such_module:f': No module named 'no_such_module'"),
         ("json:no_such_function", "cannot find 'json:no_such_function': module 'json' has no attribute"),

@@ -263,7 +263,7 @@ def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch
     [
         ("strategies", {"low-rank": "pruner", "magnitude": "sparsifier", "fixed-point": "quantizer"}),
         ("tasks", {"cifar100": None, "imagenet": None, "digits": None}),
-        ("architectures", {"pyramidnet": None, "wide-resnet": None, "mobilenet-v2": None, "torchvision": None}),
+        ("architectures", dict.fromkeys(("pyramidnet", "wide-resnet", "mobilenet-v2", "osi-ai", "torchvision"))),
     ],
 )
 def test_lists_of_what_is_installed(run, command, names):

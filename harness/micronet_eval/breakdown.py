@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from micronet_eval.scoring import Layer
+from micronet_eval.scoring import Count, Layer
 
 WHOLE = "total"
 
@@ -19,9 +19,9 @@ class ModuleCost:
 
     module: str
     depth: int
-    mults: int = 0
-    adds: int = 0
-    macs: int = 0
+    mults: Count = 0
+    adds: Count = 0
+    macs: Count = 0
     ops32: float = 0.0
     storage_bits: int = 0
     math_share: float = 0.0

@@ -77,10 +77,19 @@ def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | N
     "by name. Once for each input.",
 )
 @click.option("--task", help="Score relative to the baseline of this task.")
+@click.option("--path", "shares", multiple=True, help="Share of examples on a path, for example exit=0.3; repeat it.")
 @click.option("--depth", type=click.IntRange(min=0), help="Show the cost of each module, to this depth.")
 @_layers
 @_format
-def count(target: str, inputs: tuple[str, ...], task: str | None, depth: int | None, layers: bool, style: str) -> None:
+def count(
+    target: str,
+    inputs: tuple[str, ...],
+    task: str | None,
+    shares: tuple[str, ...],
+    depth: int | None,
+    layers: bool,
+    style: str,
+) -> None:
     """Count what any model costs.
 
     TARGET is torchvision:NAME, timm:NAME, transformers:CLASS (its default configuration), or package.module:FUNCTION
@@ -90,7 +99,7 @@ def count(target: str, inputs: tuple[str, ...], task: str | None, depth: int | N
     from micronet_eval.targets import build, example
 
     shaped = example(inputs)
-    report = score(build(target), shaped, task).model_copy(update={"submission": target})
+    report = score(build(target), shaped, task, dict(map(_share, shares))).model_copy(update={"submission": target})
     if depth is None:
         _show([report], style, layers)
     else:
@@ -106,6 +115,18 @@ def compress(recipe: Path, output: Path, data: Path | None) -> None:
     from micronet_eval.recipe import compress
 
     compress(recipe, output, data, log=click.echo)
+    click.echo(f"wrote {output}")
+
+
+@cli.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("state_dict", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+def import_(folder: Path, state_dict: Path, output: Path) -> None:
+    """Make a submission of the weights in STATE_DICT (safetensors or torch.save) and the submission.toml in FOLDER."""
+    from micronet_eval.importing import import_weights
+
+    import_weights(folder, state_dict, output)
     click.echo(f"wrote {output}")
 
 
@@ -193,6 +214,14 @@ def main() -> None:
         cli()
     except (InputError, SubmissionError) as error:
         sys.exit(_complain(error))
+
+
+def _share(text: str) -> tuple[str, float]:
+    path, _, share = text.rpartition("=")
+    try:
+        return path, float(share)
+    except ValueError:
+        raise InputError(f"--path {text!r} is no path and share; write it like exit=0.3") from None
 
 
 def _complain(error: Exception) -> int:

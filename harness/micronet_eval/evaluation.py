@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,14 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from micronet_eval import packing, plugins
+from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import SCALE_OP
 from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
+from micronet_eval.paths import mean_account
 from micronet_eval.quality import Progress, Quality, measure, not_measured
-from micronet_eval.scoring import RULESET, Account, Coverage, Layer, Math, Score, Storage, account
+from micronet_eval.scoring import RULESET, Account, Coverage, Layer, Math, Score, Storage
 from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import FREEBIE_BITS, without_values
-from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, build, read_manifest
+from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, build, read_manifest, task_of
 from micronet_eval.task import Task
 from micronet_eval.trace import Example, trace
 
@@ -39,6 +42,21 @@ class Claim(BaseModel):
     holds: bool | None
 
 
+class PathCost(BaseModel):
+    """What an example costs that takes one path of a conditional model, and the share of the examples that do.
+
+    `measured` says whether the share was measured on the test data, or is only claimed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    share: float
+    measured: bool
+    mults: int | float
+    adds: int | float
+    ops32: float
+
+
 class Report(BaseModel):
     """All that an evaluation found; its JSON is described by docs/report.schema.json."""
 
@@ -51,6 +69,7 @@ class Report(BaseModel):
     score: Score | None
     quality: Quality | None
     claims: tuple[Claim, ...]
+    paths: tuple[PathCost, ...]
     layers: tuple[Layer, ...]
     free_layers: tuple[Layer, ...] = ()
     ruleset: str
@@ -79,7 +98,7 @@ def evaluate(folder: str | Path, data: str | Path | None = None, progress: Progr
     folder = Path(folder)
     manifest = read_manifest(folder)
     where = folder / MANIFEST
-    task: Task = _lookup_task(manifest.task, where)
+    task = task_of(manifest, where)
     weights = folder / WEIGHTS
     packed = packing.read(weights)
     model = build(manifest.architecture, where)
@@ -90,32 +109,45 @@ def evaluate(folder: str | Path, data: str | Path | None = None, progress: Progr
         recorded = trace(model, example)
         if missing := sorted(without_values(recorded)):
             raise InputError(f"the file lacks {len(missing)} tensors that the model uses, the first is {missing[0]!r}")
-        counted = account(recorded, plugins.formulas())
+        counted = mean_account(recorded, plugins.formulas())
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
+    try:
+        shares = exact_shares(tuple(counted.paths), manifest.paths)
+    except InputError as error:
+        raise InputError(f"{where}: field 'paths': {error}") from error
     claimed = None if manifest.claims.quality is None else float(manifest.claims.quality)
     quality = measure(model, task, None if data is None else Path(data), claimed, progress)
+    if counted.paths:
+        shares = {path: Fraction(count, quality.examples) for path, count in quality.taken.items()} or shares
+        if not shares:
+            raise InputError(
+                f"{where}: the share of the test set that takes each path cannot be measured ({quality.reason}); "
+                f"claim it in a table [paths] with: {', '.join(counted.paths)}"
+            )
+        counted = mean_account(recorded, plugins.formulas(), shares)
     counted = replace(counted, storage=replace(counted.storage, file_bytes=weights.stat().st_size))
     return _report(folder.resolve().name, task, counted, quality, manifest.claims, manifest.provenance.note)
 
 
-def score(model: nn.Module, example_input: Example, task: str | None = None) -> Report:
+def score(
+    model: nn.Module, example_input: Example, task: str | None = None, shares: Mapping[str, float] | None = None
+) -> Report:
     """What any module costs for one example, and its score relative to the baseline of `task` (None: no score).
 
-    Batch norm is merged first where that is exact; the module itself is left alone. Quality is not measured.
+    Batch norm is merged first where that is exact; the module itself is left alone. Quality is not measured. A
+    conditional model needs the `shares` of the examples that take each path, as {"exit": 0.3, "full": 0.7}.
     """
     known = None if task is None else plugins.lookup("task", task)
-    counted = account(trace(merged(model, example_input), example_input), plugins.formulas())
+    paths = paths_of(model)
+    exact = exact_shares(paths if any(paths) else (), shares or {})
+    if any(paths) and not exact:
+        raise InputError(
+            f"give the share of the examples on each path (`shares`, or --path NAME=SHARE): {', '.join(paths)}"
+        )
+    counted = mean_account(trace(merged(model, example_input), example_input), plugins.formulas(), exact)
     quality = None if known is None else not_measured(known, None, "only the cost was asked for")
     return _report(type(model).__name__, known, counted, quality, Claims(), "")
-
-
-def _lookup_task(name: str, where: Path) -> Task:
-    try:
-        task: Task = plugins.lookup("task", name)
-    except InputError as error:
-        raise InputError(f"{where}: field 'task': {error}") from error
-    return task
 
 
 def _report(
@@ -130,6 +162,7 @@ def _report(
         score=total,
         quality=quality,
         claims=_check(claims, counted, total, quality),
+        paths=_paths(counted, measured=quality is not None and bool(quality.taken)),
         layers=counted.layers,
         free_layers=counted.free_layers,
         ruleset=RULESET,
@@ -150,6 +183,20 @@ def _wide(counted: Account) -> tuple[str, ...]:
     first = f"{wide[0].op.partition('.')[2]} in {wide[0].module!r}"
     several = f"{len(wide)} operations multiply" if len(wide) > 1 else "1 operation multiplies"
     return (f"{several} at 32 bit although activations are quantized, the first is {first}",)
+
+
+def _paths(counted: Account, measured: bool) -> tuple[PathCost, ...]:
+    return tuple(
+        PathCost(
+            name=path,
+            share=float(counted.shares[path]),
+            measured=measured,
+            mults=math.mults,
+            adds=math.adds,
+            ops32=math.ops32,
+        )
+        for path, math in counted.paths.items()
+    )
 
 
 def _check(claims: Claims, counted: Account, total: Score | None, quality: Quality | None) -> tuple[Claim, ...]:

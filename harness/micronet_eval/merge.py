@@ -41,7 +41,7 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
         return model
     model = copy.deepcopy(model)
     recorded = trace(model, example_input)
-    for norm_path, layer_path, direction in _mergeable(model, recorded, directions):
+    for norm_path, layer_path, direction in _mergeable_on_all_paths(model, recorded, directions):
         norm, layer = model.get_submodule(norm_path), model.get_submodule(layer_path)
         assert isinstance(norm, _BatchNorm)
         (_merge_backward if direction == "backward" else _merge_forward)(layer, norm)
@@ -57,6 +57,20 @@ def without_batch_norm(model: nn.Module) -> nn.Module:
                 return _scale_shift(module)
             replace(model, path, _scale_shift(module))
     return model
+
+
+def _mergeable_on_all_paths(
+    model: nn.Module, recorded: Trace, directions: Sequence[Direction]
+) -> list[tuple[str, str, Direction]]:
+    """What `_mergeable` finds, where it does so on each path of a conditional model on which one of the two runs."""
+    parts = list(recorded.by_path().values())
+    ran = [{op.module for op in part.ops} for part in parts]
+    found = [list(_mergeable(model, part, directions)) for part in parts]
+    return [
+        merge
+        for merge in dict.fromkeys(merge for merges in found for merge in merges)
+        if all(merge in merges or not ran_here & {*merge[:2]} for merges, ran_here in zip(found, ran, strict=True))
+    ]
 
 
 def _mergeable(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
+from micronet_eval.conditional import conditional_of
 from micronet_eval.task import DataMissing, Task
 
 BATCH = 100
@@ -20,7 +22,10 @@ Progress = Callable[[int, int], None]
 
 
 class Quality(BaseModel):
-    """The measured metric against the threshold; null where it was not measured, with the reason."""
+    """The measured metric against the threshold; null where it was not measured, with the reason.
+
+    `taken` is how many examples took each path of a conditional model.
+    """
 
     model_config = ConfigDict(frozen=True)
     metric: str
@@ -30,6 +35,7 @@ class Quality(BaseModel):
     passed: bool | None
     examples: int
     reason: str
+    taken: dict[str, int] = Field(default_factory=dict, exclude=True)
 
 
 def not_measured(task: Task, claimed: float | None, reason: str) -> Quality:
@@ -55,11 +61,14 @@ def measure(
         return not_measured(task, claimed, str(error))
     total = len(dataset)  # type: ignore[arg-type]
     correct = done = 0
+    conditional, taken = conditional_of(model), Counter[str]()
     model.eval()
     with torch.inference_mode(), parametrize.cached():
         for inputs, labels in DataLoader(dataset, batch_size=BATCH):
             correct += int((model(inputs).argmax(1) == labels).sum())
             done += len(labels)
+            if conditional is not None:
+                taken.update(conditional.taken)
             if progress is not None:
                 progress(done, total)
     # The threshold as it was written: 0.8 means 8,000 of 10,000, not the float next to it.
@@ -72,4 +81,5 @@ def measure(
         passed=passed,
         examples=total,
         reason=f"{correct:,} of {total:,} correct",
+        taken={} if conditional is None else {path: taken[path] for path in conditional.paths},
     )

@@ -28,7 +28,7 @@ from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
 from micronet_eval.merge import BOTH, merged, without_batch_norm
-from micronet_eval.scoring import account
+from micronet_eval.paths import mean_account
 from micronet_eval.strategy import Context, Strategy
 from micronet_eval.submission import (
     RECIPE,
@@ -37,6 +37,7 @@ from micronet_eval.submission import (
     Claims,
     Manifest,
     Provenance,
+    Share,
     Step,
     Table,
     build,
@@ -106,6 +107,7 @@ class About(Table):
     authors: list[str]
     note: str = ""
     claims: Claims = Claims()
+    paths: dict[str, Share] = Field(default_factory=dict)
 
 
 class Recipe(Table):
@@ -162,6 +164,7 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
         authors=about.authors,
         architecture=recipe.architecture,
         claims=about.claims,
+        paths=about.paths,
         provenance=Provenance(note=about.note, data=recipe.data, steps=steps),
     )
     text = path.read_bytes()
@@ -200,13 +203,13 @@ def _run(stage: Stage, strategy: Strategy | None, model: nn.Module, context: Con
 def _step(name: str, model: nn.Module, example: Tensor) -> Step:
     # Batch norm as the two values a channel that it is; where it may be merged is for the recipe to say.
     model = without_batch_norm(copy.deepcopy(model))
-    counted = account(trace(model, example), plugins.formulas(), freebie=False)
+    counted = mean_account(trace(model, example), plugins.formulas(), freebie=False)
     return Step(
         stage=name,
         parameters=counted.storage.parameters,
         nonzeros=counted.storage.nonzeros,
-        mults=counted.math.mults,
-        adds=counted.math.adds,
+        mults=int(counted.math.mults),
+        adds=int(counted.math.adds),
     )
 
 

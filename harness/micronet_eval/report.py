@@ -139,11 +139,18 @@ def _details(report: Report) -> Table:
         table.add_row("", f"{storage.file_bytes:,} bytes in the file, {storage.bits / 8:,.0f} counted")
     table.add_row(
         Text("executed", "bold"),
-        f"{math.mults:,} multiplications ({math.macs:,} in dot products), {math.adds:,} additions",
+        f"{math.mults:,.0f} multiplications ({math.macs:,.0f} in dot products), {math.adds:,.0f} additions"
+        + (", the mean over the paths" if report.paths else ""),
     )
     table.add_row("", f"at 32 bit: {math.mult_ops32:,.0f} multiplications + {math.add_ops32:,.0f} additions")
     if report.freebie:
         table.add_row("", "counted as 16 bit: nothing is quantized below 16 bits (freebie)")
+    for path in report.paths:
+        source = "measured" if path.measured else "claimed, not measured"
+        table.add_row(
+            Text(f"path {path.name}", "bold"),
+            f"{path.share:.2%} of the examples ({source}): {path.mults:,} multiplications, {path.adds:,} additions",
+        )
     return table
 
 

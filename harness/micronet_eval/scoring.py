@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from micronet_eval.costs import FREE, Cost, Formula, cost_of
@@ -13,6 +13,10 @@ from micronet_eval.storage import FREEBIE_BITS, freebie_applies, stored_tensors
 from micronet_eval.trace import Op, Trace
 
 RULESET = "micronet-2019"
+
+
+Count = int | float
+"""Whole operations; of a conditional model the mean over the examples, which need not be whole."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Layer:
 
     module: str
     op: str
-    mults: int
-    adds: int
+    mults: Count
+    adds: Count
     input_bits: int
     weight_bits: int
     ops32: float
@@ -56,12 +60,12 @@ class Storage:
 class Math:
     """Operations for one example. `ops32` weighs each by its bit-width / 32; `macs` are those of dot products."""
 
-    mults: int
-    adds: int
+    mults: Count
+    adds: Count
     ops32: float
     mult_ops32: float
     add_ops32: float
-    macs: int
+    macs: Count
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Account:
 
     `layers` are the priced operations. `free_layers` are those that cost nothing but are the first to use something
     that is stored: the table of a look-up, the exponent of a quantizer.
+
+    `paths` is what an example costs on each path of a conditional model, and `shares` how many of the examples take
+    it; `math` is the mean. Both are empty for other models.
     """
 
     storage: Storage
@@ -88,6 +95,8 @@ class Account:
     coverage: Coverage
     freebie: bool
     free_layers: tuple[Layer, ...] = ()
+    paths: Mapping[str, Math] = field(default_factory=dict)
+    shares: Mapping[str, Fraction] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

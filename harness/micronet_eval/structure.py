@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from micronet_eval.conditional import conditional_of
 from micronet_eval.formats import FixedPointQuantizer
 
 QUANTIZERS = "quantizers"
@@ -213,10 +214,15 @@ class _Tracer(fx.Tracer):
 def traced(model: nn.Module) -> fx.GraphModule:
     """The model as a graph whose nodes are its layers and functional operations; shares the model's parameters.
 
-    Raises StructureError where the model's Python code depends on the values or shapes of tensors.
+    Raises StructureError where the model's Python code depends on the values or shapes of tensors, as that of a
+    conditional model does.
     """
     if isinstance(model, fx.GraphModule):
         return model
+    if conditional_of(model) is not None:
+        raise StructureError(
+            "activation quantizers cannot be set into a model with several paths; use FixedPointQuantizer in its code"
+        )
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # fx raises many kinds, all meaning that the forward cannot be traced

@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,6 +23,8 @@ else:
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from micronet_eval.task import Task
 
 MANIFEST, WEIGHTS, RECIPE = "submission.toml", "weights.safetensors", "recipe.toml"
 
@@ -88,14 +90,18 @@ class Provenance(Table):
         return data
 
 
+Share = Annotated[Decimal, Field(ge=0, le=1)]
+
+
 class Manifest(Table):
-    """submission.toml."""
+    """submission.toml. `paths` is the share of the test set that takes each path of a conditional model, as claimed."""
 
     name: str = Field(min_length=1)
     task: str
     authors: list[str] = Field(min_length=1)
     architecture: Architecture
     claims: Claims = Claims()
+    paths: dict[str, Share] = Field(default_factory=dict)
     provenance: Provenance = Provenance()
 
 
@@ -126,6 +132,15 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: a submission is a folder with {MANIFEST} and {WEIGHTS}")
     return read_toml(folder / MANIFEST, Manifest)
+
+
+def task_of(manifest: Manifest, source: Path) -> Task:
+    """The registered task that a manifest names. Raises InputError that names `source` where there is none."""
+    try:
+        task: Task = plugins.lookup("task", manifest.task)
+    except InputError as error:
+        raise InputError(f"{source}: field 'task': {error}") from error
+    return task
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map
 
+from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.formats import CONVERSIONS
 from micronet_eval.unfused import unfused
@@ -41,7 +42,7 @@ class Value:
     dtype: torch.dtype
     name: str | None = None
     data: Tensor | None = None
-    producer: Op | None = None
+    producer: Op | None = field(default=None, repr=False)
     bits: int | None = None
 
     @property
@@ -55,7 +56,10 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """One executed ATen (or custom) operation. `name` is like `aten.relu`: no overload, no in-place underscore."""
+    """One executed ATen (or custom) operation. `name` is like `aten.relu`: no overload, no in-place underscore.
+
+    `path` is the path through a conditional model that it belongs to; such a model runs once for each path.
+    """
 
     name: str
     module: str
@@ -63,6 +67,7 @@ class Op:
     kwargs: dict[str, Any]
     outputs: tuple[Value, ...] = ()
     func: Callable[..., Any] | None = None
+    path: str = ""
 
     @property
     def out(self) -> Value:
@@ -97,6 +102,11 @@ class Trace:
     folded: int
     nodes: Mapping[Value, str] = field(repr=False)
 
+    def by_path(self) -> dict[str, Trace]:
+        """The operations of each path through the model on their own."""
+        names = dict.fromkeys(op.path for op in self.ops) or {"": None}
+        return {name: replace(self, ops=tuple(op for op in self.ops if op.path == name)) for name in names}
+
     def users(self) -> dict[Value, list[Op]]:
         """For every value the operations that read it."""
         users: dict[Value, list[Op]] = {}
@@ -113,7 +123,8 @@ Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 def trace(model: nn.Module, example_input: Example) -> Trace:
     """The operations of one forward pass of `model` on tensors shaped like `example_input`, in evaluation mode.
 
-    Nothing of the model is changed. Raises InputError where the model cannot run on such an input.
+    Of a conditional model it is one forward pass for each path. Nothing of the model is changed. Raises InputError
+    where the model cannot run on such an input.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # numbers that the forward draws are the same every time
@@ -126,8 +137,6 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Ten
     recorder = _Recorder()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
         recorder.known(name, tensor)
-    metas = tuple(recorder.input(t) for t in inputs)
-    named_metas = {name: recorder.input(t) for name, t in named.items()}
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
         stack.enter_context(_swapped(model, recorder))
@@ -135,15 +144,25 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Ten
         stack.enter_context(unfused())
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
-        stack.enter_context(recorder)
         try:
-            result = model(*metas, **named_metas)
+            results = [_run(model, path, inputs, named, recorder) for path in paths_of(model)]
         except Exception as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
             shapes = ", ".join("x".join(map(str, t.shape)) for t in (*inputs, *named.values()))
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
-        outputs = tuple(recorder.value(t) for t in tensors_in(result))
+        with recorder:
+            outputs = tuple(recorder.value(t) for t in tensors_in(results))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
+
+
+def _run(
+    model: nn.Module, path: str, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], recorder: _Recorder
+) -> object:
+    recorder.branch = path
+    metas = tuple(recorder.input(t) for t in inputs)
+    named_metas = {name: recorder.input(t) for name, t in named.items()}
+    with taking(model, path), recorder:
+        return model(*metas, **named_metas)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
@@ -165,6 +184,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.folded = 0
         self.path: list[str] = []
+        self.branch = ""
         self.values: dict[int, Value] = {}
         self.alive: list[Tensor] = []
         self.sharing: dict[int, list[Tensor]] = {}
@@ -212,7 +232,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": torch.device("meta")}
         written = _written(func, args, kwargs)
         values = self._values(args, kwargs)
-        op = Op(_name(func), self.path[-1] if self.path else "", values[0], values[1], func=func)
+        op = Op(_name(func), self.path[-1] if self.path else "", values[0], values[1], func=func, path=self.branch)
         result = _fake_quantized(args[0], func) if op.name in _WITHOUT_META else self._execute(func, args, kwargs)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         if op.name not in _FILLS and not all(v.is_constant for v in op.inputs):
@@ -238,7 +258,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         meta = self._to_meta(tensor)
         if (part := self.overwritten.pop(id(meta), None)) is not None:
             before, op = part
-            write = Op(WRITE_OP, op.module, (before, *op.outputs[:1]), {})
+            write = Op(WRITE_OP, op.module, (before, *op.outputs[:1]), {}, path=op.path)
             write.outputs = (Value(before.shape, before.dtype, None, None, write),)
             self.ops.append(write)
             self.values[id(meta)] = write.out
@@ -273,7 +293,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 copies[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
             data = torch.empty(0, dtype=before.dtype, device=before.data.device)
             data.set_(copies[storage._cdata], before.data.storage_offset(), before.data.shape, before.data.stride())
-            write = Op(WRITE_OP, op.module, (before, *op.inputs), {})
+            write = Op(WRITE_OP, op.module, (before, *op.inputs), {}, path=op.path)
             write.outputs = (Value(before.shape, before.dtype, None, data, write),)
             self.values[id(tensor)] = write.out
 

@@ -46,9 +46,10 @@ def micronet_register_tasks(register: Any) -> None:
 @hookimpl
 def micronet_register_architectures(register: Any) -> None:
     """The bundled architectures."""
-    from micronet_plugins import architectures
+    from micronet_plugins import architectures, osi_ai
 
     register("pyramidnet", architectures.pyramidnet)
     register("wide-resnet", architectures.wide_resnet)
     register("mobilenet-v2", architectures.mobilenet_v2)
+    register("osi-ai", osi_ai.osi_ai)
     register("torchvision", architectures.torchvision_model)

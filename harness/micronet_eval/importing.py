@@ -1,0 +1,74 @@
+"""From a state dict that somebody else trained to a submission: loaded, batch norm merged, packed."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from micronet_eval import packing
+from micronet_eval.errors import InputError
+from micronet_eval.merge import merged
+from micronet_eval.submission import MANIFEST, WEIGHTS, build, read_manifest, task_of, write_manifest
+
+
+def import_weights(folder: Path, path: Path, output: Path) -> None:
+    """Writes the submission that the submission.toml in `folder` describes, with the weights of a state dict.
+
+    The state dict has the architecture's names, or others that the architecture translates when it is loaded (by
+    torch's `register_load_state_dict_pre_hook`). Raises InputError where it does not fit, or is none.
+    """
+    manifest = read_manifest(folder)
+    task, architecture = task_of(manifest, folder / MANIFEST), manifest.architecture
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is no folder; name another one to write")
+    model = build(architecture, folder / MANIFEST, weights=True)
+    _load(model, read_state_dict(path), path, architecture.name)
+    example = torch.zeros(1, *task.input_shape)
+    try:
+        packed = packing.pack(merged(model, example), build(architecture, folder / MANIFEST), example)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    packing.write(packed, output / WEIGHTS)
+    write_manifest(output, manifest)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a torch.save without code (`weights_only`), by name."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: name a state dict, a .safetensors file or one written by torch.save")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that then turn out to be damaged
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch and safetensors raise many kinds
+        why = "it is damaged, or holds more than tensors; save model.state_dict() alone"
+        raise InputError(f"{path} cannot be read as a state dict: {why}") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, no state dict; save model.state_dict()")
+    if wrong := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise InputError(f"{path} is no state dict: {wrong[0]!r} is no tensor; save model.state_dict()")
+    return state
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+    try:
+        keys = model.load_state_dict(state, strict=False)
+    except (RuntimeError, ValueError, KeyError) as error:  # shapes, or what an architecture's translation raises
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{path} does not fit the architecture {architecture!r}: {reason}") from error
+    faults = [
+        f"{what} {len(names)} tensors, the first is {names[0]!r}"
+        for what, names in (
+            ("it lacks", [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")]),
+            ("the architecture has no place for", keys.unexpected_keys),
+        )
+        if names
+    ]
+    if faults:
+        raise InputError(f"{path} does not fit the architecture {architecture!r}: {'; '.join(faults)}")
