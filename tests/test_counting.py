@@ -238,7 +238,7 @@ def zeroed_after_use(module):
         (lambda m: m.plain * 2, 8),
         (lambda m: m.weight.T.repeat(1, 3), 8),  # moves of 8 values
         (lambda m: m.weight.T @ m.weight, 16),  # arithmetic: the result is what inference needs
-        (lambda m: torch.full((4, 2), 0.3), 0),  # a fill
+        (lambda m: torch.full((4, 2), 0.5), 0),  # a fill
         (lambda m: torch.arange(8.0).view(4, 2), 0),  # a counter
     ],
 )
@@ -340,3 +340,65 @@ def test_a_module_that_is_there_twice_keeps_its_weights():
     before = linear.weight.clone()
     assert count(nn.Sequential(linear, nn.Sequential(linear)), 1, 4).storage.parameters == 20
     assert torch.equal(linear.weight, before)
+
+
+def test_a_model_that_keeps_tensors_is_left_as_it_was():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mask, self.log, self.calls = None, [], 0
+            self.linear = nonzero(nn.Linear(4, 4))
+
+        def forward(self, x):
+            if self.mask is None:
+                self.mask = torch.ones(4).cumsum(0)
+            self.calls += 1
+            self.log.append(x)
+            return self.linear(x) * self.mask
+
+    module = Keeps()
+    first = count(module, 1, 4)
+    assert (module.mask, module.log, module.calls) == (None, [], 0)
+    assert count(module, 1, 4) == first
+
+
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda x: torch.stack([torch.full((), value) for value in (0.3, 0.7, 0.9, 1.1)]), 4),
+        (lambda x: torch.full((4,), 0.37), 1),
+        (lambda x: torch.randn(4) * torch.randn(4), 4),
+        (lambda x: 1.0 - torch.ones(4), 0),
+    ],
+)
+def test_constants_made_of_fills_are_stored(make, values):
+    assert count(Call(lambda x: x * make(x)), 1, 4).storage.bits == values * 32
+
+
+def test_two_draws_are_two_weights():
+    assert count(Call(lambda x: x * torch.randn(4) + x * torch.randn(4)), 1, 4).storage.bits == 8 * 32
+
+
+def test_a_permuted_weight_stores_weight_and_table():
+    weight, tables = nonzero(nn.Linear(8, 8)).weight, [torch.randperm(8) for _ in range(3)]
+    storage = count(Call(lambda x: x @ weight[tables[0]] @ weight[tables[1]] @ weight[tables[2]]), 1, 8).storage
+    assert storage.bits >= 64 * 32 + 3 * 8 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_an_activation_that_is_quantized_by_its_dtype_denies_the_freebie(dtype):
+    linear = nonzero(nn.Linear(4, 4))
+    module = Call(lambda x: linear(x.to(dtype).float()))
+    assert not account(trace(module, torch.zeros(1, 4)), FORMULAS).freebie
+
+
+def test_a_long_chain_of_constants_is_no_trouble():
+    weight = nonzero(nn.Linear(4, 4, bias=False)).weight
+
+    def chained(x):
+        made = weight
+        for _ in range(40):
+            made = made + made
+        return x @ made
+
+    assert count(Call(chained), 1, 4).storage.parameters == 16

@@ -367,3 +367,51 @@ def test_a_scale_and_shift_costs_two_values_a_channel_and_one_multiplication_and
     counted = account(trace(merged(model, images()), images()[:1]), FORMULAS, freebie=False)
     assert counted.storage.bits == 6 * 32
     assert (counted.math.mults, counted.math.adds) == (2 * 3 * 36, 3 * 36)
+
+
+# --- modules that only look like a batch norm or a layer --------------------------------------------------------------
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class WithoutBias(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("directions", [["backward", "forward"], []])
+def test_a_subclass_of_batch_norm_may_do_more_and_stays(directions):
+    model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), NormAndActivation(4)))
+    x = images()
+    result = merged(model, x, directions)
+    assert torch.equal(result(x), model(x))
+    assert [op.name for op in trace(result, x).ops].count("aten.relu") == 1
+
+
+def test_a_batch_norm_with_a_hook_stays():
+    model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    x = images()
+    assert torch.equal(merged(model, x)(x), model(x))
+
+
+def test_a_subclass_of_a_layer_may_leave_out_the_bias():
+    same(fill(nn.Sequential(WithoutBias(3, 4, 3), nn.BatchNorm2d(4))), images())
+
+
+def test_a_batch_norm_with_two_names_is_merged_under_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.features = nn.Sequential(self.conv, self.norm)
+
+        def forward(self, x):
+            return self.features(x)
+
+    result = same(fill(Twice()), images())
+    assert isinstance(result.features[1], nn.Identity)
+    assert isinstance(result.norm, nn.Identity)

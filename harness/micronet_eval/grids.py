@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from micronet_eval.costs import FREE, SELECTS
+from micronet_eval.costs import FREE, SELECTS, VIEW
 from micronet_eval.formats import (
     CODEBOOK_OP,
     CONVERSIONS,
@@ -94,7 +94,7 @@ def keeps_width(op: Op) -> bool:
 
 def through_views(value: Value) -> Value:
     """The tensor that `value` is a view, a copy, or an exact conversion of."""
-    while (op := value.producer) is not None and op.name in FREE and op.name not in CONVERSIONS:
+    while (op := value.producer) is not None and (FREE.get(op.name) == VIEW or op.name == "aten._to_copy"):
         inputs = data_inputs(op)
         if len(inputs) != 1 or inputs[0].numel != value.numel or dtype_width(inputs[0]) > dtype_width(value):
             break

@@ -16,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from micronet_eval.precision import through_views
-from micronet_eval.structure import Mask, ScaleShift, replace, submodule
+from micronet_eval.structure import Mask, ScaleShift, layer_type, replace, submodule
 from micronet_eval.trace import Example, Op, Trace, Value, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
 _SAME = ("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.view", "aten._unsafe_view")
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MERGES_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
 
@@ -37,7 +38,7 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
     runs once, and the weight is free to be scaled (not quantized). Forward: the batch norm feeds nothing but such a
     layer, which pads nothing (padding comes after the shift). Masked weights keep their zeros.
     """
-    if not any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if not any(_is_norm(m) for m in model.modules()):
         return model
     model = copy.deepcopy(model)
     recorded = trace(model, example_input)
@@ -45,18 +46,31 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
         norm, layer = model.get_submodule(norm_path), model.get_submodule(layer_path)
         assert isinstance(norm, _BatchNorm)
         (_merge_backward if direction == "backward" else _merge_forward)(layer, norm)
-        replace(model, norm_path, nn.Identity())
+        _replace_everywhere(model, norm, nn.Identity())
     return without_batch_norm(model)
 
 
 def without_batch_norm(model: nn.Module) -> nn.Module:
     """Makes every batch norm of `model` a ScaleShift, merging nothing; changes the model and returns it."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            if not path:
-                return _scale_shift(module)
-            replace(model, path, _scale_shift(module))
+    for module in list(model.modules()):
+        if _is_norm(module):
+            if module is model:
+                return _scale_shift(module)  # type: ignore[arg-type]
+            _replace_everywhere(model, module, _scale_shift(module))  # type: ignore[arg-type]
     return model
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a fixed scale and shift and nothing else: a subclass or a hook may do more."""
+    plain = type(module) in _NORMS and not module._forward_hooks and not module._forward_pre_hooks
+    return plain and module.running_mean is not None
+
+
+def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` in the place of `old` under every name that the model has for it."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            replace(model, path, new)
 
 
 def _mergeable_on_all_paths(
@@ -82,7 +96,7 @@ def _mergeable(
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     for op in recorded.ops:
         norm = submodule(model, op.module)
-        if "batch_norm" not in op.name or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        if "batch_norm" not in op.name or norm is None or not _is_norm(norm):
             continue
         for direction in directions:
             find = _only_source if direction == "backward" else _only_reader
@@ -125,7 +139,7 @@ def _only_reader(norm: Op, users: dict[Value, list[Op]], outputs: tuple[Value, .
 
 
 def _can_scale(layer: nn.Module) -> bool:
-    if not isinstance(layer, _MERGES_INTO):
+    if layer_type(layer) not in _MERGES_INTO or layer._forward_hooks or layer._forward_pre_hooks:
         return False
     if not parametrize.is_parametrized(layer):
         return True

@@ -131,6 +131,10 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is no folder; name another one to write")
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the work is done, not after it
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+    try:
         task: Task = plugins.lookup("task", recipe.task)
         strategies = [_strategy(stage, i) for i, stage in enumerate(recipe.stages)]
         training = _training_data(recipe, task, data)

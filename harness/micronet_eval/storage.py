@@ -43,7 +43,7 @@ from micronet_eval.grids import (
 )
 from micronet_eval.masks import ELEMENT, Block, block_mask, candidates, elements, mask_shape
 from micronet_eval.precision import number_width, numbers
-from micronet_eval.trace import WRITE_OP, Op, Trace, Value
+from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value
 
 FREEBIE_BITS = 16
 
@@ -93,7 +93,7 @@ class Stored:
         if self.is_overhead:
             return Bits(0, 0, self.elements * width)
         if self.in_code and self._is_pattern():
-            return Bits(width, self.elements)
+            return Bits(width if self.nonzeros else 0, self.elements if 0 < self.nonzeros < self.elements else 0)
         block = self.mask(width)
         if block is None:
             return Bits(self.elements * width, 0, self.format.side_bits)
@@ -133,16 +133,17 @@ class Stored:
     def _is_pattern(self) -> bool:
         """Whether all values that are not zero are the same, as in the mask of causal attention."""
         values = self.tensor[self.tensor != 0]
-        return self.elements > 1 and values.numel() > 0 and bool((values == values[0]).all())
+        return not self.tensor.is_meta and self.elements > 1 and bool((values == values[:1]).all())
 
 
 def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:
     """Every stored tensor once, with the operation that uses it first (None: it is returned), in order of use."""
     seen: set[Hashable] = set()
+    alike = _Alike()
     stored: dict[Stored, Op | None] = {}
     for op in (*trace.ops, None):
         found = [s for value in _constants(op, trace) for s in _sources(value, op)]
-        for key, tensor in [(_identity(source), tensor) for source, tensor in found] + _numbers(op):
+        for key, tensor in [(alike(source), tensor) for source, tensor in found] + _numbers(op):
             if key not in seen:
                 seen.add(key)
                 stored[tensor] = op
@@ -158,7 +159,14 @@ def without_values(trace: Trace) -> set[str]:
 def freebie_applies(stored: Iterable[Stored], trace: Trace) -> bool:
     """Whether nothing is quantized below 16 bits, so that parameters and multiplications may count as 16 bit."""
     narrow_weight = any(s.format.code_bits < FREEBIE_BITS for s in stored if not (s.is_overhead or s.is_index))
-    return not narrow_weight and not any(is_conversion(op) and grid_of(op).code_bits < FREEBIE_BITS for op in trace.ops)
+    return not narrow_weight and not any(_narrows(op) for op in trace.ops)
+
+
+def _narrows(op: Op) -> bool:
+    """Whether an operation quantizes an activation below 16 bits, by a quantizer or by a dtype."""
+    if op.name == "aten._to_copy":
+        return op.inputs[0].dtype.is_floating_point and dtype_width(op.out) < FREEBIE_BITS
+    return is_conversion(op) and grid_of(op).code_bits < FREEBIE_BITS
 
 
 def _constants(op: Op | None, trace: Trace) -> Iterator[Value]:
@@ -190,7 +198,9 @@ def _sources(value: Value, op: Op | None) -> list[tuple[Value, Stored]]:
         return [(grid.codes, _stored(grid.codes, op, grid, value)), *sides]
     itself = (value, _stored(value, op, grid))
     producer = value.producer
-    if producer is None or producer.name not in FREE or producer.name == WRITE_OP or is_conversion(producer):
+    if producer is None or producer.name not in FREE or producer.name in (WRITE_OP, *FILLS) or is_conversion(producer):
+        return [itself]
+    if not producer.inputs:  # made of numbers
         return [itself]
     moved = dict(s for source in producer.inputs if source.is_constant for s in _sources(source, producer))
     return [itself] if itself[1].bits().total <= sum(s.bits().total for s in moved.values()) else list(moved.items())
@@ -230,8 +240,11 @@ def _costs_nothing(value: Value) -> bool:
         return False
     if value.producer is not None and value.producer.name == "aten.arange":
         return True
-    assert value.data is not None
-    return not value.data.is_meta and bool((value.data == value.data.flatten()[:1]).all())
+    is_fill = value.producer is not None and (not value.producer.inputs or value.producer.name in FILLS)
+    if not is_fill or value.data is None or value.data.is_meta or value.data.numel() == 0:
+        return False
+    number = value.data.flatten()[0]
+    return bool((value.data == number).all()) and number_width(float(number)) == 1
 
 
 def _is_zero(value: Value) -> bool:
@@ -243,13 +256,27 @@ def _is_made(value: Value) -> bool:
     return not any(leaf.name for leaf in _leaves(value))
 
 
-def _identity(value: Value) -> Hashable:
-    """The same for values that are computed alike from the same parameters, as those of a layer that is used twice."""
-    op = value.producer
-    if op is None:
-        return value
-    arguments = tree_map(lambda a: _identity(a) if isinstance(a, Value) else a, (op.args, op.kwargs))
-    return op.name, _frozen(arguments), op.outputs.index(value)
+class _Alike:
+    """One representative for values that are computed alike from the same parameters: a layer that is used twice."""
+
+    def __init__(self) -> None:
+        self.found: dict[Value, Value] = {}
+        self.made: dict[Hashable, Value] = {}
+
+    def __call__(self, value: Value) -> Value:
+        waiting = [value]
+        while waiting:
+            last, op = waiting[-1], waiting[-1].producer
+            if op is None or op.func is None or torch.Tag.nondeterministic_seeded in getattr(op.func, "tags", ()):
+                self.found[last] = last  # numbers that are drawn twice are others
+            elif missing := [source for source in op.inputs if source not in self.found]:
+                waiting += missing
+                continue
+            else:
+                arguments = tree_map(lambda a: self.found[a] if isinstance(a, Value) else a, (op.args, op.kwargs))
+                self.found[last] = self.made.setdefault((op.name, _frozen(arguments), op.outputs.index(last)), last)
+            waiting.pop()
+        return self.found[value]
 
 
 def _frozen(item: object) -> Hashable:
@@ -262,9 +289,18 @@ def _frozen(item: object) -> Hashable:
 
 def _leaves(value: Value) -> dict[Value, None]:
     """The parameters, buffers and constants of the model that `value` is computed from, in order."""
-    if value.producer is None:
-        return {value: None}
-    return {leaf: None for source in value.producer.inputs if source.is_constant for leaf in _leaves(source)}
+    found: dict[Value, None] = {}
+    seen, waiting = {value}, [value]
+    while waiting:
+        value = waiting.pop()
+        if value.producer is None:
+            found[value] = None
+            continue
+        for source in reversed(value.producer.inputs):
+            if source.is_constant and source not in seen:
+                seen.add(source)
+                waiting.append(source)
+    return found
 
 
 def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value | None = None) -> Stored:

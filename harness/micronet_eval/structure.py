@@ -137,7 +137,7 @@ def build_layer(description: dict[str, Any]) -> nn.Module:
         raise StructureError(f"no layer type {kind!r}; known: Sequential, {', '.join(LAYERS)}")
     try:
         return LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise StructureError(f"a {kind} cannot be built from {options}: {error}") from error
 
 

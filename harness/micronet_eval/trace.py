@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -146,7 +147,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Ten
             stack.enter_context(_node_by_node(model, recorder))
         try:
             results = [_run(model, path, inputs, named, recorder) for path in paths_of(model)]
-        except Exception as error:  # whatever the model's own code raises
+        except (Exception, SystemExit) as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
             shapes = ", ".join("x".join(map(str, t.shape)) for t in (*inputs, *named.values()))
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
@@ -235,7 +236,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op = Op(_name(func), self.path[-1] if self.path else "", values[0], values[1], func=func, path=self.branch)
         result = _fake_quantized(args[0], func) if op.name in _WITHOUT_META else self._execute(func, args, kwargs)
         outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
-        if op.name not in _FILLS and not all(v.is_constant for v in op.inputs):
+        if op.name not in FILLS and not all(v.is_constant for v in op.inputs):
             op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
             self.ops.append(op)
             for tensor in written:
@@ -321,8 +322,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fold(self, func: Any, op: Op, args: Any, kwargs: Any, result: Any) -> Any:
         """The real result of an operation whose tensors are all constants."""
-        if op.name in _FILLS:  # only the shape and the dtype of the input matter
-            return torch.full(result.shape, _FILLS[op.name](op), dtype=result.dtype)
+        if op.name in FILLS:  # only the shape and the dtype of the input matter
+            return torch.full(result.shape, FILLS[op.name](op), dtype=result.dtype)
         if any(v.data is not None and v.data.is_meta for v in op.inputs):
             return result  # a parameter without values makes none
         args, kwargs = tree_map(lambda a: self.values[id(a)].data if isinstance(a, Tensor) else a, (args, kwargs))
@@ -337,7 +338,7 @@ _VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sh
 WRITE_OP = "micronet.write"
 """Recorded though not executed: what a tensor holds after a part of it was written, of both what was and what is."""
 
-_FILLS: dict[str, Callable[[Op], Any]] = {
+FILLS: dict[str, Callable[[Op], Any]] = {
     "aten.new_zeros": lambda op: 0,
     "aten.zeros_like": lambda op: 0,
     "aten.new_ones": lambda op: 1,
@@ -396,20 +397,22 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _swapped(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Stand-ins in the place of all parameters and buffers, and afterwards each tensor that was there.
+    """Stand-ins in the place of all parameters and buffers, and afterwards everything in every module as it was.
 
     torch.func.functional_call does not put back those of a module that the model has twice.
     """
-    tables: list[dict[str, Any]] = [t for module in model.modules() for t in (module._parameters, module._buffers)]
-    before = [dict(table) for table in tables]
-    for table in tables:
-        table.update({name: recorder.kept[id(t)][1] for name, t in table.items() if t is not None})
+    modules = list(model.modules())
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    contents = [(held, copy(held)) for _, table in before for held in table.values() if type(held) in (list, dict, set)]
+    for module in modules:
+        for table in (module._parameters, module._buffers):
+            table.update({name: recorder.kept[id(t)][1] for name, t in table.items() if t is not None})  # type: ignore[misc]
     try:
         yield
     finally:
-        for table, tensors in zip(tables, before, strict=True):
-            table.clear()
-            table.update(tensors)
+        for held, content in (*before, *contents):
+            held.clear()
+            held.extend(content) if isinstance(held, list) else held.update(content)
 
 
 @contextmanager

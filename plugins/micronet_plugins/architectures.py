@@ -109,8 +109,11 @@ def mobilenet_v2(width: float = 1.4, classes: int = 1000) -> nn.Module:
 
 def torchvision_model(model: str, classes: int = 1000) -> nn.Module:
     """Any classification model of torchvision, by its name there, without weights."""
+    from torchvision import models
     from torchvision.models import get_model
 
+    if model not in models.list_models(models):  # others would download the weights of their backbone
+        raise ValueError(f"torchvision has no classification model {model!r}")
     return get_model(model, weights=None, num_classes=classes)
 
 

@@ -14,7 +14,7 @@ from micronet_eval.costs import elementwise as by_element
 from micronet_eval.costs.cost import Cost, Formula, NoFormula
 from micronet_eval.costs.dot_products import ADDENDS
 from micronet_eval.costs.elementwise import elementwise
-from micronet_eval.costs.moves import FREE, permutation, permutation_of, permutes
+from micronet_eval.costs.moves import FREE, VIEW, permutation, permutation_of, permutes
 from micronet_eval.costs.scales import SCALE_OP
 from micronet_eval.trace import Op
 
@@ -56,5 +56,5 @@ def cost_of(op: Op, formulas: Mapping[str, Formula]) -> Cost | None:
     raise NoFormula(op)
 
 
-__all__ = ["ADDENDS", "FORMULAS", "FREE", "SCALE_OP", "SELECTS", "Cost", "Formula", "NoFormula", "cost_of",
+__all__ = ["ADDENDS", "FORMULAS", "FREE", "SCALE_OP", "SELECTS", "VIEW", "Cost", "Formula", "NoFormula", "cost_of",
            "elementwise", "permutation_of"]  # fmt: skip

@@ -12,7 +12,7 @@ from micronet_eval.costs.cost import Cost
 from micronet_eval.formats import CONVERSIONS
 from micronet_eval.trace import WRITE_OP, Op, Value
 
-_VIEW = "a view or a copy of the same values"
+VIEW = "a view or a copy of the same values"
 _MOVE = "moves values, computes none"
 _FILL = "writes a constant"
 
@@ -26,7 +26,7 @@ FREE: Mapping[str, str] = MappingProxyType(
                 "unsafe_split_with_sizes", "unsqueeze", "view", "view_as_complex", "view_as_real", "_unsafe_view",
                 "_reshape_alias", "_reshape_copy", "resize", "resize_as",
             )),
-            _VIEW,
+            VIEW,
         ),
         **dict.fromkeys(
             (f"aten.{name}" for name in (
