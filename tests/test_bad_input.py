@@ -453,6 +453,12 @@ def test_a_broken_recipe(refused, submission, tmp_path, before, after, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_folder_that_cannot_be_made_is_told_before_the_work(refused, submission, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = refused("compress", submission / "recipe.toml", "-o", tmp_path / "file" / "out")
+    assert f"{tmp_path / 'file' / 'out'} cannot be made: a part of its path is a file" in error
+
+
 def test_an_unknown_option_of_a_strategy_offers_the_nearest(refused, submission, tmp_path):
     edit(submission / "recipe.toml", "sparsity = 0.5", "sparsety = 0.5")
     error = refused("compress", submission / "recipe.toml", "-o", tmp_path / "out")

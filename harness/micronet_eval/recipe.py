@@ -130,10 +130,8 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
     recipe = read_toml(path, Recipe)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is no folder; name another one to write")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # before the work is done, not after it
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+    if not next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()).is_dir():
+        raise InputError(f"{folder} cannot be made: a part of its path is a file; name another folder")
     try:
         task: Task = plugins.lookup("task", recipe.task)
         strategies = [_strategy(stage, i) for i, stage in enumerate(recipe.stages)]
@@ -172,9 +170,12 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
         provenance=Provenance(note=about.note, data=recipe.data, steps=steps),
     )
     text = path.read_bytes()
-    packing.write(packed, folder / WEIGHTS)
-    write_manifest(folder, manifest)
-    write_whole(folder / RECIPE, text)
+    try:
+        packing.write(packed, folder / WEIGHTS)
+        write_manifest(folder, manifest)
+        write_whole(folder / RECIPE, text)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
 
 
 def _strategy(stage: Stage, index: int) -> Strategy | None:
