@@ -218,8 +218,7 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
     ]
     if claims.quality is not None:
         measured = quality.measured if quality else None
-        # One unit of the last printed digit, but 0.1 % at most: a claim of 1 is no claim of 0 to 1.
-        digit = min(Decimal(1).scaleb(int(claims.quality.as_tuple().exponent)), Decimal("0.001"))
+        digit = Decimal(1).scaleb(int(claims.quality.as_tuple().exponent))
         holds = None if measured is None else Decimal(str(measured)) >= claims.quality - digit
         checked.append(Claim(name="quality", claimed=float(claims.quality), measured=measured, holds=holds))
     return tuple(checked)
