@@ -453,6 +453,10 @@ def test_a_broken_recipe(refused, submission, tmp_path, before, after, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_input_of_more_elements_than_there_can_be(refused):
+    assert "is no shape" in refused("count", "torchvision:resnet18", "--input", f"1x3x{10**20}x8")
+
+
 def test_an_output_folder_that_cannot_be_made_is_told_before_the_work(refused, submission, tmp_path):
     (tmp_path / "file").write_text("")
     error = refused("compress", submission / "recipe.toml", "-o", tmp_path / "file" / "out")

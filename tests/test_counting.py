@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.costs import FORMULAS, NoFormula, elementwise
+from micronet_eval.errors import InputError
 from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.scoring import account, weighted
 from micronet_eval.structure import Mask
@@ -402,3 +403,22 @@ def test_a_long_chain_of_constants_is_no_trouble():
         return x @ made
 
     assert count(Call(chained), 1, 4).storage.parameters == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (nn.LazyLinear(3), torch.zeros(1, 4), "lazy parameters"),
+        (nn.Linear(4, 4), [0.0], "no tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_cannot_be_traced_is_an_input_error(model, example, message):
+    with pytest.raises(InputError, match=message):
+        trace(model, example)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+def test_a_torchscript_module_is_an_input_error():
+    with pytest.raises(InputError, match="TorchScript"):
+        trace(torch.jit.script(nn.Linear(4, 4)), torch.zeros(1, 4))

@@ -138,6 +138,6 @@ def _zeros(text: str, shape: str) -> Tensor:
         numbers = tuple(int(size) for size in sizes.split("x"))
         if min(numbers) < 1:
             raise ValueError
-    except ValueError:
+        return torch.zeros(numbers, dtype=kind, device="meta")  # only its shape matters, however large
+    except (ValueError, RuntimeError, TypeError):  # torch raises the latter two for more elements than it can number
         raise InputError(f"--input {text!r} is no shape; write it like 1x3x224x224 or 1x16:int64") from None
-    return torch.zeros(numbers, dtype=kind)

@@ -127,11 +127,23 @@ def trace(model: nn.Module, example_input: Example) -> Trace:
     Of a conditional model it is one forward pass for each path. Nothing of the model is changed. Raises InputError
     where the model cannot run on such an input.
     """
+    _check(model, example_input)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # numbers that the forward draws are the same every time
         if isinstance(example_input, Mapping):
             return _trace(model, (), example_input)
         return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input), {})
+
+
+def _check(model: nn.Module, example_input: Example) -> None:
+    """Raises InputError for what cannot be traced at all."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("a TorchScript module shows none of its operations; give the original module")
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise InputError("the model has lazy parameters without a shape; run it once on real data first")
+    given = example_input.values() if isinstance(example_input, Mapping) else example_input
+    if not isinstance(example_input, Tensor) and not all(isinstance(t, Tensor) for t in given):
+        raise InputError("the example input is no tensor, nor several; give one with the shape of one example")
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Trace:
