@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from micronet_eval.costs import FREE, Cost, Formula, cost_of
-from micronet_eval.precision import bit_widths, factor_widths
-from micronet_eval.storage import FREEBIE_BITS, freebie_applies, stored_tensors
-from micronet_eval.trace import Op, Trace
+import torch
+from torch.utils._pytree import tree_map
 
-RULESET = "micronet-2019"
+from micronet_eval.costs import FREE, Cost, Formula, cost_of
+from micronet_eval.formats import Plain
+from micronet_eval.precision import bit_widths, factor_widths
+from micronet_eval.storage import FREEBIE_BITS, Stored, freebie_applies, stored_tensors
+from micronet_eval.trace import Op, Trace, Value
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,23 @@ class Layer:
     weight_bits: int
     ops32: float
     storage_bits: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """What one module itself costs in three steps: dense at 32 bits, then sparse, then at its bit-widths.
+
+    `ops32` and `bits` are the real ones. Where a zero weight costs nothing, `sparse_ops` are fewer than `dense_ops`;
+    `sparse_bits` are 32-bit values, with a mask where that is smaller.
+    """
+
+    module: str
+    dense_ops: int
+    sparse_ops: int
+    ops32: float
+    dense_bits: int
+    sparse_bits: int
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -69,14 +88,36 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Priced:
+    """An operation with its cost, the widest activation and constant that go in (0: none), and its weighted cost."""
+
+    op: Op
+    cost: Cost
+    input_bits: int
+    weight_bits: int
+    mult_ops32: Fraction
+    add_ops32: Fraction
+
+    @property
+    def ops32(self) -> Fraction:
+        return self.mult_ops32 + self.add_ops32
+
+
+@dataclass(frozen=True)
 class Account:
-    """What a model costs by the rules, before any baseline. `freebie` says that it counts as 16 bit."""
+    """What a model costs by the rules, before any baseline. `freebie` says that it counts as 16 bit.
+
+    `operations` are what `layers` show, and `stored` the tensors behind `storage`, each with the first to use it.
+    """
 
     storage: Storage
     math: Math
     layers: tuple[Layer, ...]
+    modules: tuple[Module, ...]
     coverage: Coverage
     freebie: bool
+    operations: tuple[Priced, ...] = field(repr=False)
+    stored: Mapping[Stored, Op] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -112,7 +153,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         params32=total_bits / 32,
     )
     widths = bit_widths(trace)
-    priced: list[tuple[Op, Cost, Layer, Fraction, Fraction]] = []
+    operations: list[Priced] = []
     free: dict[str, str] = {}
     for op in trace.ops:
         cost = cost_of(op, formulas)
@@ -120,24 +161,67 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
             free[op.name] = FREE[op.name]
             continue
         inputs, weights = factor_widths(op, widths)
-        mult_ops, add_ops = weighted(cost, max(inputs, weights), freebie)
-        layer = Layer(
-            op.module, op.name, cost.mults, cost.all_adds, inputs, weights, float(mult_ops + add_ops), bits_of_op[op]
-        )
-        priced.append((op, cost, layer, mult_ops, add_ops))
-    mult_ops32 = sum((m for *_, m, _ in priced), Fraction(0))
-    add_ops32 = sum((a for *_, a in priced), Fraction(0))
+        operations.append(Priced(op, cost, inputs, weights, *weighted(cost, max(inputs, weights), freebie)))
+    mult_ops32 = sum((p.mult_ops32 for p in operations), Fraction(0))
+    add_ops32 = sum((p.add_ops32 for p in operations), Fraction(0))
     math = Math(
-        mults=sum(cost.mults for _, cost, *_ in priced),
-        adds=sum(cost.all_adds for _, cost, *_ in priced),
+        mults=sum(p.cost.mults for p in operations),
+        adds=sum(p.cost.all_adds for p in operations),
         ops32=float(mult_ops32 + add_ops32),
         mult_ops32=float(mult_ops32),
         add_ops32=float(add_ops32),
-        macs=sum(cost.macs for _, cost, *_ in priced),
+        macs=sum(p.cost.macs for p in operations),
     )
-    layers = tuple(layer for _, _, layer, _, _ in priced)
-    coverage = Coverage(len(trace.ops) + trace.folded, len(priced), dict(sorted(free.items())), trace.folded)
-    return Account(storage, math, layers, coverage, freebie)
+    layers = tuple(
+        Layer(
+            p.op.module, p.op.name, p.cost.mults, p.cost.all_adds, p.input_bits, p.weight_bits, float(p.ops32),
+            bits_of_op[p.op],
+        )
+        for p in operations
+    )  # fmt: skip
+    coverage = Coverage(len(trace.ops) + trace.folded, len(operations), dict(sorted(free.items())), trace.folded)
+    modules = _by_module(trace, operations, stored, bits_of_op, formulas)
+    return Account(storage, math, layers, modules, coverage, freebie, tuple(operations), stored)
+
+
+def _by_module(
+    trace: Trace,
+    operations: list[Priced],
+    stored: Mapping[Stored, Op],
+    bits_of_op: Mapping[Op, int],
+    formulas: Mapping[str, Formula],
+) -> tuple[Module, ...]:
+    """The cost of each module in steps, in order of execution; what neither computes nor stores is left out."""
+    dense_ops, sparse_ops, dense_bits, sparse_bits, bits = (Counter[str]() for _ in range(5))
+    ops32: dict[str, Fraction] = {}
+    for p in operations:
+        path, all_weights = p.op.module, cost_of(dense(p.op), formulas) or p.cost
+        dense_ops[path] += all_weights.mults + all_weights.all_adds
+        sparse_ops[path] += p.cost.mults + p.cost.all_adds
+        ops32[path] = ops32.get(path, Fraction(0)) + p.ops32
+    for tensor, op in stored.items():
+        if not tensor.is_overhead:
+            dense_bits[op.module] += 32 * tensor.elements
+            sparse_bits[op.module] += replace(tensor, format=Plain("float32")).bits().total
+    for op, total in bits_of_op.items():
+        bits[op.module] += total
+    paths = dict.fromkeys(op.module for op in trace.ops)
+    return tuple(
+        Module(m, dense_ops[m], sparse_ops[m], float(ops32.get(m, 0)), dense_bits[m], sparse_bits[m], bits[m])
+        for m in paths
+        if m in ops32 or m in bits
+    )
+
+
+def dense(op: Op) -> Op:
+    """The same operation on constants without values, all of which formulas count as not zero."""
+
+    def unknown(item: object) -> object:
+        if not isinstance(item, Value) or item.data is None:
+            return item
+        return replace(item, data=torch.empty_like(item.data, device="meta"))
+
+    return Op(op.name, op.module, tree_map(unknown, op.args), tree_map(unknown, op.kwargs), op.outputs)
 
 
 def weighted(cost: Cost, width: int, freebie: bool = False) -> tuple[Fraction, Fraction]:

@@ -27,6 +27,13 @@ from micronet_eval.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
+class Buffer:
+    """The memory that a tensor lies in. Views and in-place results lie in one and the same."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
 class Value:
     """A tensor at one moment of the run. In-place operations make a new value.
 
@@ -76,7 +83,8 @@ class Op:
 class Trace:
     """`ops` act on activations, in order of execution; `folded` counts the operations on parameters alone.
 
-    Of an fx.GraphModule `nodes` tells which value is the result of which node; else it is empty.
+    Of an fx.GraphModule `nodes` tells which value is the result of which node; else it is empty. `buffers` tells where
+    each value lies.
     """
 
     ops: tuple[Op, ...]
@@ -84,6 +92,7 @@ class Trace:
     outputs: tuple[Value, ...]
     folded: int
     nodes: Mapping[Value, str] = field(repr=False)
+    buffers: Mapping[Value, Buffer] = field(repr=False)
 
     def users(self) -> dict[Value, list[Op]]:
         """For every value the operations that read it."""
@@ -124,7 +133,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
     outputs = tuple(recorder.values[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor))
-    return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
+    return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes, recorder.buffers)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -140,6 +149,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sharing: dict[int, list[Tensor]] = {}
         self.inputs: tuple[Value, ...] = ()
         self.nodes: dict[Value, str] = {}
+        self.buffers: dict[Value, Buffer] = {}
+        self.memory: dict[int, Buffer] = {}
         self.models: set[int] = set()  # storages of the model's own parameters and buffers
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
@@ -147,6 +158,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.alive.append(tensor)
             self.sharing.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
         self.values[id(tensor)] = value
+        storage = tensor.untyped_storage()
+        self.buffers[value] = self.memory.setdefault(storage._cdata, Buffer(storage.nbytes()))
         return tensor
 
     def parameter(self, name: str, tensor: Tensor) -> Tensor:
@@ -192,7 +205,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """After an in-place write every tensor on the same storage holds a new value."""
         for tensor in self.sharing.get(written.untyped_storage()._cdata, []):
             if tensor is not written:
-                self.values[id(tensor)] = Value(tuple(tensor.shape), tensor.dtype, None, None, op)
+                self.bind(tensor, Value(tuple(tensor.shape), tensor.dtype, None, None, op))
 
     def _to_meta(self, item: Any) -> Any:
         """Tensors that the model keeps outside of its parameters and buffers are constants, too."""
