@@ -259,7 +259,7 @@ def _cross_check(report: Report, check: CrossCheck, every: bool) -> RenderableTy
     """The modules that differ, and what is left to say about the whole."""
     most = sorted(check.differences, key=lambda d: (-d.unexplained, -abs(d.dense - (d.fvcore or 0)), -d.dense))
     shown = check.differences if every else most[:COSTLIEST]
-    which = "" if len(shown) == len(check.differences) else f", {len(shown)} of them are"
+    which = "" if len(shown) == len(check.differences) else f", {len(shown)} are shown"
     title = f"MACs: {len(check.differences):,} of {check.modules:,} modules differ{which}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", overflow="fold", min_width=8)
