@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from micronet_eval.evaluation import Report
+    from micronet_eval.task import Task
 
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
 
@@ -149,7 +150,7 @@ def tasks(style: str) -> None:
                 "baseline": entry.thing.baseline,
                 "storage": f"{entry.thing.storage:,.0f}",
                 "math": f"{entry.thing.math:,.0f}",
-                "quality": f"{entry.thing.metric} >= {entry.thing.threshold:.2%}",
+                "quality": _threshold(entry.thing),
                 "package": entry.package,
             }
             for name, entry in found.items()
@@ -192,6 +193,13 @@ def main() -> None:
 def _complain(error: Exception) -> int:
     click.echo(f"micronet-eval: {error}", err=True)
     return BAD_INPUT if isinstance(error, InputError) else BROKEN
+
+
+def _threshold(task: Task) -> str:
+    from micronet_eval.task import METRICS
+
+    metric = METRICS[task.metric]
+    return f"{task.metric} {metric.sign} {metric.show(task.threshold)}"
 
 
 def _first_line(thing: object) -> str:

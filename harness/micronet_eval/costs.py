@@ -183,6 +183,13 @@ def softmax(op: Op) -> Cost:
     return Cost(mults=2 * op.out.numel, accumulations=op.out.numel - op.out.numel // k)
 
 
+def log_softmax(op: Op) -> Cost:
+    """Over k elements: k exponentials, k - 1 additions, 1 logarithm, k subtractions. *(ours)*"""
+    k = op.out.shape[op.args[1]] if op.out.shape else 1
+    groups = op.out.numel // k
+    return Cost(mults=op.out.numel + groups, adds=op.out.numel, accumulations=op.out.numel - groups)
+
+
 def vector_norm(op: Op) -> Cost:
     """Over k elements: k squares, k - 1 additions, 1 square root. *(ours)*"""
     elements = op.inputs[0].numel
@@ -267,6 +274,7 @@ FORMULAS: Mapping[str, Formula] = MappingProxyType(
         "aten._adaptive_avg_pool2d": adaptive_avg_pool,
         "aten._softmax": softmax,
         "aten._safe_softmax": softmax,
+        "aten._log_softmax": log_softmax,
         "aten.linalg_vector_norm": vector_norm,
         "aten.native_batch_norm": batch_norm,
         "aten._native_batch_norm_legit_no_training": batch_norm,
@@ -283,8 +291,8 @@ FREE: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(
             ("alias", "as_strided", "clone", "contiguous", "copy", "detach", "expand", "lift_fresh", "permute",
-             "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-             "_unsafe_view", "_reshape_alias", "_reshape_copy", "unfold", "diagonal"),
+             "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsafe_split",
+             "unsqueeze", "view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "unfold", "diagonal"),
             _VIEW,
         ),
         **dict.fromkeys(

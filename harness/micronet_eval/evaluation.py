@@ -9,19 +9,19 @@ from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
+from micronet_eval.language import cutoffs_of, example_input, per_token, shares_of_clusters
 from micronet_eval.merge import merged
 from micronet_eval.quality import Progress, Quality, measure, not_measured
 from micronet_eval.scoring import RULESET, Account, Coverage, Layer, Math, Score, Storage, account
 from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import without_values
-from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, build, read_manifest
-from micronet_eval.task import Task
+from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, Manifest, build, read_manifest
+from micronet_eval.task import METRICS, Task
 from micronet_eval.trace import trace
 
 COST_TOLERANCE = Decimal("1.01")
@@ -78,23 +78,31 @@ def evaluate(folder: str | Path, data: str | Path | None = None, progress: Progr
     manifest = read_manifest(folder)
     where = folder / MANIFEST
     task: Task = _lookup_task(manifest.task, where)
+    root = None if data is None else Path(data)
     weights = folder / WEIGHTS
     packed = packing.read(weights)
     model = build(manifest.architecture, where)
+    _check_manifest(manifest, task, model, where)
     try:
         model = packing.unpack(packed, model).eval()
-        example = torch.zeros(1, *task.input_shape)
+        example = example_input(task, model)
         model = merged(model, example)
         recorded = trace(model, example)
         if missing := sorted(without_values(recorded)):
             raise InputError(f"the file lacks {len(missing)} tensors that the model uses, the first is {missing[0]!r}")
         counted = account(recorded, plugins.formulas())
+        remark = ""
+        if task.metric == "perplexity":
+            frequencies = None if manifest.frequencies is None else manifest.frequencies.shares
+            shares, remark = shares_of_clusters(model, task, root, frequencies)
+            counted = per_token(model, counted, task.tokens, plugins.formulas(), shares)
+        claimed = None if manifest.claims.quality is None else float(manifest.claims.quality)
+        quality = measure(model, task, root, claimed, progress)
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
-    claimed = None if manifest.claims.quality is None else float(manifest.claims.quality)
-    quality = measure(model, task, None if data is None else Path(data), claimed, progress)
     counted = replace(counted, storage=replace(counted.storage, file_bytes=weights.stat().st_size))
-    return _report(folder.resolve().name, task, counted, quality, manifest.claims, manifest.provenance.note)
+    report = _report(folder.resolve().name, task, counted, quality, manifest.claims, manifest.provenance.note)
+    return report.model_copy(update={"warnings": (remark,)}) if remark else report
 
 
 def score(model: nn.Module, example_input: Tensor, task: str | None = None) -> Report:
@@ -114,6 +122,18 @@ def _lookup_task(name: str, where: Path) -> Task:
     except InputError as error:
         raise InputError(f"{where}: field 'task': {error}") from error
     return task
+
+
+def _check_manifest(manifest: Manifest, task: Task, model: nn.Module, where: Path) -> None:
+    """What of a manifest only its task and its architecture can judge."""
+    if not METRICS[task.metric].lower_is_better and (manifest.claims.quality or 0) > 1:
+        raise InputError(f"{where}: field 'claims.quality': Input should be less than or equal to 1, a share")
+    clusters = len(cutoffs_of(model)) + 1
+    if manifest.frequencies is not None and len(manifest.frequencies.clusters) != clusters:
+        given = len(manifest.frequencies.clusters)
+        raise InputError(
+            f"{where}: field 'frequencies.clusters': {given} shares, but the model has {clusters} clusters"
+        )
 
 
 def _report(
@@ -157,8 +177,12 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
     ]
     if claims.quality is not None:
         measured = quality.measured if quality else None
+        lower = quality is not None and METRICS[quality.metric].lower_is_better
         digit = Decimal(1).scaleb(int(claims.quality.as_tuple().exponent))
-        holds = None if measured is None else Decimal(str(measured)) >= claims.quality - digit
+        worst = claims.quality + digit if lower else claims.quality - digit
+        holds = None
+        if measured is not None:
+            holds = Decimal(str(measured)) <= worst if lower else Decimal(str(measured)) >= worst
         checked.append(Claim(name="quality", claimed=float(claims.quality), measured=measured, holds=holds))
     return tuple(checked)
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from micronet_eval.evaluation import Claim, Report
 from micronet_eval.quality import Quality
 from micronet_eval.scoring import Layer
+from micronet_eval.task import METRICS
 
 COSTLIEST = 10
 NARROW = 72  # columns of a terminal below which less is shown of each operation
@@ -112,15 +113,14 @@ def _summary(report: Report) -> Table:
         table.add_row(Text(label, "bold"), measured, _claimed(claims.get(name)), share, _verdict(claims.get(name)))
     if report.quality is not None:
         claim = claims.get("quality")
-        table.add_row(Text("quality", "bold"), _quality(report), _claimed(claim), _threshold(report), _verdict(claim))
+        claimed = "" if claim is None else METRICS[report.quality.metric].show(claim.claimed)
+        table.add_row(Text("quality", "bold"), _quality(report), claimed, _threshold(report), _verdict(claim))
     return table
 
 
 def _claimed(claim: Claim | None) -> str:
     if claim is None:
         return ""
-    if claim.name == "quality":
-        return f"{claim.claimed:.2%}"
     return f"{claim.claimed:.6g}" if claim.name == "score" else f"{claim.claimed:,.0f}"
 
 
@@ -137,7 +137,7 @@ def _details(report: Report) -> Table:
         table.add_row("", f"{storage.file_bytes:,} bytes in the file, {storage.bits / 8:,.0f} counted")
     table.add_row(
         Text("executed", "bold"),
-        f"{math.mults:,} multiplications ({math.macs:,} in dot products), {math.adds:,} additions",
+        f"{math.mults:,.0f} multiplications ({math.macs:,.0f} in dot products), {math.adds:,.0f} additions",
     )
     table.add_row("", f"at 32 bit: {math.mult_ops32:,.0f} multiplications + {math.add_ops32:,.0f} additions")
     if report.freebie:
@@ -199,7 +199,7 @@ def _short(ratio: float) -> str:
 
 def _threshold(report: Report) -> Text:
     assert report.quality is not None
-    text = f">= {report.quality.threshold:.4g}"
+    text = f"{METRICS[report.quality.metric].sign} {report.quality.threshold:.4g}"
     if report.quality.passed is None:
         return Text(text)
     return Text(
@@ -210,7 +210,7 @@ def _threshold(report: Report) -> Text:
 def _reason(quality: Quality) -> str:
     if quality.measured is not None:
         return quality.reason
-    claimed = "" if quality.claimed is None else f"; claimed {quality.claimed:.2%}"
+    claimed = "" if quality.claimed is None else f"; claimed {METRICS[quality.metric].show(quality.claimed)}"
     return f"not measured: {quality.reason}{claimed}"
 
 
@@ -218,7 +218,7 @@ def _quality(report: Report) -> Text:
     quality = report.quality
     if quality is None or quality.measured is None:
         return Text("not measured", "yellow")
-    return Text(f"{quality.measured:.2%}", "green" if quality.passed else "bold red")
+    return Text(METRICS[quality.metric].show(quality.measured), "green" if quality.passed else "bold red")
 
 
 def _verdict(claim: Claim | None) -> Text:

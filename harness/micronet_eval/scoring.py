@@ -21,8 +21,8 @@ class Layer:
 
     module: str
     op: str
-    mults: int
-    adds: int
+    mults: int | float
+    adds: int | float
     input_bits: int
     weight_bits: int
     ops32: float
@@ -50,14 +50,17 @@ class Storage:
 
 @dataclass(frozen=True)
 class Math:
-    """Operations for one example. `ops32` weighs each by its bit-width / 32; `macs` are those of dot products."""
+    """Operations for one example. `ops32` weighs each by its bit-width / 32; `macs` are those of dot products.
 
-    mults: int
-    adds: int
+    Counts are whole numbers, but for a mean over positions or paths.
+    """
+
+    mults: int | float
+    adds: int | float
     ops32: float
     mult_ops32: float
     add_ops32: float
-    macs: int
+    macs: int | float
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from micronet_eval.errors import InputError
 
@@ -95,8 +95,10 @@ class Trace:
         return users
 
 
-def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
+def trace(model: nn.Module, example_input: Tensor | Sequence[Any]) -> Trace:
     """The operations of one forward pass of `model` on tensors shaped like `example_input`, in evaluation mode.
+
+    Several arguments may hold tensors in any nesting, as the state of a recurrent model; all else is passed on.
 
     Nothing of the model is changed. Raises InputError where the model cannot run on such an input.
     """
@@ -105,11 +107,11 @@ def trace(model: nn.Module, example_input: Tensor | Sequence[Tensor]) -> Trace:
         return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input))
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
+def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
     recorder = _Recorder()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
         recorder.known(name, tensor)
-    metas = tuple(recorder.input(t) for t in inputs)
+    metas = tree_map_only(Tensor, recorder.input, inputs)
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
         stack.enter_context(_swapped(model, recorder))
@@ -123,7 +125,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             result = model(*metas)
         except Exception as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
-            shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
+            shapes = ", ".join("x".join(map(str, t.shape)) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
         outputs = tuple(recorder.value(t) for t in tree_flatten(result)[0] if isinstance(t, Tensor))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
@@ -246,7 +248,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if op.name in _FILLS:  # only the shape and the dtype of the input matter
             return torch.full(result.shape, _FILLS[op.name](op), dtype=result.dtype)
         args, kwargs = tree_map(lambda a: self.values[id(a)].data if isinstance(a, Tensor) else a, (args, kwargs))
-        if "device" in kwargs:
+        if any(v.data is not None and v.data.is_meta for v in op.inputs):  # one without values: the result has none
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        elif "device" in kwargs:
             device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
             kwargs = {**kwargs, "device": device}
         return func(*args, **kwargs)

@@ -37,18 +37,21 @@ def micronet_register_quantizers(register: Any) -> None:
 @hookimpl
 def micronet_register_tasks(register: Any) -> None:
     """The bundled tasks."""
+    from micronet_plugins.language import WIKITEXT103
     from micronet_plugins.tasks import TASKS
 
-    for task in TASKS:
+    for task in (*TASKS, WIKITEXT103):
         register(task.name, task)
 
 
 @hookimpl
 def micronet_register_architectures(register: Any) -> None:
     """The bundled architectures."""
-    from micronet_plugins import architectures
+    from micronet_plugins import architectures, language
 
     register("pyramidnet", architectures.pyramidnet)
     register("wide-resnet", architectures.wide_resnet)
     register("mobilenet-v2", architectures.mobilenet_v2)
     register("torchvision", architectures.torchvision_model)
+    register("lstm-lm", language.lstm_lm)
+    register("transformer-lm", language.transformer_lm)
