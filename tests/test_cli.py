@@ -262,8 +262,18 @@ def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch
     ("command", "names"),
     [
         ("strategies", {"low-rank": "pruner", "magnitude": "sparsifier", "fixed-point": "quantizer"}),
-        ("tasks", {"cifar100": None, "imagenet": None, "digits": None}),
-        ("architectures", {"pyramidnet": None, "wide-resnet": None, "mobilenet-v2": None, "torchvision": None}),
+        ("tasks", {"cifar100": None, "imagenet": None, "digits": None, "wikitext103": None}),
+        (
+            "architectures",
+            {
+                "pyramidnet": None,
+                "wide-resnet": None,
+                "mobilenet-v2": None,
+                "torchvision": None,
+                "lstm-lm": None,
+                "transformer-lm": None,
+            },
+        ),
     ],
 )
 def test_lists_of_what_is_installed(run, command, names):

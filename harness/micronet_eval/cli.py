@@ -299,7 +299,7 @@ def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
 
         table = Table()
         for name in rows[0]:
-            table.add_column(name, overflow="fold", no_wrap=name in ("storage", "math"))
+            table.add_column(name, overflow="fold", no_wrap=name in ("name", "storage", "math"))
         for row in rows:
             table.add_row(*(str(value) for value in row.values()))
         Console().print(table)
