@@ -453,6 +453,12 @@ def test_a_broken_recipe(refused, submission, tmp_path, before, after, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_several_folders_are_a_list_even_if_only_one_is_right(run, submission, tmp_path):
+    status, out, err = run(submission, tmp_path / "nowhere", "--format", "json")
+    assert (status, [report["submission"] for report in json.loads(out)]) == (2, ["small"])
+    assert "nowhere" in err
+
+
 def test_an_input_of_more_elements_than_there_can_be(refused):
     assert "is no shape" in refused("count", "torchvision:resnet18", "--input", f"1x3x{10**20}x8")
 

@@ -60,7 +60,7 @@ def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | N
         except (InputError, SubmissionError) as error:
             status = max(status, _complain(error))
     if reports:
-        _show(reports, style, layers)
+        _show(reports, style, layers, several=len(folders) > 1)
     if not all(report.passed for report in reports):
         status = max(status, FAILED)
     sys.exit(status)
@@ -247,12 +247,12 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show(reports: list[Report], style: str, layers: bool) -> None:
+def _show(reports: list[Report], style: str, layers: bool, several: bool = False) -> None:
     from micronet_eval import report as reporting
 
     if style == "json":
         texts = [json.loads(report.to_json()) for report in reports]
-        click.echo(json.dumps(texts[0] if len(texts) == 1 else texts, indent=2))
+        click.echo(json.dumps(texts if several else texts[0], indent=2))
     elif style == "table":
         from rich.console import Console
 
