@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from micronet_eval import cli, packing
+from micronet_eval import packing
 from micronet_eval.evaluation import Report, evaluate
 from micronet_eval.hookspecs import hookimpl
 from micronet_eval.plugins import manager
@@ -21,21 +21,6 @@ from micronet_eval.submission import build, read_manifest
 ROOT = Path(__file__).parent.parent
 DOT_PRODUCTS = ("aten.convolution", "aten.addmm")
 MANIFEST, WEIGHTS = "submission.toml", "weights.safetensors"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process; gives exit status, standard output and error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["micronet-eval", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        status = end.value.code
-        return 0 if status is None else status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,12 @@ def without_batch_norm(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if _is_norm(module):
             if module is model:
-                return _scale_shift(module)  # type: ignore[arg-type]
-            _replace_everywhere(model, module, _scale_shift(module))  # type: ignore[arg-type]
+                return _scale_shift(module)
+            _replace_everywhere(model, module, _scale_shift(module))
     return model
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether a module is a fixed scale and shift and nothing else: a subclass or a hook may do more."""
     plain = type(module) in _NORMS and not module._forward_hooks and not module._forward_pre_hooks
     return plain and module.running_mean is not None

@@ -253,7 +253,7 @@ def _is_zero(value: Value) -> bool:
 
 
 def _is_made(value: Value) -> bool:
-    return not any(leaf.name for leaf in _leaves(value))
+    return not _names(value)
 
 
 class _Alike:
@@ -303,10 +303,15 @@ def _leaves(value: Value) -> dict[Value, None]:
     return found
 
 
+def _names(value: Value) -> list[str]:
+    """The names of the parameters, buffers and constants that `value` is computed from."""
+    return [leaf.name for leaf in _leaves(value) if leaf.name]
+
+
 def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value | None = None) -> Stored:
     """`value` in the format of its `grid`; where it holds codes, `made` is what is made of them."""
     assert value.data is not None
-    leaves = [leaf.name for leaf in _leaves(value) if leaf.name]
+    leaves = _names(value)
     name = _path(leaves) if leaves else f"constant of {op.name if op is not None else 'the output'}"
     exponent = is_conversion(op) and op is not None and value is not through_views(op.inputs[0])
     if exponent:
@@ -318,7 +323,7 @@ def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value |
 
 
 def _side(value: Value, grid: Grid) -> Stored:
-    leaves = [leaf.name for leaf in _leaves(value) if leaf.name]
+    leaves = _names(value)
     assert value.data is not None
     name = _path(leaves) if leaves else "constant"
     return Stored(name, value.data, _side_format(value, grid), is_overhead=True, in_code=not leaves)

@@ -338,7 +338,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.full(result.shape, FILLS[op.name](op), dtype=result.dtype)
         if any(v.data is not None and v.data.is_meta for v in op.inputs):
             return result  # a parameter without values makes none
-        args, kwargs = tree_map(lambda a: self.values[id(a)].data if isinstance(a, Tensor) else a, (args, kwargs))
+        args, kwargs = tree_map(self._data, (args, kwargs))
         if "device" in kwargs:
             device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
             kwargs = {**kwargs, "device": device}
