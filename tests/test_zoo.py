@@ -203,9 +203,9 @@ def test_a_table_by_depth(run, monkeypatch, width):
 def test_a_table_by_depth_adds_up(run):
     arguments = ("count", "torchvision:resnet18", "--input", "1x3x224x224", "--depth", "2", "--format", "json")
     report = json.loads(run(*arguments)[1])
-    rows = {row["module"]: row for row in report["modules"]}
+    rows = {row["module"]: row for row in report["breakdown"]}
     for figure in ("mults", "adds", "macs", "ops32", "storage_bits"):
-        top = sum(row[figure] for row in report["modules"] if row["depth"] == 1)
+        top = sum(row[figure] for row in report["breakdown"] if row["depth"] == 1)
         assert top == rows["total"][figure]
         assert rows["layer1"][figure] == rows["layer1.0"][figure] + rows["layer1.1"][figure]
     assert rows["total"]["macs"] == report["math"]["macs"] == 1_814_073_344  # torchvision says 1.814 G
@@ -213,7 +213,13 @@ def test_a_table_by_depth_adds_up(run):
     assert rows["fc"]["macs"] == 512_000
     # Four 3x3 convolutions, 64 to 64 channels, on 56 x 56.
     assert rows["layer1"]["macs"] == 4 * 64 * 64 * 9 * 56 * 56
-    assert [row["module"] for row in report["modules"]][3:8] == ["maxpool", "layer1", "layer1.0", "layer1.1", "layer2"]
+    assert [row["module"] for row in report["breakdown"][3:8]] == [
+        "maxpool",
+        "layer1",
+        "layer1.0",
+        "layer1.1",
+        "layer2",
+    ]
 
 
 def test_the_table_of_a_look_up_is_in_the_row_of_its_module(tmp_path, monkeypatch, run):
@@ -222,7 +228,7 @@ def test_the_table_of_a_look_up_is_in_the_row_of_its_module(tmp_path, monkeypatc
     )
     monkeypatch.chdir(tmp_path)
     out = run("count", "words:model", "--input", "1x5:int64", "--depth", "1", "--format", "json")[1]
-    rows = {row["module"]: row for row in json.loads(out)["modules"]}
+    rows = {row["module"]: row for row in json.loads(out)["breakdown"]}
     assert (rows["0"]["storage_bits"], rows["1"]["storage_bits"]) == (800 * 16, 18 * 16)
     assert rows["1"]["macs"] == 5 * 16
 

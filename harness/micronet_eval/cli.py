@@ -28,9 +28,21 @@ _format = click.option(
     show_default=True,
     help="How to print the report.",
 )
+_either = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="How to print it.",
+)
 _layers = click.option("--layers", is_flag=True, help="Show every operation, not only the costliest.")
 _data = click.option(
     "--data", type=click.Path(path_type=Path), envvar="MICRONET_DATA", help="Folder with data sets (or MICRONET_DATA)."
+)
+_ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
+_cross_check = click.option(
+    "--cross-check", is_flag=True, help="Ask fvcore and FlopCounterMode, too; say what differs."
 )
 
 
@@ -48,7 +60,11 @@ def cli() -> None:
 @_layers
 @_format
 @_data
-def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | None) -> None:
+@_ruleset
+@_cross_check
+def evaluate(
+    folders: tuple[Path, ...], layers: bool, style: str, data: Path | None, ruleset: str, cross_check: bool
+) -> None:
     """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
     from micronet_eval.evaluation import evaluate
 
@@ -56,7 +72,7 @@ def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | N
     for folder in folders:
         try:
             with _progress(f"measuring {folder.name}") as progress:
-                reports.append(evaluate(folder, data, progress))
+                reports.append(evaluate(folder, data, progress, ruleset=ruleset, cross_check=cross_check))
         except (InputError, SubmissionError) as error:
             status = max(status, _complain(error))
     if reports:
@@ -81,6 +97,8 @@ def evaluate(folders: tuple[Path, ...], layers: bool, style: str, data: Path | N
 @click.option("--depth", type=click.IntRange(min=0), help="Show the cost of each module, to this depth.")
 @_layers
 @_format
+@_ruleset
+@_cross_check
 def count(
     target: str,
     inputs: tuple[str, ...],
@@ -89,6 +107,8 @@ def count(
     depth: int | None,
     layers: bool,
     style: str,
+    ruleset: str,
+    cross_check: bool,
 ) -> None:
     """Count what any model costs.
 
@@ -99,11 +119,48 @@ def count(
     from micronet_eval.targets import build, example
 
     shaped = example(inputs)
-    report = score(build(target), shaped, task, dict(map(_share, shares))).model_copy(update={"submission": target})
+    report = score(
+        build(target), shaped, task, dict(map(_share, shares)), ruleset=ruleset, cross_check=cross_check
+    ).model_copy(update={"submission": target})
     if depth is None:
         _show([report], style, layers)
     else:
         _show_modules(report, depth, style)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("module")
+@_ruleset
+@_either
+def explain(folder: Path, module: str, ruleset: str, style: str) -> None:
+    """Show the formula of every operation of a submission's module, with its numbers."""
+    from dataclasses import asdict
+
+    from micronet_eval.evaluation import open_submission
+    from micronet_eval.explain import explain
+
+    explanations = explain(open_submission(folder), module, ruleset)
+    if style == "json":
+        click.echo(json.dumps([{**asdict(e), "lines": [*map(list, e.lines)]} for e in explanations], indent=2))
+    else:
+        _print("render_explanations", explanations)
+
+
+@cli.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="Show every module, not only those that changed most.")
+@_either
+def diff(before: Path, after: Path, layers: bool, style: str) -> None:
+    """Split the change of the score between two submissions, or two JSON reports, into its causes."""
+    from micronet_eval.diff import diff, report_of
+
+    found = diff(report_of(before), report_of(after))
+    if style == "json":
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print("render_diff", found, layers)
 
 
 @cli.command()
@@ -247,6 +304,14 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _print(renderer: str, *things: Any) -> None:
+    from rich.console import Console
+
+    from micronet_eval import report as reporting
+
+    Console().print(getattr(reporting, renderer)(*things))
+
+
 def _show(reports: list[Report], style: str, layers: bool, several: bool = False) -> None:
     from micronet_eval import report as reporting
 
@@ -269,7 +334,7 @@ def _show_modules(report: Report, depth: int, style: str) -> None:
     modules = by_module((*report.layers, *report.free_layers), depth)
     rows = [module.as_row() for module in modules]
     if style == "json":
-        click.echo(json.dumps({**json.loads(report.to_json()), "modules": rows}, indent=2))
+        click.echo(json.dumps({**json.loads(report.to_json()), "breakdown": rows}, indent=2))
     elif style == "table":
         from rich.console import Console
 

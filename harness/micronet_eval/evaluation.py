@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from importlib.metadata import version
@@ -12,24 +12,32 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
-from micronet_eval import packing, plugins
+from micronet_eval import crosscheck, packing, plugins
+from micronet_eval.accumulators import WhatIf, what_if
+from micronet_eval.activation import Activation, activation_peak
 from micronet_eval.conditional import exact_shares, paths_of
-from micronet_eval.costs import SCALE_OP
+from micronet_eval.costs import SCALE_OP, Formula
+from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
 from micronet_eval.paths import mean_account
+from micronet_eval.precision import bit_widths
 from micronet_eval.quality import Progress, Quality, measure, not_measured
-from micronet_eval.scoring import RULESET, Account, Coverage, Layer, Math, Score, Storage
+from micronet_eval.rulesets import DEFAULT
+from micronet_eval.rulesets import ruleset as ruleset_of
+from micronet_eval.scoring import Account, Coverage, Layer, Math, Module, Score, Storage, by_module
 from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import FREEBIE_BITS, without_values
-from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, build, read_manifest, task_of
+from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, Manifest, build, read_manifest, task_of
 from micronet_eval.task import Task
-from micronet_eval.trace import Example, trace
+from micronet_eval.trace import Example, Trace, trace
 
 COST_TOLERANCE = Decimal("1.01")
 """A claimed cost holds when the measurement is at most 1 % worse."""
+
+NOT_ASKED = "only the cost was asked for"
 
 
 class Claim(BaseModel):
@@ -67,14 +75,18 @@ class Report(BaseModel):
     storage: Storage
     math: Math
     score: Score | None
+    activation: Activation
+    what_if: WhatIf
     quality: Quality | None
     claims: tuple[Claim, ...]
     paths: tuple[PathCost, ...]
     layers: tuple[Layer, ...]
     free_layers: tuple[Layer, ...] = ()
+    modules: tuple[Module, ...]
     ruleset: str
     freebie: bool
     coverage: Coverage
+    cross_check: CrossCheck | None
     environment: dict[str, str]
     provenance: str
     warnings: tuple[str, ...]
@@ -90,11 +102,49 @@ class Report(BaseModel):
         return self.model_dump_json(by_alias=True, indent=2)
 
 
-def evaluate(folder: str | Path, data: str | Path | None = None, progress: Progress | None = None) -> Report:
-    """Unpacks a submission, counts what it costs, measures how good it is, and compares that with its claims.
+@dataclass(frozen=True)
+class Opened:
+    """A submission ready to be counted: the model as it was unpacked, batch norm merged, and its trace."""
 
-    `data` is the folder with data sets. Raises InputError where the submission is wrong.
-    """
+    folder: Path
+    manifest: Manifest
+    task: Task
+    model: nn.Module
+    example: Tensor
+    trace: Trace
+
+    @property
+    def claimed_quality(self) -> float | None:
+        return None if self.manifest.claims.quality is None else float(self.manifest.claims.quality)
+
+    def account(self, ruleset: str = DEFAULT, quality: Quality | None = None) -> Account:
+        """What it costs. The shares of a conditional model's paths are those of `quality`, or else the claimed ones.
+
+        Without `quality` and claims all examples take the costliest path. Raises InputError where an operation has no
+        price, and where `quality` was asked for shares that nobody claims, and does not know them.
+        """
+        weights, where = self.folder / WEIGHTS, self.folder / MANIFEST
+        paths = tuple(path for path in self.trace.by_path() if path)
+        try:
+            shares = exact_shares(paths, self.manifest.paths)
+        except InputError as error:
+            raise InputError(f"{where}: field 'paths': {error}") from error
+        if quality is not None and quality.taken:
+            shares = {path: Fraction(quality.taken[path], quality.examples) for path in paths}
+        if paths and not shares and quality is not None:
+            raise InputError(
+                f"{where}: the share of the test set that takes each path cannot be measured ({quality.reason}); "
+                f"claim it in a table [paths] with: {', '.join(paths)}"
+            )
+        try:
+            counted = mean_account(self.trace, formulas(ruleset), shares)
+        except InputError as error:
+            raise InputError(f"{weights}: {error}") from error
+        return replace(counted, storage=replace(counted.storage, file_bytes=weights.stat().st_size))
+
+
+def open_submission(folder: str | Path) -> Opened:
+    """Unpacks a submission and traces it. Raises InputError where it is wrong."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     where = folder / MANIFEST
@@ -109,29 +159,57 @@ def evaluate(folder: str | Path, data: str | Path | None = None, progress: Progr
         recorded = trace(model, example)
         if missing := sorted(without_values(recorded)):
             raise InputError(f"the file lacks {len(missing)} tensors that the model uses, the first is {missing[0]!r}")
-        counted = mean_account(recorded, plugins.formulas())
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
-    try:
-        shares = exact_shares(tuple(counted.paths), manifest.paths)
-    except InputError as error:
-        raise InputError(f"{where}: field 'paths': {error}") from error
-    claimed = None if manifest.claims.quality is None else float(manifest.claims.quality)
-    quality = measure(model, task, None if data is None else Path(data), claimed, progress)
+    return Opened(folder, manifest, task, model, example, recorded)
+
+
+def evaluate(
+    folder: str | Path,
+    data: str | Path | None = None,
+    progress: Progress | None = None,
+    *,
+    ruleset: str = DEFAULT,
+    cross_check: bool = False,
+) -> Report:
+    """Unpacks a submission, counts what it costs, measures how good it is, and compares that with its claims.
+
+    `data` is the folder with data sets. `cross_check` asks fvcore and FlopCounterMode, too. Raises InputError where
+    the submission is wrong.
+    """
+    ruleset_of(ruleset)  # an unknown one is told before anything is opened
+    opened = open_submission(folder)
+    counted = opened.account(ruleset)  # what cannot be counted is told before anything is measured
+    quality = measure(opened.model, opened.task, None if data is None else Path(data), opened.claimed_quality, progress)
+    return _report_on(opened, counted, quality, ruleset, cross_check)
+
+
+def costs(folder: str | Path, ruleset: str = DEFAULT) -> Report:
+    """The report on a submission whose quality is not measured. Raises InputError where the submission is wrong."""
+    opened = open_submission(folder)
+    quality = not_measured(opened.task, opened.claimed_quality, NOT_ASKED)
+    return _report_on(opened, opened.account(ruleset), quality, ruleset, False)
+
+
+def _report_on(opened: Opened, counted: Account, quality: Quality, ruleset: str, cross_check: bool) -> Report:
     if counted.paths:
-        shares = {path: Fraction(count, quality.examples) for path, count in quality.taken.items()} or shares
-        if not shares:
-            raise InputError(
-                f"{where}: the share of the test set that takes each path cannot be measured ({quality.reason}); "
-                f"claim it in a table [paths] with: {', '.join(counted.paths)}"
-            )
-        counted = mean_account(recorded, plugins.formulas(), shares)
-    counted = replace(counted, storage=replace(counted.storage, file_bytes=weights.stat().st_size))
-    return _report(folder.resolve().name, task, counted, quality, manifest.claims, manifest.provenance.note)
+        counted = opened.account(ruleset, quality)
+    name, claims = opened.folder.resolve().name, opened.manifest.claims
+    report = _report(name, opened.task, opened.trace, counted, quality, claims, ruleset)
+    other = None
+    if cross_check:
+        other = crosscheck.cross_check(opened.model, opened.example, opened.trace, formulas(ruleset))
+    return report.model_copy(update={"provenance": opened.manifest.provenance.note, "cross_check": other})
 
 
 def score(
-    model: nn.Module, example_input: Example, task: str | None = None, shares: Mapping[str, float] | None = None
+    model: nn.Module,
+    example_input: Example,
+    task: str | None = None,
+    shares: Mapping[str, float] | None = None,
+    *,
+    ruleset: str = DEFAULT,
+    cross_check: bool = False,
 ) -> Report:
     """What any module costs for one example, and its score relative to the baseline of `task` (None: no score).
 
@@ -139,37 +217,58 @@ def score(
     conditional model needs the `shares` of the examples that take each path, as {"exit": 0.3, "full": 0.7}.
     """
     known = None if task is None else plugins.lookup("task", task)
+    priced = formulas(ruleset)
     paths = paths_of(model)
     exact = exact_shares(paths if any(paths) else (), shares or {})
     if any(paths) and not exact:
         raise InputError(
             f"give the share of the examples on each path (`shares`, or --path NAME=SHARE): {', '.join(paths)}"
         )
-    counted = mean_account(trace(merged(model, example_input), example_input), plugins.formulas(), exact)
-    quality = None if known is None else not_measured(known, None, "only the cost was asked for")
-    return _report(type(model).__name__, known, counted, quality, Claims(), "")
+    name, model = type(model).__name__, merged(model, example_input)
+    recorded = trace(model, example_input)
+    counted = mean_account(recorded, priced, exact)
+    quality = None if known is None else not_measured(known, None, NOT_ASKED)
+    report = _report(name, known, recorded, counted, quality, Claims(), ruleset)
+    other = crosscheck.cross_check(model, example_input, recorded, priced) if cross_check else None
+    return report.model_copy(update={"cross_check": other})
+
+
+def formulas(ruleset: str = DEFAULT) -> Mapping[str, Formula]:
+    """The cost formulas of a ruleset, plugins' among them. Raises InputError where there is no such ruleset."""
+    return {**plugins.formulas(), **ruleset_of(ruleset).overrides}
 
 
 def _report(
-    name: str, task: Task | None, counted: Account, quality: Quality | None, claims: Claims, note: str
+    name: str,
+    task: Task | None,
+    recorded: Trace,
+    counted: Account,
+    quality: Quality | None,
+    claims: Claims,
+    ruleset: str,
 ) -> Report:
     total = None if task is None else score_of(counted, task.storage, task.math)
+    peaks = [activation_peak(part, bit_widths(part)) for part in recorded.by_path().values()]
     return Report(
         submission=name,
         task=task.name if task else None,
         storage=counted.storage,
         math=counted.math,
         score=total,
+        activation=max(peaks, key=lambda peak: peak.peak_bits),
+        what_if=what_if(counted, task.math if task else None, total.storage if total else None),
         quality=quality,
         claims=_check(claims, counted, total, quality),
         paths=_paths(counted, measured=quality is not None and bool(quality.taken)),
         layers=counted.layers,
         free_layers=counted.free_layers,
-        ruleset=RULESET,
+        modules=by_module(counted, formulas(ruleset)),
+        ruleset=ruleset,
         freebie=counted.freebie,
         coverage=counted.coverage,
+        cross_check=None,
         environment=_environment(),
-        provenance=note,
+        provenance="",
         warnings=_wide(counted),
     )
 
@@ -230,4 +329,4 @@ def _environment() -> dict[str, str]:
     return {"python": platform.python_version(), **packages, **others, "device": "cpu"}
 
 
-__all__ = ["Claim", "Report", "evaluate", "score"]
+__all__ = ["Claim", "Report", "costs", "evaluate", "open_submission", "score"]

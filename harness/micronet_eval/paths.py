@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from fractions import Fraction
 
 from micronet_eval.costs import Formula
-from micronet_eval.scoring import Account, Count, Layer, Math, account
+from micronet_eval.scoring import Account, Layer, Math, account, math_of, number
 from micronet_eval.trace import Trace
 
 
@@ -20,16 +20,18 @@ def mean_account(
     Without `shares` all examples take the costliest path. Raises NoFormula where an operation has no price.
     """
     whole = account(trace, formulas, freebie)
-    parts = {path: account(part, formulas, whole.freebie) for path, part in trace.by_path().items()}
-    if list(parts) == [""]:
+    names = trace.by_path()
+    if list(names) == [""]:
         return whole
-    paths = {path: part.math for path, part in parts.items()}
+    paths = {path: math_of(p for p in whole.operations if p.op.path == path) for path in names}
     if not shares:
         costliest = max(paths, key=lambda path: paths[path].ops32)
         shares = {path: Fraction(path == costliest) for path in paths}
-    path_of_layers = [path for path, part in parts.items() for _ in part.layers]
-    layers = mean_layers(zip(path_of_layers, whole.layers, strict=True), shares)
-    return replace(whole, math=mean_math(paths, shares), layers=layers, paths=paths, shares=shares)
+    operations = tuple(replace(p, share=shares[p.op.path]) for p in whole.operations)
+    layers = mean_layers(zip((p.op.path for p in operations), whole.layers, strict=True), shares)
+    return replace(
+        whole, math=mean_math(paths, shares), layers=layers, operations=operations, paths=paths, shares=shares
+    )
 
 
 def mean_math(paths: Mapping[str, Math], shares: Mapping[str, Fraction]) -> Math:
@@ -38,24 +40,20 @@ def mean_math(paths: Mapping[str, Math], shares: Mapping[str, Fraction]) -> Math
         each.name: sum((Fraction(getattr(math, each.name)) * shares[path] for path, math in paths.items()), Fraction(0))
         for each in fields(Math)
     }
-    return Math(**{name: _number(value) for name, value in exact.items()})
+    return Math(**{name: number(value) for name, value in exact.items()})
 
 
 def mean_layers(layers: Iterable[tuple[str, Layer]], shares: Mapping[str, Fraction]) -> tuple[Layer, ...]:
     """Operations with their paths -> the mean of each; the n-th of a kind in a module is the same on all paths."""
-    number: Counter[tuple[str, str, str]] = Counter()
+    nth: Counter[tuple[str, str, str]] = Counter()
     means: dict[tuple[str, str, int, int, int], list[Fraction]] = {}
     for path, layer in layers:
-        number[path, layer.module, layer.op] += 1
-        key = layer.module, layer.op, layer.input_bits, layer.weight_bits, number[path, layer.module, layer.op]
-        costs = [Fraction(cost) * shares[path] for cost in (layer.mults, layer.adds, layer.ops32)]
+        nth[path, layer.module, layer.op] += 1
+        key = layer.module, layer.op, layer.input_bits, layer.weight_bits, nth[path, layer.module, layer.op]
+        costs = [Fraction(cost) * shares[path] for cost in (layer.mults, layer.adds, layer.ops32, layer.macs)]
         added = [*costs, Fraction(layer.storage_bits)]
-        means[key] = [a + b for a, b in zip(means.get(key, [Fraction(0)] * 4), added, strict=True)]
+        means[key] = [a + b for a, b in zip(means.get(key, [Fraction(0)] * 5), added, strict=True)]
     return tuple(
-        Layer(module, op, _number(mults), _number(adds), inputs, weights, float(ops32), int(stored))
-        for (module, op, inputs, weights, _), (mults, adds, ops32, stored) in means.items()
+        Layer(module, op, number(mults), number(adds), inputs, weights, float(ops32), int(stored), number(macs))
+        for (module, op, inputs, weights, _), (mults, adds, ops32, macs, stored) in means.items()
     )
-
-
-def _number(exact: Fraction) -> Count:
-    return exact.numerator if exact.denominator == 1 else float(exact)

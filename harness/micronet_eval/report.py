@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -12,8 +13,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from micronet_eval.accumulators import Figure
 from micronet_eval.breakdown import ModuleCost
+from micronet_eval.crosscheck import CrossCheck
+from micronet_eval.diff import Change, Diff
 from micronet_eval.evaluation import Claim, Report
+from micronet_eval.explain import Explanation
 from micronet_eval.quality import Quality
 from micronet_eval.scoring import Layer
 
@@ -33,6 +38,8 @@ def render(report: Report, all_layers: bool = False, width: int = 80) -> Rendera
         parts.append(Text.assemble(("Provenance: ", "bold"), report.provenance, overflow="fold"))
     parts += [Text.assemble(("Warning: ", "bold yellow"), warning) for warning in report.warnings]
     parts.append(_layers(report, all_layers, width))
+    if report.cross_check is not None:
+        parts.append(_cross_check(report, report.cross_check, all_layers))
     parts.append(Text(_coverage(report), "dim"))
     return Group(*parts)
 
@@ -143,6 +150,14 @@ def _details(report: Report) -> Table:
         + (", the mean over the paths" if report.paths else ""),
     )
     table.add_row("", f"at 32 bit: {math.mult_ops32:,.0f} multiplications + {math.add_ops32:,.0f} additions")
+    if report.activation.peak_bits:
+        peak = f"{report.activation.peak_bits:,} bits of activations alive at once, at {report.activation.at}"
+        table.add_row(Text("peak", "bold"), Text(peak))
+    label = "what if"
+    for name, figure in (("exact", report.what_if.exact_accumulators), ("fp16", report.what_if.fp16_accumulators)):
+        if figure.additions:
+            table.add_row(Text(label, "bold"), f"{name} accumulators: {_figure(figure)}")
+            label = ""
     if report.freebie:
         table.add_row("", "counted as 16 bit: nothing is quantized below 16 bits (freebie)")
     for path in report.paths:
@@ -152,6 +167,12 @@ def _details(report: Report) -> Table:
             f"{path.share:.2%} of the examples ({source}): {path.mults:,} multiplications, {path.adds:,} additions",
         )
     return table
+
+
+def _figure(figure: Figure) -> str:
+    total = f"ops32 {figure.ops32:,.0f}" if figure.score is None else f"score {figure.score:.6g}"
+    applies = f"{figure.additions:,} of {figure.accumulations:,}"
+    return f"{total}; {'all' if figure.additions == figure.accumulations else applies} accumulating additions narrower"
 
 
 def _layers(report: Report, every: bool, width: int) -> Table:
@@ -267,6 +288,107 @@ def _verdict_of_claims(claims: Sequence[Claim]) -> Text:
     return (
         Text(f"{holding} of {len(claims)} hold", "green" if holding == len(claims) else "") if claims else Text("none")
     )
+
+
+def _cross_check(report: Report, check: CrossCheck, every: bool) -> RenderableType:
+    """The modules that differ, and what is left to say about the whole."""
+    most = sorted(check.differences, key=lambda d: (-d.unexplained, -abs(d.dense - (d.fvcore or 0)), -d.dense))
+    shown = check.differences if every else most[:COSTLIEST]
+    which = "" if len(shown) == len(check.differences) else f", {len(shown)} are shown"
+    title = f"MACs: {len(check.differences):,} of {check.modules:,} modules differ{which}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("module", overflow="fold", min_width=8)
+    for name in ("ours", "fvcore", "torch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for d in shown:
+        why = Text("; ".join(d.why), "bold red" if d.unexplained else "")
+        table.add_row(Text(d.module or "(forward)"), *map(_macs, (d.ours, d.fvcore, d.flop_counter)), why)
+    table.add_section()
+    table.add_row("all", *map(_macs, (check.ours, check.fvcore, check.flop_counter)), _unexplained(check))
+    beside = [f"Beside MACs we price {report.math.mults - check.ours:,} mults and {report.math.adds:,} adds"]
+    if check.fvcore_other:
+        beside.append(f"fvcore counts {', '.join(f'{n:,} of {op}' for op, n in check.fvcore_other.items())}")
+    if check.fvcore_skips:
+        beside.append(f"fvcore passes over {', '.join(f'{op} ({n}x)' for op, n in check.fvcore_skips.items())}")
+    failed = [Text(f"{name} could not run: {why}", "yellow") for name, why in check.failed.items()]
+    return Group(table, *failed, Text("; ".join(beside), "dim"))
+
+
+def _macs(count: int | None) -> str:
+    return "-" if count is None else _count(count)
+
+
+def _unexplained(check: CrossCheck) -> Text:
+    zeros = f"{check.dense - check.ours:,} with zero weights; " if check.dense != check.ours else ""
+    if check.unexplained:
+        return Text(f"{zeros}{check.unexplained:,} unexplained", "bold red")
+    return Text(f"{zeros}nothing is unexplained" if check.differences else "all agree", "green")
+
+
+def render_explanations(explanations: Sequence[Explanation]) -> RenderableType:
+    """Each operation with its rule, formula and figures, and the sums over all of them."""
+    parts: list[RenderableType] = []
+    for e in explanations:
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in (("rule", e.rule), *e.lines):
+            if text:
+                table.add_row(Text(name), Text(text))
+        parts += [Text.assemble((e.module, "bold"), " ", e.op), table, ""]
+    mults, adds = sum(e.mults for e in explanations), sum(e.adds for e in explanations)
+    ops32, bits = sum(e.ops32 for e in explanations), sum(e.storage_bits for e in explanations)
+    whole = f"{mults:,} mults, {adds:,} adds, {ops32:,.10g} ops32, {bits:,} bits stored"
+    return Group(*parts, Text.assemble(("together ", "bold"), whole))
+
+
+def render_diff(diff: Diff, every: bool = False) -> RenderableType:
+    """What changed from one report to another: storage, math and score, then the modules that changed most."""
+    before, after = diff.before, diff.after
+    assert before.score is not None and after.score is not None
+    heading = f"{before.submission} -> {after.submission} · {after.task} · {after.ruleset}"
+    whole = _plain_table("")
+    for name in ("storage", "math", "score"):
+        whole.add_column(name, justify="right", no_wrap=True)
+    rows = (diff.storage, diff.math, diff.score)
+    whole.add_row("before", *map(_short, (before.score.storage, before.score.math, before.score.total)))
+    for i, name in enumerate(("architecture", "sparsity", "bit-widths")):
+        whole.add_row(name, *(_cells(change)[i] for change in rows))
+    whole.add_row("after", *map(_short, (after.score.storage, after.score.math, after.score.total)))
+    changed = [c for c in diff.modules if c.architecture or c.sparsity or c.bits]
+    shown = changed if every else changed[:COSTLIEST]
+    table = _plain_table("module")
+    for name in ("archit.", "sparsity", "bits", "total"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for change in shown:
+        table.add_row(Text(change.module or "(forward)"), *_cells(change))
+    if rest := changed[len(shown) :]:
+        parts = [sum((getattr(c, part) for c in rest), Fraction(0)) for part in ("architecture", "sparsity", "bits")]
+        table.add_row(f"{len(rest):,} others", *_cells(Change("", *parts)))
+    table.add_section()
+    table.add_row("all", *_cells(diff.score))
+    figures = [
+        f"With {name} accumulators (what if): {one.score:.5f} -> {other.score:.5f}"
+        for name, one, other in (
+            ("exact", before.what_if.exact_accumulators, after.what_if.exact_accumulators),
+            ("fp16", before.what_if.fp16_accumulators, after.what_if.fp16_accumulators),
+        )
+        if one.score is not None and other.score is not None
+    ]
+    return Group(Rule(Text(heading, "bold"), align="left"), whole, table, Text("\n".join(figures), "dim"))
+
+
+def _plain_table(first: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold", min_width=8)
+    return table
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    """Differences of the score, with as many digits as the score is printed with."""
+    parts = (change.architecture, change.sparsity, change.bits, change.total)
+    return tuple(f"{float(part):+.5f}" if part else "0" for part in parts)
 
 
 def print_report(reports: Sequence[Report], console: Console, all_layers: bool = False) -> None:

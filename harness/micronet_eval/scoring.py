@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from micronet_eval.costs import FREE, Cost, Formula, cost_of
+import torch
+from torch.utils._pytree import tree_map
+
+from micronet_eval.costs import FREE, SCALE_OP, Cost, Formula, cost_of
+from micronet_eval.formats import Plain
 from micronet_eval.precision import bit_widths, factor_widths, with_scales
-from micronet_eval.storage import FREEBIE_BITS, freebie_applies, stored_tensors
-from micronet_eval.trace import Op, Trace
-
-RULESET = "micronet-2019"
-
+from micronet_eval.storage import FREEBIE_BITS, Stored, freebie_applies, stored_tensors
+from micronet_eval.trace import Op, Trace, Value
 
 Count = int | float
 """Whole operations; of a conditional model the mean over the examples, which need not be whole."""
@@ -34,7 +35,24 @@ class Layer:
     weight_bits: int
     ops32: float
     storage_bits: int
-    macs: int = 0
+    macs: Count = 0
+
+
+@dataclass(frozen=True)
+class Module:
+    """What one module itself costs in three steps: dense at 32 bits, then sparse, then at its bit-widths.
+
+    `ops32` and `bits` are the real ones. Where a zero weight costs nothing, `sparse_ops` are fewer than `dense_ops`;
+    `sparse_bits` are 32-bit values, with a mask where that is smaller. Scales belong to the bit-widths only.
+    """
+
+    module: str
+    dense_ops: Count
+    sparse_ops: Count
+    ops32: float
+    dense_bits: int
+    sparse_bits: int
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,26 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Priced:
+    """An operation with its cost, the widest activation and constant that go in (0: none), and its weighted cost.
+
+    `share` of the examples execute it: 1, unless the model is conditional.
+    """
+
+    op: Op
+    cost: Cost
+    input_bits: int
+    weight_bits: int
+    mult_ops32: Fraction
+    add_ops32: Fraction
+    share: Fraction = Fraction(1)
+
+    @property
+    def ops32(self) -> Fraction:
+        return self.mult_ops32 + self.add_ops32
+
+
+@dataclass(frozen=True)
 class Account:
     """What a model costs by the rules, before any baseline. `freebie` says that it counts as 16 bit.
 
@@ -87,6 +125,9 @@ class Account:
 
     `paths` is what an example costs on each path of a conditional model, and `shares` how many of the examples take
     it; `math` is the mean. Both are empty for other models.
+
+    `trace` is what was counted, scales written into it. `operations` are those of it that `layers` show, and `stored`
+    the tensors behind `storage`, each with the first to use it.
     """
 
     storage: Storage
@@ -94,6 +135,9 @@ class Account:
     layers: tuple[Layer, ...]
     coverage: Coverage
     freebie: bool
+    trace: Trace = field(repr=False)
+    operations: tuple[Priced, ...] = field(repr=False)
+    stored: Mapping[Stored, Op | None] = field(repr=False)
     free_layers: tuple[Layer, ...] = ()
     paths: Mapping[str, Math] = field(default_factory=dict)
     shares: Mapping[str, Fraction] = field(default_factory=dict)
@@ -134,43 +178,106 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         code_bits=sum(b.total for s, b in bits.items() if s.in_code),
     )
     widths = bit_widths(executed)
-    priced: list[tuple[Op, Cost, Layer, Fraction, Fraction]] = []
+    operations: list[Priced] = []
     free: dict[str, str] = {}
     free_layers: list[Layer] = []
     for op in trace.ops:
         cost = cost_of(op, formulas)
-        if cost is None:
-            free[op.name] = FREE[op.name]
-            if bits_of_op[op]:
-                free_layers.append(Layer(op.module, op.name, 0, 0, 0, 0, 0.0, bits_of_op[op]))
+        if cost is not None:
+            inputs, weights = factor_widths(op, widths)
+            operations.append(Priced(op, cost, inputs, weights, *weighted(cost, max(inputs, weights), freebie)))
             continue
-        inputs, weights = factor_widths(op, widths)
-        mult_ops, add_ops = weighted(cost, max(inputs, weights), freebie)
-        layer = Layer(
-            module=op.module,
-            op=op.name,
-            mults=cost.mults,
-            adds=cost.all_adds,
-            input_bits=inputs,
-            weight_bits=weights,
-            ops32=float(mult_ops + add_ops),
-            storage_bits=bits_of_op[op],
-            macs=cost.macs,
+        free[op.name] = FREE[op.name]
+        if bits_of_op[op]:
+            free_layers.append(Layer(op.module, op.name, 0, 0, 0, 0, 0.0, bits_of_op[op]))
+    layers = tuple(
+        Layer(
+            module=p.op.module,
+            op=p.op.name,
+            mults=p.cost.mults,
+            adds=p.cost.all_adds,
+            input_bits=p.input_bits,
+            weight_bits=p.weight_bits,
+            ops32=float(p.ops32),
+            storage_bits=bits_of_op[p.op],
+            macs=p.cost.macs,
         )
-        priced.append((op, cost, layer, mult_ops, add_ops))
-    mult_ops32 = sum((m for *_, m, _ in priced), Fraction(0))
-    add_ops32 = sum((a for *_, a in priced), Fraction(0))
-    math = Math(
-        mults=sum(cost.mults for _, cost, *_ in priced),
-        adds=sum(cost.all_adds for _, cost, *_ in priced),
+        for p in operations
+    )
+    return Account(
+        storage=storage,
+        math=math_of(operations),
+        layers=layers,
+        coverage=Coverage(len(executed.ops) + trace.folded, len(operations), dict(sorted(free.items())), trace.folded),
+        freebie=freebie,
+        trace=trace,
+        operations=tuple(operations),
+        stored=stored,
+        free_layers=tuple(free_layers),
+    )
+
+
+def math_of(operations: Iterable[Priced]) -> Math:
+    """The sums over operations, whatever share of the examples executes them."""
+    priced = list(operations)
+    mult_ops32 = sum((p.mult_ops32 for p in priced), Fraction(0))
+    add_ops32 = sum((p.add_ops32 for p in priced), Fraction(0))
+    return Math(
+        mults=sum(p.cost.mults for p in priced),
+        adds=sum(p.cost.all_adds for p in priced),
         ops32=float(mult_ops32 + add_ops32),
         mult_ops32=float(mult_ops32),
         add_ops32=float(add_ops32),
-        macs=sum(cost.macs for _, cost, *_ in priced),
+        macs=sum(p.cost.macs for p in priced),
     )
-    layers = tuple(layer for _, _, layer, _, _ in priced)
-    coverage = Coverage(len(executed.ops) + trace.folded, len(priced), dict(sorted(free.items())), trace.folded)
-    return Account(storage, math, layers, coverage, freebie, tuple(free_layers))
+
+
+def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module, ...]:
+    """The cost of each module in steps, in order of execution; what neither computes nor stores is left out."""
+    dense_ops, sparse_ops, ops32 = (dict[str, Fraction]() for _ in range(3))
+    dense_bits, sparse_bits, bits = (Counter[str]() for _ in range(3))
+    widest = FREEBIE_BITS if account.freebie else 64
+    for p in account.operations:
+        steps: list[tuple[dict[str, Fraction], Fraction | int]] = [(ops32, p.ops32)]
+        if p.op.name != SCALE_OP:
+            whole = cost_of(dense(p.op), formulas) or p.cost
+            steps += [(dense_ops, whole.mults + whole.all_adds), (sparse_ops, p.cost.mults + p.cost.all_adds)]
+        for sums, cost in steps:
+            sums[p.op.module] = sums.get(p.op.module, Fraction(0)) + cost * p.share
+    for tensor, op in account.stored.items():
+        module = op.module if op is not None else ""
+        bits[module] += tensor.bits(widest).total
+        if not tensor.is_overhead:
+            dense_bits[module] += 32 * tensor.elements
+            sparse_bits[module] += replace(tensor, format=Plain("float32")).bits().total
+    return tuple(
+        Module(
+            module=m,
+            dense_ops=number(dense_ops.get(m, Fraction(0))),
+            sparse_ops=number(sparse_ops.get(m, Fraction(0))),
+            ops32=float(ops32.get(m, 0)),
+            dense_bits=dense_bits[m],
+            sparse_bits=sparse_bits[m],
+            bits=bits[m],
+        )
+        for m in dict.fromkeys((*ops32, *bits))
+    )
+
+
+def dense(op: Op) -> Op:
+    """The same operation on constants without values, all of which formulas count as not zero."""
+
+    def unknown(item: object) -> object:
+        if not isinstance(item, Value) or item.data is None:
+            return item
+        return replace(item, data=torch.empty_like(item.data, device="meta"))
+
+    return replace(op, args=tree_map(unknown, op.args), kwargs=tree_map(unknown, op.kwargs))
+
+
+def number(exact: Fraction) -> Count:
+    """A whole number as such."""
+    return exact.numerator if exact.denominator == 1 else float(exact)
 
 
 def weighted(cost: Cost, width: int, freebie: bool = False) -> tuple[Fraction, Fraction]:

@@ -31,6 +31,13 @@ from micronet_eval.unfused import unfused
 
 
 @dataclass(frozen=True, eq=False)
+class Buffer:
+    """The memory that a tensor lies in. Views and in-place results lie in one and the same."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
 class Value:
     """A tensor at one moment of the run. In-place operations make a new value.
 
@@ -94,7 +101,8 @@ class Op:
 class Trace:
     """`ops` act on activations, in order of execution; `folded` counts the operations on parameters alone.
 
-    Of an fx.GraphModule `nodes` tells which value is the result of which node; else it is empty.
+    Of an fx.GraphModule `nodes` tells which value is the result of which node; else it is empty. `buffers` tells where
+    each value lies.
     """
 
     ops: tuple[Op, ...]
@@ -102,11 +110,19 @@ class Trace:
     outputs: tuple[Value, ...]
     folded: int
     nodes: Mapping[Value, str] = field(repr=False)
+    buffers: Mapping[Value, Buffer] = field(repr=False)
 
     def by_path(self) -> dict[str, Trace]:
         """The operations of each path through the model on their own."""
         names = dict.fromkeys(op.path for op in self.ops) or {"": None}
-        return {name: replace(self, ops=tuple(op for op in self.ops if op.path == name)) for name in names}
+        return {
+            name: replace(
+                self,
+                ops=tuple(op for op in self.ops if op.path == name),
+                outputs=tuple(v for v in self.outputs if v.producer is None or v.producer.path == name),
+            )
+            for name in names
+        }
 
     def users(self) -> dict[Value, list[Op]]:
         """For every value the operations that read it."""
@@ -165,7 +181,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Ten
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
         with recorder:
             outputs = tuple(recorder.value(t) for t in tensors_in(results))
-    return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes)
+    return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes, recorder.buffers)
 
 
 def _run(
@@ -203,14 +219,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sharing: dict[int, list[Tensor]] = {}
         self.inputs: tuple[Value, ...] = ()
         self.nodes: dict[Value, str] = {}
+        self.buffers: dict[Value, Buffer] = {}
+        self.memory: dict[int, Buffer] = {}  # by storage
         self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
+        storage = tensor.untyped_storage()
         if id(tensor) not in self.values:
             self.alive.append(tensor)
-            self.sharing.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            self.sharing.setdefault(storage._cdata, []).append(tensor)
         self.values[id(tensor)] = value
+        self.buffers[value] = self.memory.setdefault(storage._cdata, Buffer(storage.nbytes()))
         return tensor
 
     def known(self, name: str, tensor: Tensor, bits: int | None = None) -> Tensor:
@@ -274,7 +294,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             write = Op(WRITE_OP, op.module, (before, *op.outputs[:1]), {}, path=op.path)
             write.outputs = (Value(before.shape, before.dtype, None, None, write),)
             self.ops.append(write)
-            self.values[id(meta)] = write.out
+            self.bind(meta, write.out)
         return self.values[id(meta)]
 
     def _values(self, args: Any, kwargs: Any) -> Any:
@@ -289,7 +309,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             before = self.value(tensor)
             if before.is_constant and tensor is not written:
                 self.overwritten[id(tensor)] = before, op
-            self.values[id(tensor)] = Value(before.shape, before.dtype, None, None, op)
+            self.bind(tensor, Value(before.shape, before.dtype, None, None, op))
 
     def _unshare(self, written: Tensor, op: Op) -> None:
         """Before a constant is written into: new values, on real storage of their own, for all that share its storage.
@@ -308,7 +328,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             data.set_(copies[storage._cdata], before.data.storage_offset(), before.data.shape, before.data.stride())
             write = Op(WRITE_OP, op.module, (before, *op.inputs), {}, path=op.path)
             write.outputs = (Value(before.shape, before.dtype, None, data, write),)
-            self.values[id(tensor)] = write.out
+            self.bind(tensor, write.out)
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result on the meta device. A number, or a shape, that depends on values is that of the constants."""
