@@ -260,7 +260,8 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
             sparse_bits=sparse_bits[m],
             bits=bits[m],
         )
-        for m in dict.fromkeys((*ops32, *bits))
+        for m in dict.fromkeys((*(op.module for op in account.trace.ops), *bits))
+        if m in ops32 or m in bits
     )
 
 
