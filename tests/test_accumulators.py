@@ -64,6 +64,7 @@ def test_the_bias_counts_and_may_need_bits_behind_the_point():
     assert accumulator_bits(-8, 7, bias=-0.25) == 7  # -33
 
 
+@pytest.mark.rule("beside.accumulators")
 def test_each_channel_has_its_own_width():
     # Inputs of 4 bits are -8 ... 7. Channel 0: (1, 1, 1): -24 ... 21, 6 bits. Channel 1: (3, 0, 0): the same range, but
     # a single product, so nothing is added. Channel 2: (-1, 1, 0): -(7 + 8) ... 8 + 7, 5 bits. Channel 3 is dead.
@@ -200,6 +201,7 @@ def test_an_accumulator_of_that_width_never_overflows_and_a_narrower_one_does(se
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.rule("beside.accumulators")
 def test_a_convolution_in_wrapping_integers_gives_the_same_bit_for_bit(seed):
     generator = torch.Generator().manual_seed(seed)
     conv = nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False)

@@ -36,6 +36,7 @@ def test_a_chain_holds_what_one_operation_reads_and_writes():
     assert peak(chain, 3, 10, dtype=torch.bfloat16).peak_bits == 3 * (30 + 20) * 16
 
 
+@pytest.mark.rule("beside.activation")
 def test_the_branch_around_a_block_stays_alive():
     # While `wide` runs 8 of the input, 8 of `first` and 24 of `wide` are alive; then 8 + 24 + 8.
     block = Call(lambda m, x: x + m.last(m.wide(m.first(x))),
@@ -100,6 +101,7 @@ def test_a_transpose_that_is_copied_takes_room():
     assert peak(copied, 1, 4, 5) == Activation((20 + 20) * 32, "aten.clone")
 
 
+@pytest.mark.rule("beside.activation")
 def test_quantized_values_count_their_bits():
     # The linear layer's 30 results are written in 8 bits: the conversion is made on the way. The input stays at 32.
     module = nn.Sequential(nn.Linear(10, 30), FixedPointQuantizer(8), nn.Linear(30, 20), FixedPointQuantizer(4))

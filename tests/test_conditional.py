@@ -51,6 +51,7 @@ def fork():
 # --- counted ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("math.paths")
 def test_each_path_and_their_mean():
     report = micronet_eval.score(fork(), EXAMPLE, shares=SHARES)
     short, long = report.paths
@@ -262,6 +263,7 @@ def trained(epochs=15):
     return model.eval()
 
 
+@pytest.mark.rule("math.paths")
 def test_an_early_exit_on_the_digits_with_measured_shares(made):
     model = trained()
     report = micronet_eval.evaluate(made("[paths]\nexit = 0.5\nfull = 0.5\n", model))

@@ -46,11 +46,13 @@ def dense(layer):
 # --- dot products -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("math.dot-product")
 def test_convolution_with_bias():
     # 8 x 6 x 6 outputs of 27 weights: 27 multiplications, 26 additions and the bias; those with padding count.
     assert count(dense(nn.Conv2d(3, 8, 3, padding=1)), (1, 3, 6, 6)) == (288 * 27, 288 * 27)
 
 
+@pytest.mark.rule("math.dot-product")
 def test_convolution_without_bias_adds_one_less_an_output():
     assert count(dense(nn.Conv2d(3, 8, 3, padding=1, bias=False)), (1, 3, 6, 6)) == (288 * 27, 288 * 26)
 
@@ -73,6 +75,7 @@ def test_convolution_in_one_dimension():
     assert count(dense(nn.Conv1d(4, 6, 3)), (1, 4, 8)) == (36 * 12, 36 * 12)
 
 
+@pytest.mark.rule("math.zero-weights")
 def test_sparse_convolution_with_an_output_channel_without_weights():
     layer = dense(nn.Conv2d(2, 3, 1))
     layer.weight.data = torch.tensor([[1.0, 2], [3, 0], [0, 0]]).view(3, 2, 1, 1)
@@ -92,6 +95,7 @@ def test_sparse_convolution_with_groups():
     assert count(layer, (1, 4, 3, 3)) == (9 * 3, 9 * 1)
 
 
+@pytest.mark.rule("math.activations")
 def test_zero_activations_count():
     layer = dense(nn.Linear(4, 3))
     math = math_of(layer, torch.zeros(1, 4))
@@ -132,6 +136,7 @@ def test_batched_product_with_a_sparse_constant():
     assert count(module(lambda self, x: torch.bmm(x, self.m), m=matrices), (2, 3, 2)) == (3 * 4, 3 * 1)
 
 
+@pytest.mark.rule("math.attention")
 def test_attention_counts_both_products():
     q = torch.ones(1, 2, 5, 4)
     # 2 heads of 5 x 5 x 4 for the weights, and the same for the values.
@@ -166,6 +171,7 @@ def test_macs_are_the_multiplications_of_dot_products():
     ],
     ids=str,
 )
+@pytest.mark.rule("op.relu", "op.relu6", "op.sigmoid", "op.silu", "op.hard", "op.gelu")
 def test_activation(activation, mults, adds):
     assert count(activation, (1, 4, 3, 2)) == (24 * mults, 24 * adds)
 
@@ -180,6 +186,7 @@ def test_relu_counts_the_same_however_it_is_written(function):
 
 
 @pytest.mark.parametrize("function", [torch.exp, torch.log, torch.sqrt, torch.erf], ids=lambda f: f.__name__)
+@pytest.mark.rule("op.transcendental")
 def test_transcendental_function_counts_one_multiplication(function):
     assert count(module(lambda self, x: function(x)), (2, 3)) == (6, 0)
 
@@ -197,6 +204,7 @@ def test_transcendental_function_counts_one_multiplication(function):
     ],
     ids=["add", "subtract", "multiply", "divide", "scale", "subtract from a number", "add scaled"],
 )
+@pytest.mark.rule("op.multiply", "op.add")
 def test_arithmetic(function, mults, adds):
     assert count(module(lambda self, a, b: function(a, b)), (2, 3), (2, 3)) == (6 * mults, 6 * adds)
 
@@ -205,6 +213,7 @@ def test_arithmetic_counts_the_elements_of_the_broadcast_output():
     assert count(module(lambda self, a, b: a * b), (1, 4, 1, 1), (1, 4, 3, 3)) == (36, 0)
 
 
+@pytest.mark.rule("op.add")
 def test_residual_add_counts_one_addition_an_element():
     # The layer: 4 multiplications and 4 additions for each of 4 outputs; then 4 additions.
     assert count(module(lambda self, x: x + self.layer(x), layer=dense(nn.Linear(4, 4))), (1, 4)) == (16, 16 + 4)
@@ -213,6 +222,7 @@ def test_residual_add_counts_one_addition_an_element():
 # --- reductions and normalization -------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("op.mean")
 def test_average_pooling():
     # 4 windows of 9: 8 additions and 1 multiplication each.
     assert count(nn.AvgPool2d(3), (1, 1, 6, 6)) == (4, 32)
@@ -232,10 +242,12 @@ def test_adaptive_average_pooling_to_more_than_there_is():
     assert count(nn.AdaptiveAvgPool2d(3), (1, 1, 2, 2)) == (9, 16 - 9)
 
 
+@pytest.mark.rule("op.mean")
 def test_mean_over_some_dimensions():
     assert count(module(lambda self, x: x.mean((2, 3))), (1, 4, 3, 3)) == (4, 4 * 8)
 
 
+@pytest.mark.rule("op.maximum")
 def test_max_pooling_counts_comparisons():
     assert count(nn.MaxPool2d(3, 2, 1), (1, 2, 8, 8)) == (0, 2 * 16 * 8)
 
@@ -244,11 +256,13 @@ def test_maximum_over_a_dimension():
     assert count(module(lambda self, x: x.amax(1)), (2, 5)) == (0, 2 * 4)
 
 
+@pytest.mark.rule("op.softmax")
 def test_softmax():
     # For each of 3 rows of 5: 5 exponentials, 4 additions, 5 divisions.
     assert count(nn.Softmax(-1), (3, 5)) == (3 * 10, 3 * 4)
 
 
+@pytest.mark.rule("op.norm")
 def test_layer_norm():
     # For each of 3 rows of 8: mean 7 + and 1 *, centring 8 +, variance 8 *, 7 + and 1 *, epsilon 1 +,
     # reciprocal root 1 *, scaling 8 *, weight 8 *, bias 8 +.
@@ -264,6 +278,7 @@ def test_group_norm_is_layer_norm_over_groups_of_channels():
     assert count(nn.GroupNorm(2, 4), (1, 4, 2, 2)) == (2 * 27, 2 * 31)
 
 
+@pytest.mark.rule("op.norm")
 def test_batch_norm_that_is_not_merged():
     assert count(nn.BatchNorm2d(4), (1, 4, 3, 3)) == (36, 36)
 
@@ -301,6 +316,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("name", MOVES)
+@pytest.mark.rule("op.free")
 def test_moving_values_is_free(name):
     assert count(module(lambda self, x: MOVES[name](x)), (1, 4, 2, 2)) == (0, 0)
 
@@ -313,6 +329,7 @@ def test_embedding_is_free():
     assert math_of(nn.Embedding(10, 4), torch.zeros(1, 5, dtype=torch.int64)).ops32 == 0
 
 
+@pytest.mark.rule("op.free")
 def test_free_operations_come_with_a_reason():
     coverage = account(trace(nn.Sequential(nn.Flatten(), nn.ReLU()), torch.ones(1, 2, 2)), FORMULAS).coverage
     assert coverage.executed == 2
@@ -321,6 +338,7 @@ def test_free_operations_come_with_a_reason():
     assert coverage.free["aten.view"]
 
 
+@pytest.mark.rule("math.unknown")
 def test_unknown_operation_is_an_error_that_names_it_and_its_module():
     model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), module(lambda self, x: torch.special.i0(x))))
     with pytest.raises(NoFormula, match=r"aten\.i0 in module '1\.1'"):
@@ -348,6 +366,7 @@ def test_two_parameters_that_are_added_cost_nothing():
 # --- folded parameters ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("math.parameters")
 def test_masked_weight_counts_as_sparse():
     layer = dense(nn.Linear(4, 2, bias=False))
     parametrize.register_parametrization(layer, "weight", Mask(torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])))

@@ -59,6 +59,7 @@ def test_elementwise_operations_cost_what_the_table_says(function, mults, adds):
     assert (math.mults, math.adds) == (128 * mults, 128 * adds)
 
 
+@pytest.mark.rule("math.zero-weights", "width.accumulate")
 def test_a_convolution_counts_non_zero_weights_and_live_outputs():
     conv = nonzero(nn.Conv2d(2, 3, 3, padding=1))
     with torch.no_grad():
@@ -103,6 +104,7 @@ def test_an_unknown_operation_is_an_error_that_names_it_until_a_plugin_prices_it
     assert priced.math.mults == 4
 
 
+@pytest.mark.rule("math.one-mode")
 def test_the_count_does_not_depend_on_mode_device_or_dtype():
     def build():
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten(), nn.Linear(8, 2))
@@ -117,6 +119,7 @@ def test_the_count_does_not_depend_on_mode_device_or_dtype():
         assert count(build(), 1, 3, 3, 3).math == expected
 
 
+@pytest.mark.rule("math.parameters")
 def test_operations_on_parameters_alone_are_not_counted():
     linear = nonzero(nn.Linear(4, 4, bias=False))
     parametrize.register_parametrization(linear, "weight", Mask(torch.eye(4, dtype=torch.bool)))
@@ -126,6 +129,7 @@ def test_operations_on_parameters_alone_are_not_counted():
     assert counted.storage.bits == 4 * 32 + 16
 
 
+@pytest.mark.rule("storage.smallest", "storage.bitmask")
 def test_dense_storage_is_used_where_the_mask_would_not_pay():
     linear = nonzero(nn.Linear(32, 1, bias=False))
     with torch.no_grad():
@@ -144,6 +148,7 @@ def test_negative_zero_is_zero():
     assert (counted.storage.nonzeros, counted.math.mults) == (1, 1)
 
 
+@pytest.mark.rule("storage.everything")
 def test_tied_parameters_are_stored_once():
     first = nonzero(nn.Linear(4, 4, bias=False))
     second = nn.Linear(4, 4, bias=False)
@@ -151,6 +156,7 @@ def test_tied_parameters_are_stored_once():
     assert count(nn.Sequential(first, second), 1, 4).storage.parameters == 16
 
 
+@pytest.mark.rule("storage.batch-norm")
 def test_batch_norm_stores_two_values_a_channel():
     assert count(nonzero(nn.BatchNorm2d(8)), 1, 8, 2, 2).storage.parameters == 16
 
@@ -161,6 +167,7 @@ def quantized_linear(weight_bits, activation_bits):
     return nn.Sequential(FixedPointQuantizer(activation_bits, -4), nn.ReLU(), linear)
 
 
+@pytest.mark.rule("width.widest", "width.bias")
 def test_a_multiplication_counts_its_widest_input_and_no_bias():
     counted = count(quantized_linear(3, 5), 1, 4)
     relu, linear = counted.layers
@@ -171,6 +178,7 @@ def test_a_multiplication_counts_its_widest_input_and_no_bias():
     assert (counted.storage.value_bits, counted.storage.overhead_bits) == (16 * 3 + 4 * 32, 16)
 
 
+@pytest.mark.rule("width.graph")
 def test_arithmetic_widens_and_moves_do_not():
     module = nn.Sequential(
         FixedPointQuantizer(6), nn.MaxPool2d(1), Call(lambda x: torch.cat([x, x], 1) + x.sum()), nn.ReLU()
@@ -179,6 +187,7 @@ def test_arithmetic_widens_and_moves_do_not():
     assert (add.op, add.input_bits, relu.input_bits) == ("aten.add", 32, 32)
 
 
+@pytest.mark.rule("storage.freebie")
 def test_the_freebie_holds_for_all_or_nothing():
     plain = account(trace(nonzero(nn.Linear(4, 4)), torch.zeros(1, 4)), FORMULAS)
     assert plain.freebie
@@ -243,6 +252,7 @@ def zeroed_after_use(module):
         (lambda m: torch.arange(8.0).view(4, 2), 0),  # a counter
     ],
 )
+@pytest.mark.rule("storage.everything")
 def test_what_is_multiplied_with_is_stored(make, values):
     counted = count(Made(make), 1, 4)
     assert (counted.storage.parameters, counted.storage.bits) == (values, values * 32)
@@ -267,6 +277,7 @@ def test_what_an_input_is_written_beside_is_stored():
     assert (counted.storage.nonzeros, counted.storage.parameters) == (4, 8)
 
 
+@pytest.mark.rule("storage.code")
 def test_numbers_in_the_code_are_stored_once():
     counted = count(Call(lambda x: x * 0.3 + x * 0.3 + x * 0.5 + 1.7 - x / 4), 1, 4)
     assert (counted.storage.parameters, counted.storage.bits, counted.storage.code_bits) == (2, 64, 64)

@@ -160,7 +160,7 @@ def test_the_steps_by_hand():
     # where nothing runs: 90 + 90 + 10.
     linear = nn.Linear(10, 10)
     with torch.no_grad():
-        linear.weight.fill_(1.0)[0] = 0
+        linear.weight.fill_(2.0)[0] = 0
         linear.bias.fill_(1.0)
     parametrize.register_parametrization(linear, "weight", FixedPointQuantizer(4))
     model = nn.Sequential(FixedPointQuantizer(8), linear, nn.ReLU())
@@ -168,8 +168,8 @@ def test_the_steps_by_hand():
     quantizer, layer, relu = report.modules
     assert (quantizer.module, quantizer.dense_bits, quantizer.sparse_bits, quantizer.bits) == ("0", 0, 0, 8)
     assert (layer.dense_ops, layer.sparse_ops, layer.ops32) == (200, 180, 90 * 8 / 32 + 90)
-    # 90 values of 32 bits and a mask are smaller than 100 values; of 4 bits they are not: 460 and 400, plus 8.
-    assert (layer.dense_bits, layer.sparse_bits, layer.bits) == (110 * 32, 90 * 32 + 100 + 320, 400 + 8 + 320)
+    # 90 values and a mask of 10 rows are smaller than 100 values, of 32 bits and of 4; the exponent takes 8.
+    assert (layer.dense_bits, layer.sparse_bits, layer.bits) == (110 * 32, 90 * 32 + 10 + 320, 90 * 4 + 10 + 8 + 320)
     assert (relu.dense_ops, relu.sparse_ops, relu.ops32) == (10, 10, 10)
 
 

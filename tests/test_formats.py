@@ -75,6 +75,7 @@ def layers(draw):
 
 @few
 @given(layers())
+@pytest.mark.rule("storage.bits")
 def test_every_format_packs_to_the_bits_that_are_counted(layer):
     x = torch.randn(2, layer.in_features)
     packed = packing.pack(layer, nn.Linear(layer.in_features, layer.out_features, bias=False), x)
@@ -102,6 +103,7 @@ def test_a_block_mask_covers_what_is_kept(shape, seed):
         assert torch.equal(block_mask(elements(mask, block, shape), block), mask)
 
 
+@pytest.mark.rule("storage.block-mask")
 def test_the_mask_of_the_rules_example():
     assert mask_shape((512, 128), (4, 4)) == (128, 32)
 

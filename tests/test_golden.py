@@ -41,6 +41,7 @@ def efficientnet_b0():
     return micronet_eval.score(get_model("efficientnet_b0"), torch.zeros(1, 3, 224, 224), task="imagenet")
 
 
+@pytest.mark.rule("math.dot-product", "op.silu")
 def test_efficientnet_b0_dense():
     model = fill(get_model("efficientnet_b0"))
     math = micronet_eval.score(model, torch.zeros(1, 3, 224, 224), task="imagenet").math
@@ -59,6 +60,7 @@ def test_efficientnet_b0_multiplications_with_the_freebie(efficientnet_b0):
     assert efficientnet_b0.math.add_ops32 == 394_550_650
 
 
+@pytest.mark.rule("storage.bits", "storage.freebie")
 def test_efficientnet_b0_storage():
     # Freshly drawn, the biases are zero, which takes a mask less than their values; trained ones are not.
     storage = micronet_eval.score(fill(get_model("efficientnet_b0")), torch.zeros(1, 3, 224, 224)).storage
@@ -93,24 +95,28 @@ def test_efficientnet_b0_macs_by_hand(efficientnet_b0):
     assert efficientnet_b0.math.macs == macs - 2 * 49  # the two weights drawn as zero
 
 
+@pytest.mark.rule("score.sum")
 def test_example_of_the_rules_three_million_parameters_and_half_a_billion_operations():
     imagenet = lookup("task", "imagenet")
     storage = Storage(3_000_000, 3_000_000, 96_000_000, 96_000_000, 0, 0, params32=3e6)
     math = Math(250_000_000, 250_000_000, ops32=500e6, mult_ops32=250e6, add_ops32=250e6, macs=0)
-    result = score(Account(storage, math, (), None, False), imagenet.storage, imagenet.math)
+    result = score(Account(storage, math, (), None, False, None, (), {}), imagenet.storage, imagenet.math)
     assert result.storage == pytest.approx(3 / 6.9)
     assert result.math == pytest.approx(500 / 1170)
     assert result.total == pytest.approx(0.862, abs=5e-4)
 
 
+@pytest.mark.rule("width.widest")
 def test_three_by_five_bits_is_five_thirty_seconds():
     assert weighted(Cost(mults=1), max(3, 5)) == (Fraction(5, 32), 0)
 
 
+@pytest.mark.rule("width.widest")
 def test_thirty_two_by_eight_bits_is_one():
     assert weighted(Cost(mults=1), max(32, 8)) == (1, 0)
 
 
+@pytest.mark.rule("score.baseline")
 def test_wide_resnet_28_10_against_itself_scores_two():
     cifar100 = lookup("task", "cifar100")
     with without_weights():
@@ -121,6 +127,7 @@ def test_wide_resnet_28_10_against_itself_scores_two():
     assert result.total == pytest.approx(2, rel=0.02)
 
 
+@pytest.mark.rule("score.baseline")
 def test_mobilenet_v2_is_the_baseline_of_imagenet():
     with without_weights():
         model = mobilenet_v2(1.4)
@@ -154,6 +161,7 @@ def test_vit_b_16_macs_include_attention():
     assert counted(model, 1, 3, 224, 224).math.macs == 17_563_828_224
 
 
+@pytest.mark.rule("math.zero-weights")
 def test_linear_with_half_its_weights_zero():
     layer = nn.Linear(64, 64)
     with torch.no_grad():
@@ -163,6 +171,7 @@ def test_linear_with_half_its_weights_zero():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # fvcore uses it when imported
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50"])
+@pytest.mark.rule("math.dot-product")
 def test_macs_equal_those_of_fvcore(name):
     from fvcore.nn import FlopCountAnalysis
 

@@ -69,6 +69,7 @@ def images(channels=3, size=6):
         (nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), torch.randn(2, 5)),
     ],
 )
+@pytest.mark.rule("storage.merged")
 def test_batch_norm_behind_a_layer_is_merged(layer, norm, x):
     result = same(fill(nn.Sequential(layer, norm, nn.ReLU())), x)
     assert type(result[0]) is type(layer)
@@ -176,6 +177,7 @@ def test_where_merging_forward_would_be_wrong_it_becomes_a_scale_and_shift(forwa
 
 @pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "shufflenet_v2_x0_5"])
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+@pytest.mark.rule("storage.merged")
 def test_merging_a_real_network_keeps_its_logits(name):
     """In float64: an untrained deep network amplifies float32's rounding to some 1e-5 of its logits."""
     model = get_model(name, weights=None).eval().double()
@@ -362,6 +364,7 @@ def test_without_batch_norm_merges_nothing():
     torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.rule("storage.batch-norm")
 def test_a_scale_and_shift_costs_two_values_a_channel_and_one_multiplication_and_addition_an_element():
     model = fill(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
     counted = account(trace(merged(model, images()), images()[:1]), FORMULAS, freebie=False)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 
+import micronet_eval
 from micronet_eval.costs import FORMULAS, NoFormula, permutation_of
 from micronet_eval.errors import InputError
 from micronet_eval.scoring import account
@@ -116,6 +117,7 @@ MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.infer
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
+@pytest.mark.rule("math.one-mode")
 def test_macs_in_every_mode(name, training, mode):
     build, shape, macs = GOLDEN[name]
     for device, dtype in (("cpu", torch.float32), ("meta", torch.float32), ("cpu", torch.bfloat16)):
@@ -166,6 +168,7 @@ def test_convolutions_agree_with_torchs_flop_counter(layer, shape):
     assert 2 * math_of(dense(layer), x).macs == flops(layer, x)
 
 
+@pytest.mark.rule("math.transposed")
 def test_transposed_convolution_by_hand():
     # 3 inputs x 3 taps, stride 2: the full result has 7 elements, reached by 1 1 2 1 2 1 1 products, 2 of them twice.
     layer = dense(nn.ConvTranspose1d(1, 1, 3, stride=2))
@@ -231,6 +234,7 @@ def test_bag_of_embeddings():
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.rule("math.attention")
 def test_fused_attention_costs_what_it_is_made_of(causal):
     """Formulas of operations that only an exported program contains, against the trace that takes them apart."""
     shapes = [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 4)]
@@ -249,6 +253,7 @@ def test_grouped_query_attention_repeats_keys_and_values():
 # --- recurrent layers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("math.recurrent")
 def test_lstm_by_hand():
     # 3 steps of 4 gates x 8: products with x (5) and h (8), each with a bias, and their sum. Then 3 sigmoids (2 + 1),
     # 2 tanh, 3 products and 1 sum for each of 8.
@@ -325,6 +330,7 @@ def test_gated_linear_unit_counts_its_output():
     assert count(nn.GLU(1), (2, 6)) == (6 * 3, 6)
 
 
+@pytest.mark.rule("op.multiply")
 def test_bitwise_operations_count_one():
     bits = torch.zeros(2, 3, dtype=torch.int64)
     assert math_of(Call(lambda self, a, b: (a & b) ^ ~b), bits, bits).mults == 18
@@ -436,6 +442,7 @@ def test_pooling(layer, shape, expected):
         ("trilinear", (1, 2, 4, 4, 4), 8),
     ],
 )
+@pytest.mark.rule("op.interpolation")
 def test_interpolation(mode, shape, taps):
     outputs = 2 * 8 ** (len(shape) - 2)
     expected = (taps * outputs, max(taps - 1, 0) * outputs)
@@ -496,17 +503,25 @@ def shuffle(x, groups=2):
     ],
     ids=["ChannelShuffle", "view, transpose, view", "index", "index_select"],
 )
+@pytest.mark.rule("op.permutation")
 def test_a_permutation_of_channels_is_one_multiplication_an_element(function):
     assert count(function, (1, 6, 3, 3)) == (54, 0)
 
 
-def test_how_many_indices_a_permutation_stores():
-    def indices(function):
-        return sum(map(permutation_of, trace(Call(lambda self, x: function(x)), torch.zeros(1, 6, 3, 3)).ops))
+@pytest.mark.rule("storage.permutation")
+def test_a_permutation_stores_where_its_elements_come_from():
+    def report(function):
+        return micronet_eval.score(Call(lambda self, x: function(x)), torch.zeros(1, 6, 3, 3))
 
-    assert indices(shuffle) == 6
-    assert indices(lambda x: F.channel_shuffle(x, 3)) == 6
-    assert indices(lambda x: x[:, torch.tensor([2, 0, 1, 3, 5, 4])]) == 0  # the table is stored as it is
+    # Places 0 to 5 take 3 bits. Two channels of three groups: 0 2 4 1 3 5.
+    assert report(lambda x: F.channel_shuffle(x, 3)).storage.bits == 6 * 3
+    assert report(shuffle).storage.bits == 6 * 3
+    assert report(lambda x: x[:, torch.tensor([2, 0, 1, 3, 5, 4])]).storage.bits == 6 * 3  # its own table
+    assert report(lambda x: shuffle(F.channel_shuffle(x, 2))).storage.bits == 6 * 3  # the same twice: stored once
+    assert report(lambda x: F.channel_shuffle(F.channel_shuffle(x, 2), 3)).storage.bits == 2 * 6 * 3
+    recorded = trace(nn.ChannelShuffle(3), torch.arange(6.0).view(1, 6, 1, 1))
+    (op,) = (op for op in recorded.ops if permutation_of(op))
+    assert list(permutation_of(op)) == F.channel_shuffle(torch.arange(6.0).view(1, 6, 1, 1), 3).flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -530,7 +545,8 @@ def test_shufflenet_pays_for_its_shuffles():
         model = get_model("shufflenet_v2_x0_5")
     recorded = trace(model, torch.zeros(1, 3, 224, 224))
     # One shuffle a unit: 4 of 48 channels, 8 of 96, 4 of 192.
-    assert sum(map(permutation_of, recorded.ops)) == 4 * 48 + 8 * 96 + 4 * 192
+    assert sum(len(permutation_of(op)) for op in recorded.ops) == 4 * 48 + 8 * 96 + 4 * 192
+    assert micronet_eval.score(model, torch.zeros(1, 3, 224, 224)).storage.overhead_bits == 48 * 6 + 96 * 7 + 192 * 8
 
 
 # --- what a forward may do --------------------------------------------------------------------------------------------

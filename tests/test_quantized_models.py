@@ -41,6 +41,7 @@ class FakeQuantized(nn.Module):
         return F.linear(x, torch.fake_quantize_per_channel_affine(self.weight, self.scale, self.zero, 0, -7, 7))
 
 
+@pytest.mark.rule("width.scales")
 def test_fake_quantized_weights_and_activations():
     counted = count(FakeQuantized(0.125), 2, 4)
     product, scale = counted.layers
@@ -51,6 +52,7 @@ def test_fake_quantized_weights_and_activations():
     assert (counted.storage.value_bits, counted.storage.overhead_bits) == (12 * 4, 3 * 32 + 8)
 
 
+@pytest.mark.rule("width.scales")
 def test_a_scale_of_activations_and_its_zero_point():
     at_input, product, behind = count(FakeQuantized(0.1, 3), 2, 4).layers
     assert (at_input.op, at_input.mults) == ("micronet.scale", 2 * 4)  # x / scale
@@ -82,16 +84,19 @@ class Signs(nn.Module):
 
 
 @pytest.mark.parametrize(("scale", "scalings"), [([[0.5], [0.25]], 0), ([[0.3], [0.7]], 2)])
+@pytest.mark.rule("width.signs")
 def test_ternary_weights_count_a_32nd_of_what_has_a_sign_bit(scale, scalings):
     counted = count(Signs(scale), 1, 4)
     assert counted.math.mult_ops32 == 7 / 32 + scalings
     assert (counted.storage.value_bits, counted.storage.mask_bits) == (7, 8)  # a sign each, and a bitmask
 
 
+@pytest.mark.rule("width.signs")
 def test_fixed_point_has_no_sign_bit():
     assert count(Signs([[0.5], [0.25]], narrow=True), 1, 4).layers[0].ops32 == 7 * 4 / 32 + 5
 
 
+@pytest.mark.rule("width.codebook", "storage.overhead")
 def test_a_codebook_stores_indices_and_its_table():
     class Clustered(nn.Module):
         def __init__(self):
@@ -117,6 +122,7 @@ def test_pruned_weights_are_stored_as_masked():
     assert counted.storage.bits == 2048 * 32 + 4096
 
 
+@pytest.mark.rule("storage.block-mask")
 def test_blocks_of_the_rules_example():
     model = nonzero(nn.Linear(128, 512, bias=False))
     with torch.no_grad():  # a chequered half of the 4x4 blocks
@@ -127,6 +133,7 @@ def test_blocks_of_the_rules_example():
     assert storage.bits == 512 * 128 // 2 * 32 + 4096
 
 
+@pytest.mark.rule("width.declared")
 def test_a_multiplication_that_stays_wide_is_told():
     told = score(nn.Sequential(FakeQuantized(0.125), nn.Linear(3, 2), nn.Linear(2, 2)), torch.zeros(1, 4)).warnings
     assert told == ("2 operations multiply at 32 bit although activations are quantized, the first is addmm in '1'",)
@@ -135,6 +142,7 @@ def test_a_multiplication_that_stays_wide_is_told():
 
 
 @pytest.mark.parametrize("field", ["data", "calibration"])
+@pytest.mark.rule("score.test-data")
 def test_calibration_on_the_test_set_is_refused(submission, run, field):
     manifest = submission / "submission.toml"
     text = re.sub(r'(?m)^(data|calibration) = "[^"]*"\n', "", manifest.read_text())
@@ -162,6 +170,7 @@ def test_torchao_int8_weights_and_dynamic_activations():
     assert weights.storage.bits == 32 * 64 * 8 + 32 * 32 + 32 * 32  # codes, scales, biases
 
 
+@pytest.mark.rule("storage.overhead")
 def test_torchao_4_bit_weights_by_groups():
     config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
     model = quantized(config)
@@ -179,6 +188,7 @@ def test_torchao_float8_weights():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.rule("width.conversions")
 def test_pt2e_static_quantization():
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     quantizers = pytest.importorskip("torchao.testing.pt2e._xnnpack_quantizer")

@@ -139,6 +139,7 @@ def test_the_model_of_these_tests_costs_what_it_should(judged):
         ("score = 1.5", True),
     ],
 )
+@pytest.mark.rule("score.claims")
 def test_a_cost_holds_up_to_one_percent_more(judged, claims, holds):
     (claim,) = judged(claims).claims
     assert (claim.name, claim.holds) == (claims.split()[0], holds)
@@ -169,6 +170,7 @@ def test_a_score_exactly_at_the_limit_holds(judged, storage, math, claimed):
         ("0.0004", 3, 10_000, True),
     ],
 )
+@pytest.mark.rule("score.claims")
 def test_a_quality_holds_up_to_its_last_printed_digit(judged, claimed, right, total, holds):
     report = judged(f"quality = {claimed}", right, total)
     (claim,) = report.claims
@@ -205,6 +207,7 @@ def test_what_is_not_measured_neither_holds_nor_fails(judged, run, tmp_path):
     ("threshold", "total", "enough"),
     [(0.97, 449, 436), (0.8, 10, 8), (0.80, 10_000, 8_000), (0.7, 10, 7), (0.07, 100, 7), (0.29, 100, 29), (1.0, 3, 3)],
 )
+@pytest.mark.rule("score.threshold")
 def test_a_threshold_counts_whole_examples(judged, threshold, total, enough):
     few, many = judged("", enough - 1, total, threshold), judged("", enough, total, threshold)
     assert (few.quality.passed, few.passed) == (False, False)

@@ -29,6 +29,7 @@ def cost(module, ruleset):
         (nn.ReLU(), (1, 0), (1, 0)),
     ],
 )
+@pytest.mark.rule("score.ruleset")
 def test_an_element_costs(module, counter, text):
     assert cost(module, "micronet-2019") == counter
     assert cost(module, "micronet-2019-text") == text

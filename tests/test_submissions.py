@@ -116,6 +116,7 @@ def test_batch_norm_is_merged_where_the_entry_merged_it(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.rule("storage.bits")
 def test_the_counted_bits_are_those_of_the_file(name):
     storage = report_of(name).storage
     sizes = packing.read(FOLDER / name / WEIGHTS).bits

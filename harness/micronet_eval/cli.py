@@ -164,6 +164,26 @@ def diff(before: Path, after: Path, layers: bool, style: str) -> None:
 
 
 @cli.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@_format
+def rules(folders: tuple[Path, ...], style: str) -> None:
+    """List the rules of the score by id, and which of the submissions in FOLDERS exercise each."""
+    from micronet_eval.evaluation import open_submission
+    from micronet_eval.rules import RULES, evidence_on
+
+    submissions = [(folder.resolve().name, evidence_on(open_submission(folder))) for folder in folders]
+    rows: list[dict[str, object]] = [{"id": rule.id, "rule": rule.says} for rule in RULES]
+    if submissions:
+        for row, rule in zip(rows, RULES, strict=True):
+            by = [name for name, evidence in submissions if rule.exercised and rule.exercised(evidence)]
+            row["exercised by"] = ", ".join(by)
+    else:
+        for row, rule in zip(rows, RULES, strict=True):
+            row["code"] = ", ".join(rule.code)
+    _show_rows(rows, style)
+
+
+@cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @_data

@@ -186,7 +186,11 @@ def evaluate(
 
 def costs(folder: str | Path, ruleset: str = DEFAULT) -> Report:
     """The report on a submission whose quality is not measured. Raises InputError where the submission is wrong."""
-    opened = open_submission(folder)
+    return report_on(open_submission(folder), ruleset)
+
+
+def report_on(opened: Opened, ruleset: str = DEFAULT) -> Report:
+    """As `costs`, of a submission that is open already."""
     quality = not_measured(opened.task, opened.claimed_quality, NOT_ASKED)
     return _report_on(opened, opened.account(ruleset), quality, ruleset, False)
 

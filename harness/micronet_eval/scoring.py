@@ -135,9 +135,9 @@ class Account:
     layers: tuple[Layer, ...]
     coverage: Coverage
     freebie: bool
-    trace: Trace = field(repr=False)
-    operations: tuple[Priced, ...] = field(repr=False)
-    stored: Mapping[Stored, Op | None] = field(repr=False)
+    trace: Trace = field(repr=False, compare=False)
+    operations: tuple[Priced, ...] = field(repr=False, compare=False)
+    stored: Mapping[Stored, Op | None] = field(repr=False, compare=False)
     free_layers: tuple[Layer, ...] = ()
     paths: Mapping[str, Math] = field(default_factory=dict)
     shares: Mapping[str, Fraction] = field(default_factory=dict)

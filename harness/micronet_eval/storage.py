@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from micronet_eval.costs import FREE
+from micronet_eval.costs import FREE, permutation_of
 from micronet_eval.formats import (
     CODEBOOK_OP,
     FIXED_POINT_OP,
@@ -143,7 +143,7 @@ def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:
     stored: dict[Stored, Op | None] = {}
     for op in (*trace.ops, None):
         found = [s for value in _constants(op, trace) for s in _sources(value, op)]
-        for key, tensor in [(alike(source), tensor) for source, tensor in found] + _numbers(op):
+        for key, tensor in [*((alike(source), tensor) for source, tensor in found), *_numbers(op), *_permutation(op)]:
             if key not in seen:
                 seen.add(key)
                 stored[tensor] = op
@@ -217,6 +217,16 @@ def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
         return _scales_in_code(grid_of(op))
     found = [number for number in numbers(op) if number_width(number) > 1]
     return [(n, Stored(f"number {n!r}", torch.tensor(float(n)), Plain("float32"), in_code=True)) for n in found]
+
+
+def _permutation(op: Op | None) -> list[tuple[Hashable, Stored]]:
+    """The places that a permutation of n elements takes them from, ceil(log2 n) bits each."""
+    order = permutation_of(op) if op is not None else ()
+    if not order:
+        return []
+    places = Integer(index_bits(len(order)), False, "int64")
+    name = f"permutation of {len(order):,}"
+    return [(("permutation", order), Stored(name, torch.tensor(order), places, is_overhead=True, in_code=True))]
 
 
 def _scales_in_code(grid: Grid) -> list[tuple[Hashable, Stored]]:

@@ -74,25 +74,27 @@ def permutes(op: Op) -> bool:
     Three forms are seen: nn.ChannelShuffle; view, transpose, view, as ShuffleNet writes it (`permutation_of`); and
     indexing along one dimension by a constant table with as many entries as there are elements.
     """
-    return _by_table(op) or permutation_of(op) > 0
+    return _by_table(op) or bool(permutation_of(op))
 
 
-def permutation_of(op: Op) -> int:
-    """How many permutation indices `op` has to store; 0 where it permutes nothing, or by a table that is stored anyway.
+def permutation_of(op: Op) -> tuple[int, ...]:
+    """The places that the elements of one dimension come from, where `op` ends a permutation of it, else nothing.
 
-    An index into n places takes ceil(log2 n) bits.
+    Nothing, too, where that is a table that is a constant, and stored as such.
 
     A chain of views and transpositions that ends in the shape it began with permutes, if the elements along one
     dimension all change places alike: this is checked by really moving the numbers of the places. A transposition of
     whole dimensions is none, nor is one that leaves every element where it was.
     """
     if op.name in ("aten.channel_shuffle", "aten.native_channel_shuffle"):
-        return op.out.shape[1] if 1 < op.args[1] < op.out.shape[1] else 0
+        channels, groups = op.out.shape[1], op.args[1]
+        order = torch.arange(channels).view(groups, -1).t().flatten()
+        return tuple(order.tolist()) if 1 < groups < channels else ()
     if op.name not in ("aten.view", "aten._unsafe_view", "aten._reshape_alias"):
-        return 0
+        return ()
     chain = _chain(op)
     if not any(step.name in _REORDERS for step in chain):
-        return 0
+        return ()
     shape = op.out.shape
     places = torch.arange(op.out.numel).view(shape)
     moved = _replay(chain, places)
@@ -102,8 +104,8 @@ def permutation_of(op: Op) -> int:
         if torch.equal(order, torch.arange(size)) or int(order.max()) >= size:
             continue
         if torch.equal(places.index_select(dim, order), moved):
-            return size
-    return 0
+            return tuple(order.tolist())
+    return ()
 
 
 def _by_table(op: Op) -> bool:
