@@ -283,6 +283,13 @@ def test_numbers_in_the_code_are_stored_once():
     assert (counted.storage.parameters, counted.storage.bits, counted.storage.code_bits) == (2, 64, 64)
 
 
+def test_factors_of_other_operations_are_numbers_in_the_code():
+    assert count(Call(lambda x: F.leaky_relu(x, 0.1)), 1, 4).storage.code_bits == 32
+    assert count(Call(lambda x: F.leaky_relu(x, 0.25)), 1, 4).storage.code_bits == 0  # a shift
+    assert count(Call(lambda x: torch.add(x, x, alpha=0.3)), 1, 4).storage.code_bits == 32
+    assert count(Call(lambda x: torch.add(x, x)), 1, 4).storage.code_bits == 0
+
+
 def causal(x):
     places = torch.arange(4)
     return x + (places[:, None] < places[None, :]).float() * -1e9

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 
 import micronet_eval
 from micronet_eval.costs import FORMULAS, NoFormula, permutation_of
 from micronet_eval.errors import InputError
+from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.scoring import account
 from micronet_eval.structure import without_weights
 from micronet_eval.trace import trace
@@ -643,3 +645,26 @@ def test_a_masked_weight_never_costs_more(name, zeros):
     assert after.math.adds <= before.math.adds
     assert after.storage.bits <= before.storage.bits
     assert (after.math.mults < before.math.mults) == bool(zeros)
+
+
+@few
+@given(
+    st.sampled_from(["convolution", "depthwise", "transposed", "linear"]),
+    st.integers(2, 16),
+    st.integers(2, 16),
+    st.integers(1, 8),
+    st.booleans(),
+)
+def test_a_narrower_format_never_costs_more(name, weight_bits, activation_bits, fewer, of_weight):
+    def quantized(weight_bits, activation_bits):
+        layer = dense(LAYERS[name]())
+        parametrize.register_parametrization(layer, "weight", FixedPointQuantizer(weight_bits, -2))
+        model = nn.Sequential(FixedPointQuantizer(activation_bits, -4), layer)
+        return account(trace(model, torch.zeros(1, 4, 6, 6)), FORMULAS, freebie=False)
+
+    wide = quantized(weight_bits, activation_bits)
+    narrow = quantized(max(2, weight_bits - fewer * of_weight), max(2, activation_bits - fewer * (not of_weight)))
+    assert narrow.math.ops32 <= wide.math.ops32
+    assert narrow.storage.bits <= wide.storage.bits
+    if of_weight and weight_bits > 2:
+        assert narrow.storage.bits < wide.storage.bits

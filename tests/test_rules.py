@@ -20,7 +20,7 @@ def test_every_rule_is_there_once():
 @pytest.mark.parametrize("rule", RULES, ids=IDS)
 def test_a_rule_has_code_and_a_test(rule):
     for name in rule.code:
-        assert resolve_name(name if name.startswith("micronet_plugins") else f"micronet_eval.{name}") is not None
+        assert resolve_name(f"micronet_eval.{name}") is not None
     assert TESTS.get(rule.id)
 
 

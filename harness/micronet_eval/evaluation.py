@@ -32,7 +32,7 @@ from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import FREEBIE_BITS, without_values
 from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, Manifest, build, read_manifest, task_of
 from micronet_eval.task import Task
-from micronet_eval.trace import Example, Trace, trace
+from micronet_eval.trace import SEED, Example, Trace, trace
 
 COST_TOLERANCE = Decimal("1.01")
 """A claimed cost holds when the measurement is at most 1 % worse."""
@@ -330,7 +330,7 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
 def _environment() -> dict[str, str]:
     packages = {name: version(name) for name in ("micronet-eval", "torch", "torchvision")}
     others = {d.project_name: d.version for _, d in plugins.manager().list_plugin_distinfo()}
-    return {"python": platform.python_version(), **packages, **others, "device": "cpu"}
+    return {"python": platform.python_version(), **packages, **others, "device": "cpu", "seed": str(SEED)}
 
 
 __all__ = ["Claim", "Report", "costs", "evaluate", "open_submission", "score"]

@@ -81,7 +81,9 @@ def factor_widths(op: Op, widths: Mapping[Value, int]) -> tuple[int, int]:
 
 def numbers(op: Op) -> tuple[float, ...]:
     """The Python numbers that the elements of a tensor are multiplied by, divided by, or added to."""
-    return tuple(n for n in op.args[1:2] if op.name in _WITH_NUMBERS and isinstance(n, float | int))
+    names = _NUMBERS.get(op.name, {})
+    found = (op.arg(position, name, default) for name, (position, default) in names.items())
+    return tuple(n for n in found if isinstance(n, float | int) and not isinstance(n, bool))
 
 
 def number_width(number: float) -> int:
@@ -89,7 +91,12 @@ def number_width(number: float) -> int:
     return 1 if math.frexp(number)[0] in (0, 0.5, -0.5) else 32
 
 
-_WITH_NUMBERS = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub")
+_NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
+    **{f"aten.{name}": {"other": (1, 1)} for name in ("mul", "div")},
+    **{f"aten.{name}": {"other": (1, 1), "alpha": (2, 1)} for name in ("add", "sub", "rsub")},
+    "aten.leaky_relu": {"negative_slope": (1, 0.01)},
+}
+"""Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""
 
 
 def _factors(op: Op) -> list[Value]:

@@ -107,7 +107,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "score.baseline",
         "each task has its baseline and its threshold",
-        ("task:Task", "micronet_plugins.tasks:TASKS"),
+        ("task:Task",),
         _always,
     ),
     Rule(

@@ -133,6 +133,9 @@ class Trace:
         return users
 
 
+SEED = 0
+"""Numbers that a forward draws are the same every time."""
+
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """The input of a model: one tensor, several by position, or several by the names of the arguments."""
 
@@ -145,7 +148,7 @@ def trace(model: nn.Module, example_input: Example) -> Trace:
     """
     _check(model, example_input)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # numbers that the forward draws are the same every time
+        torch.manual_seed(SEED)
         if isinstance(example_input, Mapping):
             return _trace(model, (), example_input)
         return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input), {})

@@ -40,7 +40,7 @@ def nonzeros_by_output(weight: Value, output_dim: int) -> tuple[int, int]:
 
 
 def convolution(op: Op) -> Cost:
-    """Any number of dimensions, groups and dilations; multiplications with padding count."""
+    """For each output n mults and n - 1 adds over its n non-zero weights, one more for the bias; padding counts."""
     _, weight, bias, _, _, _, transposed = op.args[:7]
     if transposed:
         return transposed_convolution(op)
@@ -84,7 +84,7 @@ def _taps(weight: Value, groups: int) -> Tensor:
 
 
 def mm(op: Op) -> Cost:
-    """A matrix product without bias, also in batches."""
+    """For each output n mults and n - 1 adds over the n non-zero weights, also in batches."""
     return matrix_product(op, op.args[0], op.args[1], bias=False)
 
 
