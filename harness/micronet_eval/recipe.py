@@ -149,7 +149,7 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
     for number, (stage, strategy) in enumerate(zip(recipe.stages, strategies, strict=True), 1):
         seed = recipe.seed + number
         torch.manual_seed(seed)
-        context = Context(example, _loader(training, recipe.batch_size, seed), seed, plugins.formulas())
+        context = Context(example, loader(training, recipe.batch_size, seed), seed, plugins.formulas())
         try:
             model = _run(stage, strategy, model, context, log)
             steps.append(_step(str(stage), model, example))
@@ -233,19 +233,20 @@ def _training_data(recipe: Recipe, task: Task, root: Path | None) -> Dataset[Any
     return TensorDataset(inputs, torch.zeros(NOISE_EXAMPLES, dtype=torch.int64))
 
 
-def _loader(dataset: Dataset[Any], batch_size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def loader(dataset: Dataset[Any], batch_size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of a data set, shuffled by the seed."""
     return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 def train(model: nn.Module, training: Training, context: Context, log: Log) -> nn.Module:
     """Trains `model` in place on the context's training data and returns it in evaluation mode."""
-    loader = _loader(context.training_data.dataset, training.batch_size, context.seed)
+    batches = loader(context.training_data.dataset, training.batch_size, context.seed)
     optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs * len(loader))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs * len(batches))
     model.train()
     for epoch in range(training.epochs):
         loss_sum, correct = 0.0, 0
-        for inputs, labels in loader:
+        for inputs, labels in batches:
             optimizer.zero_grad()
             logits = model(inputs)
             if (largest := int(labels.max())) >= logits.shape[1]:
@@ -256,7 +257,7 @@ def train(model: nn.Module, training: Training, context: Context, log: Log) -> n
             schedule.step()
             loss_sum += loss.item() * len(labels)
             correct += int((logits.argmax(1) == labels).sum())
-        examples = len(cast(Sized, loader.dataset))
+        examples = len(cast(Sized, batches.dataset))
         log(f"  epoch {epoch + 1} of {training.epochs}: loss {loss_sum / examples:.4f}, {correct / examples:.2%} right")
     return model.eval()
 
