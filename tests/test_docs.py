@@ -48,3 +48,10 @@ def test_relative_links_of_the_documentation_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_example_of_the_plugin_page_is_the_one_that_can_be_installed():
+    example = ROOT / "examples" / "micronet-spatial"
+    blocks = re.findall(r"```(?:toml|python)\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.S)
+    files = ["pyproject.toml", "micronet_spatial/__init__.py", "micronet_spatial/pruner.py", "recipe.toml"]
+    assert [(example / file).read_text() for file in files] == blocks[:4]

@@ -195,6 +195,19 @@ def compress(recipe: Path, output: Path, data: Path | None) -> None:
     click.echo(f"wrote {output}")
 
 
+@cli.command()
+@click.argument("kind", type=click.Choice(["pruner", "sparsifier", "quantizer"]))
+@click.argument("name")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; by default NAME.")
+def new(kind: plugins.Kind, name: str, output: Path | None) -> None:
+    """Write a plugin package to begin with: one strategy, its tests, ready to pip install."""
+    from micronet_eval.new import new
+
+    folder = output or Path(name)
+    new(kind, name, folder)
+    click.echo(f"wrote {folder}; next: pip install -e {folder}, micronet-eval strategies {name}, pytest {folder}")
+
+
 @cli.command("import")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("state_dict", type=click.Path(path_type=Path))
