@@ -65,11 +65,14 @@ def count(library: str, name: str) -> int:
     """The MACs of a model. Raises whatever goes wrong on the way, an operation without formula first of all."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    import torch
+
     from micronet_eval.plugins import formulas
     from micronet_eval.scoring import account
     from micronet_eval.targets import build, example
     from micronet_eval.trace import trace
 
+    torch.manual_seed(0)  # some models draw weights on the CPU, zeros among them
     model = build(f"{library}:{name}")
     if library == "timm":
         shape = "x".join(map(str, (1, *model.pretrained_cfg["input_size"])))

@@ -262,8 +262,13 @@ def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch
     ("command", "names"),
     [
         ("strategies", {"low-rank": "pruner", "magnitude": "sparsifier", "fixed-point": "quantizer"}),
-        ("tasks", {"cifar100": None, "imagenet": None, "digits": None}),
-        ("architectures", dict.fromkeys(("pyramidnet", "wide-resnet", "mobilenet-v2", "osi-ai", "torchvision"))),
+        ("tasks", {"cifar100": None, "imagenet": None, "digits": None, "wikitext103": None}),
+        (
+            "architectures",
+            dict.fromkeys(
+                ("pyramidnet", "wide-resnet", "mobilenet-v2", "osi-ai", "torchvision", "lstm-lm", "transformer-lm")
+            ),
+        ),
     ],
 )
 def test_lists_of_what_is_installed(run, command, names):

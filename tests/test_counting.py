@@ -264,6 +264,16 @@ def test_a_tensor_that_is_read_twice_is_stored_once():
     assert count(Call(lambda x: x * module.plain[0] + x * module.plain[0]), 1, 2).storage.parameters == 2
 
 
+def test_parts_of_a_tensor_are_stored_as_parts_or_as_the_whole():
+    weight = torch.arange(1.0, 9.0)
+    stored = [count(Call(f), 1, 8).storage.parameters for f in (
+        lambda x: x[:, :3] * weight[:3] + x[:, 3:6] * weight[5:],  # less than the whole
+        lambda x: (x[:, :6] * weight[:6]).sum() + (x[:, 2:] * weight[2:]).sum(),  # they overlap
+        lambda x: (x[:, :3] * weight[:3]).sum() + (x * weight).sum(),  # the whole is there anyway
+    )]  # fmt: skip
+    assert stored == [6, 8, 8]
+
+
 def test_what_an_input_is_written_beside_is_stored():
     weight = nonzero(nn.Linear(4, 1, bias=False)).weight
 

@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 import micronet_eval
 from micronet_eval.diff import diff, report_of
 from micronet_eval.errors import InputError
-from micronet_eval.evaluation import open_submission
 from micronet_eval.explain import explain
 from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.opening import open_submission
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pkgutil import resolve_name
 import pytest
 
 from docs.rules_table import PAGE, marked_tests, page_with_table
-from micronet_eval.evaluation import open_submission
+from micronet_eval.opening import open_submission
 from micronet_eval.rules import RULES, evidence_on
 
 IDS = [rule.id for rule in RULES]

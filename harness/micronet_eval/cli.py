@@ -17,6 +17,7 @@ from micronet_eval.errors import InputError, SubmissionError
 
 if TYPE_CHECKING:
     from micronet_eval.evaluation import Report
+    from micronet_eval.task import Task
 
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
 
@@ -137,8 +138,8 @@ def explain(folder: Path, module: str, ruleset: str, style: str) -> None:
     """Show the formula of every operation of a submission's module, with its numbers."""
     from dataclasses import asdict
 
-    from micronet_eval.evaluation import open_submission
     from micronet_eval.explain import explain
+    from micronet_eval.opening import open_submission
 
     explanations = explain(open_submission(folder), module, ruleset)
     if style == "json":
@@ -168,7 +169,7 @@ def diff(before: Path, after: Path, layers: bool, style: str) -> None:
 @_format
 def rules(folders: tuple[Path, ...], style: str) -> None:
     """List the rules of the score by id, and which of the submissions in FOLDERS exercise each."""
-    from micronet_eval.evaluation import open_submission
+    from micronet_eval.opening import open_submission
     from micronet_eval.rules import RULES, evidence_on
 
     submissions = [(folder.resolve().name, evidence_on(open_submission(folder))) for folder in folders]
@@ -266,7 +267,7 @@ def tasks(style: str) -> None:
                 "baseline": entry.thing.baseline,
                 "storage": f"{entry.thing.storage:,.0f}",
                 "math": f"{entry.thing.math:,.0f}",
-                "quality": f"{entry.thing.metric} >= {entry.thing.threshold:.2%}",
+                "quality": _threshold(entry.thing),
                 "package": entry.package,
             }
             for name, entry in found.items()
@@ -317,6 +318,13 @@ def _share(text: str) -> tuple[str, float]:
 def _complain(error: Exception) -> int:
     click.echo(f"micronet-eval: {error}", err=True)
     return BAD_INPUT if isinstance(error, InputError) else BROKEN
+
+
+def _threshold(task: Task) -> str:
+    from micronet_eval.task import METRICS
+
+    metric = METRICS[task.metric]
+    return f"{task.metric} {metric.sign} {metric.show(task.threshold)}"
 
 
 def _first_line(thing: object) -> str:
@@ -394,7 +402,7 @@ def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
 
         table = Table()
         for name in rows[0]:
-            table.add_column(name, overflow="fold", no_wrap=name in ("storage", "math"))
+            table.add_column(name, overflow="fold", no_wrap=name in ("name", "storage", "math"))
         for row in rows:
             table.add_row(*(str(value) for value in row.values()))
         Console().print(table)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from decimal import Decimal
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
-from micronet_eval import crosscheck, packing, plugins
+from micronet_eval import crosscheck, plugins
 from micronet_eval.accumulators import WhatIf, what_if
 from micronet_eval.activation import Activation, activation_peak
 from micronet_eval.conditional import exact_shares, paths_of
-from micronet_eval.costs import SCALE_OP, Formula
+from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
+from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.paths import mean_account
 from micronet_eval.precision import bit_widths
 from micronet_eval.quality import Progress, Quality, measure, not_measured
@@ -29,9 +27,9 @@ from micronet_eval.rulesets import DEFAULT
 from micronet_eval.rulesets import ruleset as ruleset_of
 from micronet_eval.scoring import Account, Coverage, Layer, Math, Module, Score, Storage, by_module
 from micronet_eval.scoring import score as score_of
-from micronet_eval.storage import FREEBIE_BITS, without_values
-from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, Manifest, build, read_manifest, task_of
-from micronet_eval.task import Task
+from micronet_eval.storage import narrows
+from micronet_eval.submission import WEIGHTS, Claims
+from micronet_eval.task import METRICS, Task
 from micronet_eval.trace import SEED, Example, Trace, trace
 
 COST_TOLERANCE = Decimal("1.01")
@@ -102,68 +100,6 @@ class Report(BaseModel):
         return self.model_dump_json(by_alias=True, indent=2)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A submission ready to be counted: the model as it was unpacked, batch norm merged, and its trace."""
-
-    folder: Path
-    manifest: Manifest
-    task: Task
-    model: nn.Module
-    example: Tensor
-    trace: Trace
-
-    @property
-    def claimed_quality(self) -> float | None:
-        return None if self.manifest.claims.quality is None else float(self.manifest.claims.quality)
-
-    def account(self, ruleset: str = DEFAULT, quality: Quality | None = None) -> Account:
-        """What it costs. The shares of a conditional model's paths are those of `quality`, or else the claimed ones.
-
-        Without `quality` and claims all examples take the costliest path. Raises InputError where an operation has no
-        price, and where `quality` was asked for shares that nobody claims, and does not know them.
-        """
-        weights, where = self.folder / WEIGHTS, self.folder / MANIFEST
-        paths = tuple(path for path in self.trace.by_path() if path)
-        try:
-            shares = exact_shares(paths, self.manifest.paths)
-        except InputError as error:
-            raise InputError(f"{where}: field 'paths': {error}") from error
-        if quality is not None and quality.taken:
-            shares = {path: Fraction(quality.taken[path], quality.examples) for path in paths}
-        if paths and not shares and quality is not None:
-            raise InputError(
-                f"{where}: the share of the test set that takes each path cannot be measured ({quality.reason}); "
-                f"claim it in a table [paths] with: {', '.join(paths)}"
-            )
-        try:
-            counted = mean_account(self.trace, formulas(ruleset), shares)
-        except InputError as error:
-            raise InputError(f"{weights}: {error}") from error
-        return replace(counted, storage=replace(counted.storage, file_bytes=weights.stat().st_size))
-
-
-def open_submission(folder: str | Path) -> Opened:
-    """Unpacks a submission and traces it. Raises InputError where it is wrong."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    where = folder / MANIFEST
-    task = task_of(manifest, where)
-    weights = folder / WEIGHTS
-    packed = packing.read(weights)
-    model = build(manifest.architecture, where)
-    try:
-        model = packing.unpack(packed, model).eval()
-        example = torch.zeros(1, *task.input_shape)
-        model = merged(model, example)
-        recorded = trace(model, example)
-        if missing := sorted(without_values(recorded)):
-            raise InputError(f"the file lacks {len(missing)} tensors that the model uses, the first is {missing[0]!r}")
-    except InputError as error:
-        raise InputError(f"{weights}: {error}") from error
-    return Opened(folder, manifest, task, model, example, recorded)
-
-
 def evaluate(
     folder: str | Path,
     data: str | Path | None = None,
@@ -178,9 +114,13 @@ def evaluate(
     the submission is wrong.
     """
     ruleset_of(ruleset)  # an unknown one is told before anything is opened
-    opened = open_submission(folder)
+    root = None if data is None else Path(data)
+    opened = open_submission(folder, root)
     counted = opened.account(ruleset)  # what cannot be counted is told before anything is measured
-    quality = measure(opened.model, opened.task, None if data is None else Path(data), opened.claimed_quality, progress)
+    try:
+        quality = measure(opened.model, opened.task, root, opened.claimed_quality, progress)
+    except InputError as error:
+        raise InputError(f"{opened.folder / WEIGHTS}: {error}") from error
     return _report_on(opened, counted, quality, ruleset, cross_check)
 
 
@@ -203,7 +143,9 @@ def _report_on(opened: Opened, counted: Account, quality: Quality, ruleset: str,
     other = None
     if cross_check:
         other = crosscheck.cross_check(opened.model, opened.example, opened.trace, formulas(ruleset))
-    return report.model_copy(update={"provenance": opened.manifest.provenance.note, "cross_check": other})
+    warnings = (*report.warnings, *filter(None, [opened.remark]))
+    note = opened.manifest.provenance.note
+    return report.model_copy(update={"provenance": note, "cross_check": other, "warnings": warnings})
 
 
 def score(
@@ -237,11 +179,6 @@ def score(
     return report.model_copy(update={"cross_check": other})
 
 
-def formulas(ruleset: str = DEFAULT) -> Mapping[str, Formula]:
-    """The cost formulas of a ruleset, plugins' among them. Raises InputError where there is no such ruleset."""
-    return {**plugins.formulas(), **ruleset_of(ruleset).overrides}
-
-
 def _report(
     name: str,
     task: Task | None,
@@ -252,14 +189,15 @@ def _report(
     ruleset: str,
 ) -> Report:
     total = None if task is None else score_of(counted, task.storage, task.math)
-    peaks = [activation_peak(part, bit_widths(part)) for part in recorded.by_path().values()]
+    taken = {p.op.path for p in counted.operations if p.share}
+    peaks = [activation_peak(part, bit_widths(part)) for path, part in recorded.by_path().items() if path in taken]
     return Report(
         submission=name,
         task=task.name if task else None,
         storage=counted.storage,
         math=counted.math,
         score=total,
-        activation=max(peaks, key=lambda peak: peak.peak_bits),
+        activation=max(peaks, key=lambda peak: peak.peak_bits, default=Activation(0, "input")),
         what_if=what_if(counted, task.math if task else None, total.storage if total else None),
         quality=quality,
         claims=_check(claims, counted, total, quality),
@@ -279,7 +217,7 @@ def _report(
 
 def _wide(counted: Account) -> tuple[str, ...]:
     """Says where a model with quantized activations still multiplies at 32 bit."""
-    quantized = any(0 < layer.input_bits < FREEBIE_BITS for layer in counted.layers)
+    quantized = any(narrows(op) for op in counted.trace.ops)
     wide = [x for x in counted.layers if x.mults and x.op != SCALE_OP and max(x.input_bits, x.weight_bits) >= 32]
     if not quantized or not wide:
         return ()
@@ -321,8 +259,12 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
     ]
     if claims.quality is not None:
         measured = quality.measured if quality else None
+        lower = quality is not None and METRICS[quality.metric].lower_is_better
         digit = Decimal(1).scaleb(int(claims.quality.as_tuple().exponent))
-        holds = None if measured is None else Decimal(str(measured)) >= claims.quality - digit
+        holds = None
+        if measured is not None:
+            exact = Decimal(str(measured))
+            holds = exact <= claims.quality + digit if lower else exact >= claims.quality - digit
         checked.append(Claim(name="quality", claimed=float(claims.quality), measured=measured, holds=holds))
     return tuple(checked)
 

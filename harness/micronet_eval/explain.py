@@ -9,7 +9,7 @@ from fractions import Fraction
 from micronet_eval import plugins
 from micronet_eval.costs import ADDENDS, FREE, Cost, Formula, cost_of
 from micronet_eval.errors import InputError
-from micronet_eval.evaluation import Opened, formulas
+from micronet_eval.opening import Opened, formulas
 from micronet_eval.scoring import Account, Priced, dense, weighted
 from micronet_eval.storage import FREEBIE_BITS, Stored
 from micronet_eval.trace import Op

@@ -55,7 +55,7 @@ from micronet_eval.structure import (
     traced,
     without_weights,
 )
-from micronet_eval.trace import trace
+from micronet_eval.trace import Example, trace
 
 _KEY, _KIND = "micronet-packed", {"version": 1}
 _STREAMS = ("values", "masks", "overhead", "structure")
@@ -151,7 +151,7 @@ class _BitReader:
 # --- model <-> packed -------------------------------------------------------------------------------------------------
 
 
-def pack(model: nn.Module, architecture: nn.Module, example_input: Tensor) -> Packed:
+def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> Packed:
     """Packs what `model` stores; `architecture` is the registered model that it was made from.
 
     Raises InputError where a tensor is not finite or off its grid, or the structure cannot be described.

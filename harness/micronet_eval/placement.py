@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, fx
+from torch import fx
 
 from micronet_eval.costs import Formula, cost_of
 from micronet_eval.precision import bit_widths, data_inputs, keeps_width
 from micronet_eval.structure import StructureError
-from micronet_eval.trace import Value, trace
+from micronet_eval.trace import Example, Value, trace
 
 
 def multiplied_nodes(
-    graph_module: fx.GraphModule, example_input: Tensor, bits: int, formulas: Mapping[str, Formula]
+    graph_module: fx.GraphModule, example_input: Example, bits: int, formulas: Mapping[str, Formula]
 ) -> list[str]:
     """Names of the graph nodes whose values have to be quantized so that no multiplication sees more than `bits`.
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from micronet_eval.conditional import conditional_of
+from micronet_eval.errors import InputError
 from micronet_eval.task import DataMissing, Task
 
 BATCH = 100
+NORMALISED = 1e-3
+"""How far the logarithm of the sum of all probabilities may be from zero: what float32 rounds, and no more."""
+
 Progress = Callable[[int, int], None]
-"""Called with the number of examples done and the number of all."""
+"""Called with the number of examples (of a stream: pieces) done and the number of all."""
 
 
 class Quality(BaseModel):
@@ -54,32 +60,88 @@ def not_measured(task: Task, claimed: float | None, reason: str) -> Quality:
 def measure(
     model: nn.Module, task: Task, data: Path | None, claimed: float | None = None, progress: Progress | None = None
 ) -> Quality:
-    """Top-1 accuracy of `model` over the whole test set, compared with the threshold in whole examples."""
+    """The task's metric over the whole test set, compared with the threshold without rounding.
+
+    Raises InputError where a language model's outputs are no log-probabilities of the task's tokens.
+    """
     try:
         dataset = task.dataset(data, "test")
     except DataMissing as error:
         return not_measured(task, claimed, str(error))
-    total = len(dataset)  # type: ignore[arg-type]
-    correct = done = 0
-    conditional, taken = conditional_of(model), Counter[str]()
+    taken = Counter[str]()
     model.eval()
     with torch.inference_mode(), parametrize.cached():
-        for inputs, labels in DataLoader(dataset, batch_size=BATCH):
-            correct += int((model(inputs).argmax(1) == labels).sum())
-            done += len(labels)
-            if conditional is not None:
-                taken.update(conditional.taken)
-            if progress is not None:
-                progress(done, total)
-    # The threshold as it was written: 0.8 means 8,000 of 10,000, not the float next to it.
-    passed = Fraction(correct, total) >= Fraction(str(task.threshold))
+        if task.metric == "perplexity":
+            loss, total = negative_log_likelihood(model, dataset, progress)
+            measured = math.exp(loss / total) if loss / total < 700 else math.inf
+            passed = measured <= task.threshold
+            reason = f"perplexity {measured:.4f}: {loss / total:.6f} nats a token, {total:,} tokens"
+        else:
+            correct, total = count_correct(model, dataset, progress, taken)
+            measured = correct / total
+            # The threshold as it was written: 0.8 means 8,000 of 10,000, not the float next to it.
+            passed = Fraction(correct, total) >= Fraction(str(task.threshold))
+            reason = f"{correct:,} of {total:,} correct"
+    conditional = conditional_of(model)
     return Quality(
         metric=task.metric,
         threshold=task.threshold,
         claimed=claimed,
-        measured=correct / total,
+        measured=measured,
         passed=passed,
         examples=total,
-        reason=f"{correct:,} of {total:,} correct",
+        reason=reason,
         taken={} if conditional is None else {path: taken[path] for path in conditional.paths},
     )
+
+
+def count_correct(
+    model: nn.Module, dataset: Dataset[Any], progress: Progress | None, taken: Counter[str]
+) -> tuple[int, int]:
+    """How many examples have their label as the largest output, and how many there are.
+
+    `taken` is told the path that each example took through a conditional model.
+    """
+    conditional = conditional_of(model)
+    total = len(dataset)  # type: ignore[arg-type]
+    correct = done = 0
+    for inputs, labels in DataLoader(dataset, batch_size=BATCH):
+        correct += int((model(inputs).argmax(1) == labels).sum())
+        done += len(labels)
+        if conditional is not None:
+            taken.update(conditional.taken)
+        if progress is not None:
+            progress(done, total)
+    return correct, total
+
+
+def negative_log_likelihood(
+    model: nn.Module, dataset: Dataset[Any], progress: Progress | None = None
+) -> tuple[float, int]:
+    """Of a stream of tokens, in nats, and how many were predicted; the state goes on from piece to piece."""
+    pieces = len(dataset)  # type: ignore[arg-type]
+    loss, tokens, state = 0.0, 0, None
+    for i, (inputs, labels) in enumerate(DataLoader(dataset, batch_size=1)):
+        try:
+            log_probabilities, state = model(inputs, state)
+        except IndexError as error:
+            raise InputError(f"the model has no token {int(inputs.max())}, which the data has: {error}") from error
+        loss -= _chosen(log_probabilities, labels).double().sum().item()
+        tokens += labels.numel()
+        if progress is not None:
+            progress(i + 1, pieces)
+    if math.isnan(loss):
+        raise InputError("the model's log-probabilities are not numbers")
+    return loss, tokens
+
+
+def _chosen(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The log-probability of each label, of those of all tokens, which have to sum to one."""
+    if log_probabilities.shape[:-1] != labels.shape:
+        raise InputError(f"the model gives {tuple(log_probabilities.shape)} for {tuple(labels.shape)} tokens")
+    if (largest := int(labels.max())) >= log_probabilities.shape[-1]:
+        raise InputError(f"the model predicts {log_probabilities.shape[-1]:,} tokens; the data has token {largest:,}")
+    off = log_probabilities.logsumexp(-1).abs().max().item()
+    if off > NORMALISED:
+        raise InputError(f"the model returns no log-probabilities: the logarithm of their sum is {off:.3g}, not 0")
+    return log_probabilities.gather(-1, labels.unsqueeze(-1))

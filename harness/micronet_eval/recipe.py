@@ -14,9 +14,9 @@ parameters = 20_000
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
+from micronet_eval.language import example_input
 from micronet_eval.merge import BOTH, merged, without_batch_norm
 from micronet_eval.paths import mean_account
 from micronet_eval.strategy import Context, Strategy
@@ -45,7 +46,7 @@ from micronet_eval.submission import (
     write_manifest,
 )
 from micronet_eval.task import DataMissing, Task
-from micronet_eval.trace import trace
+from micronet_eval.trace import Example, trace
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
@@ -138,10 +139,10 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
         training = _training_data(recipe, task, data)
     except (InputError, DataMissing) as error:
         raise InputError(f"{path}: {error}") from error
-    example = torch.zeros(1, *task.input_shape)
     torch.manual_seed(recipe.seed)
     model = build(recipe.architecture, path, weights=True)
     try:
+        example = example_input(task, model)
         steps = [_step("architecture", model, example)]
     except InputError as error:
         raise InputError(f"{path}: field 'architecture': {error}") from error
@@ -205,7 +206,7 @@ def _run(stage: Stage, strategy: Strategy | None, model: nn.Module, context: Con
     return merged(model, context.example_input, BOTH if stage.merge == "batch-norm" else ("backward",))
 
 
-def _step(name: str, model: nn.Module, example: Tensor) -> Step:
+def _step(name: str, model: nn.Module, example: Example) -> Step:
     # Batch norm as the two values a channel that it is; where it may be merged is for the recipe to say.
     model = without_batch_norm(copy.deepcopy(model))
     counted = mean_account(trace(model, example), plugins.formulas(), freebie=False)
@@ -228,6 +229,8 @@ def _progress(step: Step) -> str:
 def _training_data(recipe: Recipe, task: Task, root: Path | None) -> Dataset[Any]:
     if recipe.data == "task":
         return task.dataset(root, "train")
+    if task.metric == "perplexity":
+        raise InputError("field 'data': noise stands in for images, not for text; use data = \"task\"")
     generator = torch.Generator().manual_seed(recipe.seed)
     inputs = torch.randn(NOISE_EXAMPLES, *task.input_shape, generator=generator)
     return TensorDataset(inputs, torch.zeros(NOISE_EXAMPLES, dtype=torch.int64))
@@ -245,19 +248,20 @@ def train(model: nn.Module, training: Training, context: Context, log: Log) -> n
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs * len(batches))
     model.train()
     for epoch in range(training.epochs):
-        loss_sum, correct = 0.0, 0
+        loss_sum, correct, examples = 0.0, 0, 0
         for inputs, labels in batches:
             optimizer.zero_grad()
-            logits = model(inputs)
-            if (largest := int(labels.max())) >= logits.shape[1]:
-                raise InputError(f"train: label {largest} has no output; the model has {logits.shape[1]}")
-            loss = nn.functional.cross_entropy(logits, labels)
+            outputs = model(inputs)
+            logits = outputs[0] if isinstance(outputs, tuple) else outputs  # a language model returns its state, too
+            if (largest := int(labels.max())) >= logits.shape[-1]:
+                raise InputError(f"train: label {largest} has no output; the model has {logits.shape[-1]}")
+            loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            loss_sum += loss.item() * len(labels)
-            correct += int((logits.argmax(1) == labels).sum())
-        examples = len(cast(Sized, batches.dataset))
+            loss_sum += loss.item() * labels.numel()
+            correct += int((logits.argmax(-1) == labels).sum())
+            examples += labels.numel()
         log(f"  epoch {epoch + 1} of {training.epochs}: loss {loss_sum / examples:.4f}, {correct / examples:.2%} right")
     return model.eval()
 

@@ -21,6 +21,7 @@ from micronet_eval.evaluation import Claim, Report
 from micronet_eval.explain import Explanation
 from micronet_eval.quality import Quality
 from micronet_eval.scoring import Layer
+from micronet_eval.task import METRICS
 
 COSTLIEST = 10
 WIDE = 100  # columns of a terminal from which on everything is shown of each module
@@ -121,15 +122,14 @@ def _summary(report: Report) -> Table:
         table.add_row(Text(label, "bold"), measured, _claimed(claims.get(name)), share, _verdict(claims.get(name)))
     if report.quality is not None:
         claim = claims.get("quality")
-        table.add_row(Text("quality", "bold"), _quality(report), _claimed(claim), _threshold(report), _verdict(claim))
+        claimed = "" if claim is None else METRICS[report.quality.metric].show(claim.claimed)
+        table.add_row(Text("quality", "bold"), _quality(report), claimed, _threshold(report), _verdict(claim))
     return table
 
 
 def _claimed(claim: Claim | None) -> str:
     if claim is None:
         return ""
-    if claim.name == "quality":
-        return f"{claim.claimed:.2%}"
     return f"{claim.claimed:.6g}" if claim.name == "score" else f"{claim.claimed:,.0f}"
 
 
@@ -255,7 +255,7 @@ def _short(ratio: float) -> str:
 
 def _threshold(report: Report) -> Text:
     assert report.quality is not None
-    text = f">= {report.quality.threshold:.4g}"
+    text = f"{METRICS[report.quality.metric].sign} {report.quality.threshold:.4g}"
     if report.quality.passed is None:
         return Text(text)
     return Text(
@@ -266,7 +266,7 @@ def _threshold(report: Report) -> Text:
 def _reason(quality: Quality) -> str:
     if quality.measured is not None:
         return quality.reason
-    claimed = "" if quality.claimed is None else f"; claimed {quality.claimed:.2%}"
+    claimed = "" if quality.claimed is None else f"; claimed {METRICS[quality.metric].show(quality.claimed)}"
     return f"not measured: {quality.reason}{claimed}"
 
 
@@ -274,7 +274,7 @@ def _quality(report: Report) -> Text:
     quality = report.quality
     if quality is None or quality.measured is None:
         return Text("not measured", "yellow")
-    return Text(f"{quality.measured:.2%}", "green" if quality.passed else "bold red")
+    return Text(METRICS[quality.metric].show(quality.measured), "green" if quality.passed else "bold red")
 
 
 def _verdict(claim: Claim | None) -> Text:

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from micronet_eval.costs import ADDENDS, SCALE_OP
-from micronet_eval.evaluation import Opened, Report, report_on
+from micronet_eval.evaluation import Report, report_on
 from micronet_eval.formats import CODEBOOK_OP, CONVERSIONS
 from micronet_eval.masks import ELEMENT
+from micronet_eval.opening import Opened
 from micronet_eval.scoring import Account
 from micronet_eval.storage import FREEBIE_BITS
 from micronet_eval.structure import ScaleShift, submodule
@@ -298,6 +299,12 @@ RULES: tuple[Rule, ...] = (
         "a conditional model counts the mean over the examples",
         ("conditional:Conditional", "paths:mean_account"),
         lambda e: bool(e.report.paths),
+    ),
+    Rule(
+        "math.token",
+        "a language model counts per token, the mean over positions and clusters",
+        ("language:step", "language:mean_position", "language:per_token", "language:shares_of_clusters"),
+        lambda e: e.opened.steps is not None,
     ),
     Rule(
         "math.parameters",

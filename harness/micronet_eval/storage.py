@@ -8,6 +8,7 @@ bit a block, whichever is smallest.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,16 +138,33 @@ class Stored:
 
 
 def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:
-    """Every stored tensor once, with the operation that uses it first (None: it is returned), in order of use."""
-    seen: set[Hashable] = set()
+    """Every stored tensor once, with the operation that uses it first (None: it is returned), in order of use.
+
+    Parts of one tensor, as slices of it, are stored as that tensor if they take more, or if it is stored anyway.
+    """
     alike = _Alike()
-    stored: dict[Stored, Op | None] = {}
+    found: dict[Hashable, tuple[Stored, Op | None]] = {}
+    origins: dict[Hashable, tuple[Value, Stored]] = {}
     for op in (*trace.ops, None):
-        found = [s for value in _constants(op, trace) for s in _sources(value, op)]
-        for key, tensor in [*((alike(source), tensor) for source, tensor in found), *_numbers(op), *_permutation(op)]:
-            if key not in seen:
-                seen.add(key)
-                stored[tensor] = op
+        sources = [s for value in _constants(op, trace) for s in _sources(value, op)]
+        for source, tensor, origin in sources:
+            found.setdefault(alike(source), (tensor, op))
+            if origin is not None:
+                origins[alike(source)] = origin
+        for key, tensor in (*_numbers(op), *_permutation(op)):
+            found.setdefault(key, (tensor, op))
+    parts: Counter[Hashable] = Counter()
+    for key, (whole, _) in origins.items():
+        parts[alike(whole)] += found[key][0].bits().total
+    stored: dict[Stored, Op | None] = {}
+    for key, (tensor, op) in list(found.items()):
+        if key in origins:
+            whole, itself = origins[key]
+            if (of := alike(whole)) in found:
+                continue
+            if parts[of] > itself.bits().total:
+                tensor, _ = found[of] = itself, op
+        stored[tensor] = op
     return stored
 
 
@@ -159,10 +177,10 @@ def without_values(trace: Trace) -> set[str]:
 def freebie_applies(stored: Iterable[Stored], trace: Trace) -> bool:
     """Whether nothing is quantized below 16 bits, so that parameters and multiplications may count as 16 bit."""
     narrow_weight = any(s.format.code_bits < FREEBIE_BITS for s in stored if not (s.is_overhead or s.is_index))
-    return not narrow_weight and not any(_narrows(op) for op in trace.ops)
+    return not narrow_weight and not any(narrows(op) for op in trace.ops)
 
 
-def _narrows(op: Op) -> bool:
+def narrows(op: Op) -> bool:
     """Whether an operation quantizes an activation below 16 bits, by a quantizer or by a dtype."""
     if op.name == "aten._to_copy":
         return op.inputs[0].dtype.is_floating_point and dtype_width(op.out) < FREEBIE_BITS
@@ -180,7 +198,11 @@ def _constants(op: Op | None, trace: Trace) -> Iterator[Value]:
     yield from (v for v in inputs if v.is_constant)
 
 
-def _sources(value: Value, op: Op | None) -> list[tuple[Value, Stored]]:
+_Source = tuple[Value, Stored, tuple[Value, Stored] | None]
+"""What is stored, and the tensor that it is a part of, if it is stored as a part."""
+
+
+def _sources(value: Value, op: Op | None) -> list[_Source]:
     """What has to be stored to have the constant `value`: itself, or what it is moved from, whichever is smaller.
 
     Codes are stored with their scales and zero points. The result of other arithmetic on constants is itself what
@@ -192,18 +214,25 @@ def _sources(value: Value, op: Op | None) -> list[tuple[Value, Stored]]:
     grid = constant_grid(value)
     if grid is not None and grid.codes is not None and grid.codes is not value:
         parts = [v for v in (*grid.scales, *grid.zero_points) if isinstance(v, Value) and v.is_constant]
-        sides = [
-            (v, _side(v, grid)) for v in map(through_views, parts) if v.data is None or v.data.is_meta or v.data.any()
+        sides: list[_Source] = [
+            (v, _side(v, grid), None)
+            for v in map(through_views, parts)
+            if v.data is None or v.data.is_meta or v.data.any()
         ]
-        return [(grid.codes, _stored(grid.codes, op, grid, value)), *sides]
-    itself = (value, _stored(value, op, grid))
+        return [(grid.codes, _stored(grid.codes, op, grid, value), None), *sides]
+    itself = _stored(value, op, grid)
     producer = value.producer
     if producer is None or producer.name not in FREE or producer.name in (WRITE_OP, *FILLS) or is_conversion(producer):
-        return [itself]
+        return [(value, itself, None)]
     if not producer.inputs:  # made of numbers
-        return [itself]
-    moved = dict(s for source in producer.inputs if source.is_constant for s in _sources(source, producer))
-    return [itself] if itself[1].bits().total <= sum(s.bits().total for s in moved.values()) else list(moved.items())
+        return [(value, itself, None)]
+    moved = {s[0]: s for source in producer.inputs if source.is_constant for s in _sources(source, producer)}
+    if itself.bits().total > sum(s.bits().total for _, s, _ in moved.values()):
+        return list(moved.values())
+    if len(moved) != 1:
+        return [(value, itself, None)]
+    (source, whole, further) = next(iter(moved.values()))
+    return [(value, itself, further or (source, whole))]
 
 
 def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:

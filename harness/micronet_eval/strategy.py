@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from micronet_eval.costs import Formula
+    from micronet_eval.trace import Example
 
 
 @dataclass(frozen=True)
 class Context:
     """What a strategy may use: an example input (batch of 1), training data (never test data), a seed, the formulas."""
 
-    example_input: Tensor
+    example_input: Example
     training_data: DataLoader[tuple[Tensor, Tensor]]
     seed: int
     formulas: Mapping[str, Formula]

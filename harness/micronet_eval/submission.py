@@ -6,6 +6,7 @@ import re
 import sys
 from contextlib import nullcontext
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -50,7 +51,7 @@ class Architecture(BaseModel):
 
 
 class Claims(Table):
-    """What the authors claim: 32-bit parameters, 32-bit operations, the score, and the quality as a share.
+    """What the authors claim: 32-bit parameters, 32-bit operations, the score, the quality as a share or a perplexity.
 
     Decimals keep the digits as printed: the last one is the tolerance of the quality.
     """
@@ -58,7 +59,24 @@ class Claims(Table):
     storage: Decimal | None = Field(None, gt=0)
     math: Decimal | None = Field(None, gt=0)
     score: Decimal | None = Field(None, gt=0)
-    quality: Decimal | None = Field(None, ge=0, le=1)
+    quality: Decimal | None = Field(None, ge=0)
+
+
+class Frequencies(Table):
+    """Which share of the tokens of text lies in each cluster of the vocabulary, for when the test data is missing."""
+
+    clusters: list[Decimal] = Field(min_length=1)
+
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        return tuple(map(Fraction, self.clusters))
+
+    @field_validator("clusters")
+    @classmethod
+    def _shares(cls, clusters: list[Decimal]) -> list[Decimal]:
+        if min(clusters) < 0 or sum(clusters) != 1:
+            raise ValueError(f"the shares must sum to 1, not {sum(clusters)}")
+        return clusters
 
 
 class Step(Table):
@@ -102,6 +120,7 @@ class Manifest(Table):
     architecture: Architecture
     claims: Claims = Claims()
     paths: dict[str, Share] = Field(default_factory=dict)
+    frequencies: Frequencies | None = None
     provenance: Provenance = Provenance()
 
 

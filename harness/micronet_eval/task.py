@@ -1,4 +1,4 @@
-"""A task: what is classified, how good it must be, and the baseline that the score is relative to. Data, not code."""
+"""A task: what is classified or predicted, how good it must be, and the baseline of the score. Data, not code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,34 @@ class DataMissing(Exception):
 
 
 @dataclass(frozen=True)
+class Metric:
+    """Which way a metric is better, and how it is written: a share as a percentage, a perplexity as it is."""
+
+    lower_is_better: bool
+    style: str
+
+    @property
+    def sign(self) -> str:
+        return "<=" if self.lower_is_better else ">="
+
+    def show(self, value: float) -> str:
+        return format(value, self.style)
+
+
+METRICS: dict[str, Metric] = {"top-1": Metric(False, ".2%"), "perplexity": Metric(True, ".2f")}
+
+
+@dataclass(frozen=True)
 class Task:
     """`storage` in 32-bit parameters and `math` in 32-bit operations an example are the baseline's.
 
-    `threshold` is a share (0.8 = 80 %) that the metric has to reach, exactly, without rounding. `dataset` gives a
-    split as pairs of image tensor and label, from a root folder (None: where it is usually found); it raises
+    `threshold` is a share (0.8 = 80 %) that top-1 has to reach, or the perplexity that must not be exceeded, exactly,
+    without rounding. `dataset` gives a split, from a root folder (None: where it is usually found); it raises
     DataMissing.
+
+    top-1: pairs of image tensor and label. perplexity: the pieces of one stream of tokens in order, each a pair of
+    int64 tensors [T], tokens and the token after each; an example is one token (`input_shape` is (1,)), and `tokens`
+    says how many the test stream predicts.
     """
 
     name: str
@@ -31,7 +53,12 @@ class Task:
     baseline: str
     storage: float
     math: float
-    metric: Literal["top-1"]
+    metric: Literal["top-1", "perplexity"]
     threshold: float
     input_shape: tuple[int, ...]
     dataset: Callable[[Path | None, Split], Dataset[Any]]
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.metric == "perplexity" and self.tokens < 1:
+            raise ValueError(f"task {self.name}: `tokens` says how many tokens the test stream predicts")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
@@ -136,8 +136,11 @@ class Trace:
 SEED = 0
 """Numbers that a forward draws are the same every time."""
 
-Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-"""The input of a model: one tensor, several by position, or several by the names of the arguments."""
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+"""The input of a model: one tensor, several arguments by position, or several by name.
+
+An argument may hold tensors in any nesting, as the state of a recurrent model; all else is passed on.
+"""
 
 
 def trace(model: nn.Module, example_input: Example) -> Trace:
@@ -146,12 +149,16 @@ def trace(model: nn.Module, example_input: Example) -> Trace:
     Of a conditional model it is one forward pass for each path. Nothing of the model is changed. Raises InputError
     where the model cannot run on such an input.
     """
-    _check(model, example_input)
+    return trace_each(model, dict.fromkeys(paths_of(model), example_input))
+
+
+def trace_each(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
+    """As `trace`, of several forward passes one after the other; the operations of each belong to the path it names."""
+    for example in examples.values():
+        _check(model, example)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        if isinstance(example_input, Mapping):
-            return _trace(model, (), example_input)
-        return _trace(model, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input), {})
+        return _trace(model, examples)
 
 
 def _check(model: nn.Module, example_input: Example) -> None:
@@ -160,12 +167,12 @@ def _check(model: nn.Module, example_input: Example) -> None:
         raise InputError("a TorchScript module shows none of its operations; give the original module")
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         raise InputError("the model has lazy parameters without a shape; run it once on real data first")
-    given = example_input.values() if isinstance(example_input, Mapping) else example_input
-    if not isinstance(example_input, Tensor) and not all(isinstance(t, Tensor) for t in given):
+    given = example_input if isinstance(example_input, Tensor | Sequence | Mapping) else None
+    if not any(isinstance(item, Tensor) for item in tree_flatten(given)[0]):
         raise InputError("the example input is no tensor, nor several; give one with the shape of one example")
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Trace:
+def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     recorder = _Recorder()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
         recorder.known(name, tensor)
@@ -177,24 +184,22 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Ten
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
         try:
-            results = [_run(model, path, inputs, named, recorder) for path in paths_of(model)]
+            results = [_run(model, path, example, recorder) for path, example in examples.items()]
         except (Exception, SystemExit) as error:  # whatever the model's own code raises
             where = recorder.path[-1] if recorder.path else ""
-            shapes = ", ".join("x".join(map(str, t.shape)) for t in (*inputs, *named.values()))
+            given = tree_flatten(examples[recorder.branch])[0]
+            shapes = ", ".join("x".join(map(str, t.shape)) for t in given if isinstance(t, Tensor))
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
         with recorder:
             outputs = tuple(recorder.value(t) for t in tensors_in(results))
     return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes, recorder.buffers)
 
 
-def _run(
-    model: nn.Module, path: str, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], recorder: _Recorder
-) -> object:
+def _run(model: nn.Module, path: str, example: Example, recorder: _Recorder) -> object:
     recorder.branch = path
-    metas = tuple(recorder.input(t) for t in inputs)
-    named_metas = {name: recorder.input(t) for name, t in named.items()}
+    metas = tree_map_only(Tensor, recorder.input, (example,) if isinstance(example, Tensor) else example)
     with taking(model, path), recorder:
-        return model(*metas, **named_metas)
+        return model(**metas) if isinstance(metas, Mapping) else model(*metas)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:

@@ -37,19 +37,22 @@ def micronet_register_quantizers(register: Any) -> None:
 @hookimpl
 def micronet_register_tasks(register: Any) -> None:
     """The bundled tasks."""
+    from micronet_plugins.language import WIKITEXT103
     from micronet_plugins.tasks import TASKS
 
-    for task in TASKS:
+    for task in (*TASKS, WIKITEXT103):
         register(task.name, task)
 
 
 @hookimpl
 def micronet_register_architectures(register: Any) -> None:
     """The bundled architectures."""
-    from micronet_plugins import architectures, osi_ai
+    from micronet_plugins import architectures, language, osi_ai
 
     register("pyramidnet", architectures.pyramidnet)
     register("wide-resnet", architectures.wide_resnet)
     register("mobilenet-v2", architectures.mobilenet_v2)
     register("osi-ai", osi_ai.osi_ai)
     register("torchvision", architectures.torchvision_model)
+    register("lstm-lm", language.lstm_lm)
+    register("transformer-lm", language.transformer_lm)

@@ -28,16 +28,21 @@ class FixedPointStrategy(Quantizer):
     )
     activation_sigmas: float = Field(18, gt=0, description="the same for an activation, over calibration data")
     batches: int = Field(4, gt=0, description="batches of training data for calibration")
+    weights_only: bool = Field(False, description="leave activations as they are, at their 32 bits")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = without_batch_norm(copied(model))
+        if self.weights_only:
+            quantize_parameters(model, self.weight_bits, self.weight_sigmas)
+            return model.eval()
         try:
-            graph = traced(without_batch_norm(copied(model)))
-            for module, name in parameters_of(graph):
-                quantize_parameter(module, name, self.weight_bits, self.weight_sigmas)
+            graph = traced(model)
+            quantize_parameters(graph, self.weight_bits, self.weight_sigmas)
             nodes = multiplied_nodes(graph, context.example_input, self.activation_bits, context.formulas)
             set_quantizers(graph, {name: FixedPointQuantizer(self.activation_bits) for name in nodes})
         except StructureError as error:
-            raise InputError(f"fixed-point: {error}") from error
+            hint = "weights_only = true quantizes the weights and leaves activations as they are"
+            raise InputError(f"fixed-point: {error}; {hint}") from error
         calibrate(graph, context, self.batches, self.activation_sigmas)
         return graph.eval()
 
@@ -52,6 +57,12 @@ def exponent_for(bound: float, bits: int) -> int:
 def sigma_bound(mean: float, std: float, sigmas: float) -> float:
     """|mean| + s std, the range that WaveComp makes fit."""
     return abs(mean) + sigmas * std
+
+
+def quantize_parameters(model: nn.Module, bits: int, sigmas: float) -> None:
+    """Quantizes every parameter of a model from here on."""
+    for module, name in parameters_of(model):
+        quantize_parameter(module, name, bits, sigmas)
 
 
 def quantize_parameter(layer: nn.Module, name: str, bits: int, sigmas: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, layer_type, leaves, replace
-from micronet_eval.trace import trace
+from micronet_eval.trace import Example, trace
 
 
 class LowRank(Pruner):
@@ -175,7 +175,7 @@ def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) -> nn.Con
     return made
 
 
-def factorizations(model: nn.Module, example_input: Tensor) -> list[Factorization]:
+def factorizations(model: nn.Module, example_input: Example) -> list[Factorization]:
     """All convolutions without groups and linear layers, with their directions."""
     positions = {}
     for op in trace(model, example_input).ops:
