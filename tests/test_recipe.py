@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from micronet_eval import evaluate, packing, plugins
-from micronet_eval.recipe import Statistics, Training, compress, estimate_statistics, train
+from micronet_eval.recipe import Statistics, compress, estimate_statistics
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context
 from micronet_eval.structure import Mask, quantizers_of
 from micronet_eval.submission import Architecture, build, read_manifest
 from micronet_eval.trace import trace
+from micronet_eval.training import Training, train
 from micronet_plugins.fixed_point import FixedPointStrategy, exponent_for
 from micronet_plugins.low_rank import LowRank, factorizations
 from micronet_plugins.magnitude import Magnitude

@@ -187,12 +187,14 @@ def rules(folders: tuple[Path, ...], style: str) -> None:
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--resume", is_flag=True, help="Go on where a run of the same recipe into the same folder ended.")
 @_data
-def compress(recipe: Path, output: Path, data: Path | None) -> None:
+def compress(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
     """Run a recipe and write the submission that comes out of it."""
     from micronet_eval.recipe import compress
 
-    compress(recipe, output, data, log=click.echo)
+    with _progress("training, at most") as progress:
+        compress(recipe, output, data, click.echo, resume, progress or (lambda done, total: None))
     click.echo(f"wrote {output}")
 
 

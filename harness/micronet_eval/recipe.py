@@ -9,12 +9,25 @@ train = { epochs = 30, learning_rate = 0.002 }
 [[stages]]
 pruner = "low-rank"
 parameters = 20_000
+
+A stage can repeat others, until a target is reached or quality on held-out training data falls too low:
+
+[[stages]]
+[stages.rounds]
+times = 10
+quality = 0.97
+[[stages.rounds.stages]]
+pruner = "magnitude"
+[[stages.rounds.stages]]
+train = { epochs = 2, learning_rate = 0.001 }
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +35,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
@@ -30,7 +43,10 @@ from micronet_eval.files import write_whole
 from micronet_eval.language import example_input
 from micronet_eval.merge import BOTH, merged, without_batch_norm
 from micronet_eval.paths import mean_account
+from micronet_eval.quality import measure
+from micronet_eval.scoring import score as score_of
 from micronet_eval.strategy import Context, Strategy
+from micronet_eval.structure import copied
 from micronet_eval.submission import (
     RECIPE,
     WEIGHTS,
@@ -45,28 +61,49 @@ from micronet_eval.submission import (
     read_toml,
     write_manifest,
 )
-from micronet_eval.task import DataMissing, Task
-from micronet_eval.trace import Example, trace
+from micronet_eval.task import METRICS, DataMissing, Task
+from micronet_eval.trace import trace
+from micronet_eval.training import Log, Training, loader, save, train
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
 
-Log = Callable[[str], None]
-
-
-class Training(Table):
-    """Fine-tuning on training data with AdamW, a learning rate that falls to zero by a cosine, cross entropy."""
-
-    epochs: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    batch_size: int = Field(64, gt=0)
+KEPT = ".kept"
+"""The folder, inside of the one that is written, with what a run needs to go on after it was killed."""
 
 
 class Statistics(Table):
     """Estimates batch norm's running mean and variance anew, as plain averages over batches of training data."""
 
     batches: int = Field(gt=0)
+
+
+class Target(Table):
+    """What a model has to come down to: parameters, those that are not zero, operations at 32 bits, or the score."""
+
+    parameters: int | None = Field(None, gt=0)
+    nonzeros: int | None = Field(None, gt=0)
+    operations: int | None = Field(None, gt=0)
+    score: float | None = Field(None, gt=0)
+
+    def reached(self, step: Step) -> bool:
+        """Whether every figure that is given is reached."""
+        figures = (step.parameters, step.nonzeros, step.mults + step.adds, step.score)
+        wanted = (self.parameters, self.nonzeros, self.operations, self.score)
+        pairs = [(figure, want) for figure, want in zip(figures, wanted, strict=True) if want is not None]
+        return bool(pairs) and all(figure is not None and figure <= want for figure, want in pairs)
+
+
+class Rounds(Table):
+    """Repeats `stages` up to `times` times: until a target is reached, or while quality on held-out data is enough.
+
+    The round after which quality falls below `quality` (rises above it, where lower is better) is undone.
+    """
+
+    times: int = Field(gt=0)
+    until: Target = Target()
+    quality: float | None = Field(None, ge=0)
+    stages: list[Stage] = Field(min_length=1)
 
 
 class Stage(BaseModel):
@@ -82,6 +119,7 @@ class Stage(BaseModel):
     pruner: str | None = None
     sparsifier: str | None = None
     quantizer: str | None = None
+    rounds: Rounds | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Stage:
@@ -112,21 +150,41 @@ class About(Table):
 
 
 class Recipe(Table):
-    """recipe.toml. `data = "noise"` trains and calibrates on seeded normal noise, where the real data cannot be had."""
+    """recipe.toml. `data = "noise"` trains and calibrates on seeded normal noise, where the real data cannot be had.
+
+    `validation` is the share of the training data that is held out: nothing is trained or calibrated on it, and quality
+    is measured on it after every stage. Test data is never looked at.
+    """
 
     task: str
     seed: int = 0
     data: Literal["task", "noise"] = "task"
+    validation: float = Field(0.0, ge=0, lt=1)
     batch_size: int = Field(32, gt=0)
     architecture: Architecture
     stages: list[Stage] = Field(min_length=1)
     submission: About
 
+    @model_validator(mode="after")
+    def _quality_is_measured(self) -> Recipe:
+        if not self.validation and any(stage.rounds and stage.rounds.quality is not None for stage in self.stages):
+            raise ValueError("rounds that end by quality need a share of training data held out: validation = 0.1")
+        return self
 
-def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lambda line: None) -> None:
+
+def compress(
+    path: Path,
+    folder: Path,
+    data: Path | None = None,
+    log: Log = lambda line: None,
+    resume: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Runs a recipe and writes the submission that comes out of it. The same recipe gives the same files.
 
-    Raises InputError where the recipe is wrong or the training data is missing.
+    What it has done is kept in `folder` until it ends; `resume` goes on from there, and ends with the same files.
+    `progress` is called with the batches trained so far and all that the recipe can take at most. Raises InputError
+    where the recipe is wrong, the training data is missing, or there is nothing to resume.
     """
     recipe = read_toml(path, Recipe)
     if folder.exists() and not folder.is_dir():
@@ -135,51 +193,224 @@ def compress(path: Path, folder: Path, data: Path | None = None, log: Log = lamb
         raise InputError(f"{folder} cannot be made: a part of its path is a file; name another folder")
     try:
         task: Task = plugins.lookup("task", recipe.task)
-        strategies = [_strategy(stage, i) for i, stage in enumerate(recipe.stages)]
-        training = _training_data(recipe, task, data)
+        for name, stage in named_stages(recipe.stages):
+            _strategy(stage, name)
+        training, held_out = _data(recipe, task, data)
     except (InputError, DataMissing) as error:
         raise InputError(f"{path}: {error}") from error
-    torch.manual_seed(recipe.seed)
-    model = build(recipe.architecture, path, weights=True)
-    try:
-        example = example_input(task, model)
-        steps = [_step("architecture", model, example)]
-    except InputError as error:
-        raise InputError(f"{path}: field 'architecture': {error}") from error
-    log(_progress(steps[-1]))
-    for number, (stage, strategy) in enumerate(zip(recipe.stages, strategies, strict=True), 1):
-        seed = recipe.seed + number
-        torch.manual_seed(seed)
-        context = Context(example, loader(training, recipe.batch_size, seed), seed, plugins.formulas())
-        try:
-            model = _run(stage, strategy, model, context, log)
-            steps.append(_step(str(stage), model, example))
-        except InputError as error:
-            raise InputError(f"{path}: field 'stages.{number - 1}': {error}") from error
-        log(_progress(steps[-1]))
-    architecture = build(recipe.architecture, path)
-    model = merged(model, example)
-    packed = packing.pack(model, architecture, example)
-    about = recipe.submission
-    manifest = Manifest(
-        name=about.name,
-        task=recipe.task,
-        authors=about.authors,
-        architecture=recipe.architecture,
-        claims=about.claims,
-        paths=about.paths,
-        provenance=Provenance(note=about.note, data=recipe.data, steps=steps),
-    )
     text = path.read_bytes()
     try:
+        kept = Kept(folder / KEPT, text, resume)
+        try:
+            run = _Run(path, recipe, task, training, held_out, kept, log, progress)
+            run.all()
+        except InputError:  # it would fail again
+            kept.remove()
+            raise
+        architecture = build(recipe.architecture, path)
+        packed = packing.pack(merged(run.model, run.example), architecture, run.example)
+        about = recipe.submission
+        manifest = Manifest(
+            name=about.name,
+            task=recipe.task,
+            authors=about.authors,
+            architecture=recipe.architecture,
+            claims=about.claims,
+            paths=about.paths,
+            provenance=Provenance(note=about.note, data=recipe.data, steps=run.steps),
+        )
         packing.write(packed, folder / WEIGHTS)
         write_manifest(folder, manifest)
         write_whole(folder / RECIPE, text)
+        kept.remove()
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
 
 
-def _strategy(stage: Stage, index: int) -> Strategy | None:
+class _Run:
+    """One run of a recipe. Stages that an earlier run has done are taken from what it kept.
+
+    A structure is made again by applying its strategies again, in order; weights are what was kept. So nothing but
+    tensors and numbers is ever read from disk.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        recipe: Recipe,
+        task: Task,
+        training: Dataset[Any],
+        held_out: Dataset[Any] | None,
+        kept: Kept,
+        log: Log,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.path, self.recipe, self.task, self.kept, self.log, self.progress = path, recipe, task, kept, log, progress
+        self.training, self.held_out = training, held_out
+        torch.manual_seed(recipe.seed)
+        self.model = build(recipe.architecture, path, weights=True)
+        self.teacher: nn.Module | None = None
+        self.distills = any(s.train and s.train.distill for _, s in named_stages(recipe.stages))
+        self.trained = 0
+        self.batches = batches_of(recipe.stages, len(training))  # type: ignore[arg-type]
+        try:
+            self.example = example_input(task, self.model)
+            self.steps = [self._step("architecture")]
+        except InputError as error:
+            raise InputError(f"{path}: field 'architecture': {error}") from error
+        log(_told(self.steps[0]))
+
+    def all(self) -> None:
+        for name, stage in enumerate(self.recipe.stages):
+            if stage.rounds is None:
+                self.one(f"stages.{name}", stage)
+            else:
+                self.rounds(f"stages.{name}.rounds.stages", stage.rounds)
+
+    def rounds(self, name: str, rounds: Rounds) -> None:
+        for number in range(1, rounds.times + 1):
+            before, here = copied(self.model), len(self.steps)
+            for i, stage in enumerate(rounds.stages):
+                self.one(f"{name}.{i}", stage, f"round {number}: ")
+            last = self.steps[-1]
+            if rounds.quality is not None and last.quality is not None:
+                lower_is_better = METRICS[self.task.metric].lower_is_better
+                if last.quality > rounds.quality if lower_is_better else last.quality < rounds.quality:
+                    self.model = before
+                    self.steps[here:] = [
+                        step.model_copy(update={"stage": f"{step.stage} (undone)"}) for step in self.steps[here:]
+                    ]
+                    self.log(f"round {number} is undone: {METRICS[self.task.metric].show(last.quality)} held out")
+                    return
+            if rounds.until.reached(last):
+                return
+
+    def one(self, name: str, stage: Stage, prefix: str = "") -> None:
+        """Runs one stage, or takes from what was kept what it came to."""
+        number = len(self.steps)
+        seed = self.recipe.seed + number
+        torch.manual_seed(seed)
+        strategy = _strategy(stage, name)
+        batches = loader(self.training, self.recipe.batch_size, seed)
+        context = Context(self.example, batches, seed, plugins.formulas())
+        if strategy is not None and self.teacher is None and self.distills:
+            self.teacher = copied(self.model)
+        trained = self.trained
+        try:
+            saved = self.kept.step(number)
+            if saved is None or strategy is not None or stage.merge is not None:
+                self.model = self._apply(stage, strategy, context)
+            if saved is not None:
+                self.model.load_state_dict(self.kept.weights(number))
+                self.steps.append(saved)
+            else:
+                self.steps.append(self._step(f"{prefix}{stage}"))
+                self.kept.keep(number, self.model, self.steps[-1])
+        except InputError as error:
+            raise InputError(f"{self.path}: field '{name}': {error}") from error
+        self.trained = trained + batches_of([stage], len(self.training))  # type: ignore[arg-type]
+        self.log(_told(self.steps[-1]))
+
+    def _apply(self, stage: Stage, strategy: Strategy | None, context: Context) -> nn.Module:
+        if strategy is not None:
+            return strategy.apply(self.model, context)
+        if stage.train is not None:
+            teacher = self.teacher if stage.train.distill is not None else None
+            if stage.train.distill is not None and teacher is None:
+                raise InputError("train: distill learns from the uncompressed model; compress it first")
+            epochs = self.kept.epochs(len(self.steps))
+            return train(self.model, stage.train, context, self.log, teacher, epochs, self._done)
+        if stage.statistics is not None:
+            return estimate_statistics(self.model, stage.statistics, context)
+        return merged(self.model, context.example_input, BOTH if stage.merge == "batch-norm" else ("backward",))
+
+    def _done(self, batches: int) -> None:
+        self.trained += batches
+        self.progress(self.trained, self.batches)
+
+    def _step(self, name: str) -> Step:
+        # Batch norm as the two values a channel that it is; where it may be merged is for the recipe to say.
+        model = without_batch_norm(copied(self.model))
+        counted = mean_account(trace(model, self.example), plugins.formulas(), freebie=False)
+        quality = score = None
+        if (held_out := self.held_out) is not None:
+            task = replace(self.task, dataset=lambda root, split: held_out)
+            quality = measure(self.model, task, None).measured
+            whole = mean_account(trace(merged(self.model, self.example), self.example), plugins.formulas())
+            score = score_of(whole, self.task.storage, self.task.math).total
+        return Step(
+            stage=name,
+            parameters=counted.storage.parameters,
+            nonzeros=counted.storage.nonzeros,
+            mults=int(counted.math.mults),
+            adds=int(counted.math.adds),
+            score=score,
+            quality=quality,
+        )
+
+
+class Kept:
+    """What a run keeps of what it has done: for each stage the weights and the step, and the last epoch of training."""
+
+    def __init__(self, folder: Path, recipe: bytes, resume: bool) -> None:
+        self.folder = folder
+        digest = hashlib.sha256(recipe).hexdigest()
+        mark = folder / "recipe.sha256"
+        if resume and not mark.exists():
+            raise InputError(f"{folder} is not there: nothing was kept that could be resumed; run without --resume")
+        if resume and mark.read_text() != digest:
+            raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
+        if not resume:
+            self.remove()
+            write_whole(mark, digest.encode())
+
+    def step(self, number: int) -> Step | None:
+        """The step that a stage came to, if it was run before."""
+        path = self.folder / f"{number}.json"
+        return Step.model_validate_json(path.read_text()) if path.exists() else None
+
+    def weights(self, number: int) -> dict[str, Tensor]:
+        """All parameters and buffers after a stage."""
+        saved: dict[str, Tensor] = torch.load(self.folder / f"{number}.pt", weights_only=True)
+        return saved
+
+    def epochs(self, number: int) -> Path:
+        """Where training writes after each epoch."""
+        return self.folder / f"{number}.epoch.pt"
+
+    def keep(self, number: int, model: nn.Module, step: Step) -> None:
+        save(self.folder / f"{number}.pt", model.state_dict())
+        write_whole(self.folder / f"{number}.json", step.model_dump_json().encode())
+        self.epochs(number).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes it, and the folder around it if nothing else is there."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        if self.folder.parent.exists() and not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
+
+
+def named_stages(stages: Sequence[Stage], prefix: str = "stages") -> Iterator[tuple[str, Stage]]:
+    """Every stage with its place in the recipe, those inside of rounds, too."""
+    for i, stage in enumerate(stages):
+        yield f"{prefix}.{i}", stage
+        if stage.rounds is not None:
+            yield from named_stages(stage.rounds.stages, f"{prefix}.{i}.rounds.stages")
+
+
+def batches_of(stages: Sequence[Stage], examples: int) -> int:
+    """The batches that the stages train on at most."""
+    total = 0
+    for stage in stages:
+        if stage.train is not None:
+            total += stage.train.epochs * -(-examples // stage.train.batch_size)
+        if stage.rounds is not None:
+            total += stage.rounds.times * batches_of(stage.rounds.stages, examples)
+    return total
+
+
+def _strategy(stage: Stage, place: str) -> Strategy | None:
     kind = stage.strategy_kind
     if kind is None:
         return None
@@ -192,38 +423,32 @@ def _strategy(stage: Stage, index: int) -> Strategy | None:
         option = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             unknown = plugins.unknown("option", option, strategy.model_fields)
-            raise InputError(f"field 'stages.{index}': {kind} {name}: {unknown}") from error
-        raise InputError(f"field 'stages.{index}': {kind} {name}: option {option!r}: {fault['msg']}") from error
+            raise InputError(f"field '{place}': {kind} {name}: {unknown}") from error
+        raise InputError(f"field '{place}': {kind} {name}: option {option!r}: {fault['msg']}") from error
 
 
-def _run(stage: Stage, strategy: Strategy | None, model: nn.Module, context: Context, log: Log) -> nn.Module:
-    if strategy is not None:
-        return strategy.apply(model, context)
-    if stage.train is not None:
-        return train(model, stage.train, context, log)
-    if stage.statistics is not None:
-        return estimate_statistics(model, stage.statistics, context)
-    return merged(model, context.example_input, BOTH if stage.merge == "batch-norm" else ("backward",))
-
-
-def _step(name: str, model: nn.Module, example: Example) -> Step:
-    # Batch norm as the two values a channel that it is; where it may be merged is for the recipe to say.
-    model = without_batch_norm(copy.deepcopy(model))
-    counted = mean_account(trace(model, example), plugins.formulas(), freebie=False)
-    return Step(
-        stage=name,
-        parameters=counted.storage.parameters,
-        nonzeros=counted.storage.nonzeros,
-        mults=int(counted.math.mults),
-        adds=int(counted.math.adds),
-    )
-
-
-def _progress(step: Step) -> str:
-    return (
+def _told(step: Step) -> str:
+    told = (
         f"{step.stage}: {step.parameters:,} parameters, {step.nonzeros:,} non-zero, "
         f"{step.mults + step.adds:,} operations"
     )
+    if step.quality is not None and step.score is not None:
+        told += f"; held out {step.quality:.4f}, score {step.score:.5f}"
+    return told
+
+
+def _data(recipe: Recipe, task: Task, root: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """Training data, and the part of it that is held out: drawn by the seed; of a stream of text its end."""
+    whole = _training_data(recipe, task, root)
+    examples = len(whole)  # type: ignore[arg-type]
+    held_out = round(recipe.validation * examples)
+    if not held_out:
+        return whole, None
+    if task.metric == "perplexity":
+        order = list(range(examples))
+    else:
+        order = torch.randperm(examples, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    return Subset(whole, order[:-held_out]), Subset(whole, order[-held_out:])
 
 
 def _training_data(recipe: Recipe, task: Task, root: Path | None) -> Dataset[Any]:
@@ -234,36 +459,6 @@ def _training_data(recipe: Recipe, task: Task, root: Path | None) -> Dataset[Any
     generator = torch.Generator().manual_seed(recipe.seed)
     inputs = torch.randn(NOISE_EXAMPLES, *task.input_shape, generator=generator)
     return TensorDataset(inputs, torch.zeros(NOISE_EXAMPLES, dtype=torch.int64))
-
-
-def loader(dataset: Dataset[Any], batch_size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of a data set, shuffled by the seed."""
-    return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
-
-
-def train(model: nn.Module, training: Training, context: Context, log: Log) -> nn.Module:
-    """Trains `model` in place on the context's training data and returns it in evaluation mode."""
-    batches = loader(context.training_data.dataset, training.batch_size, context.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs * len(batches))
-    model.train()
-    for epoch in range(training.epochs):
-        loss_sum, correct, examples = 0.0, 0, 0
-        for inputs, labels in batches:
-            optimizer.zero_grad()
-            outputs = model(inputs)
-            logits = outputs[0] if isinstance(outputs, tuple) else outputs  # a language model returns its state, too
-            if (largest := int(labels.max())) >= logits.shape[-1]:
-                raise InputError(f"train: label {largest} has no output; the model has {logits.shape[-1]}")
-            loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.item() * labels.numel()
-            correct += int((logits.argmax(-1) == labels).sum())
-            examples += labels.numel()
-        log(f"  epoch {epoch + 1} of {training.epochs}: loss {loss_sum / examples:.4f}, {correct / examples:.2%} right")
-    return model.eval()
 
 
 def estimate_statistics(model: nn.Module, statistics: Statistics, context: Context) -> nn.Module:

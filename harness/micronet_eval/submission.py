@@ -80,13 +80,18 @@ class Frequencies(Table):
 
 
 class Step(Table):
-    """The model after one stage of the recipe, as it ran: nothing merged, nothing counted as narrower than it is."""
+    """The model after one stage of the recipe, as it ran: nothing merged, nothing counted as narrower than it is.
+
+    Where training data was held out, `quality` is that on it, and `score` what the model would score as it is.
+    """
 
     stage: str
     parameters: int
     nonzeros: int
     mults: int
     adds: int
+    score: float | None = None
+    quality: float | None = None
 
 
 class Provenance(Table):

@@ -26,10 +26,10 @@ from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
 from micronet_eval.paths import mean_account
-from micronet_eval.recipe import Training, loader, train
 from micronet_eval.scoring import Account
 from micronet_eval.strategy import Context, Pruner, Quantizer, Sparsifier, Strategy
 from micronet_eval.trace import trace
+from micronet_eval.training import Training, loader, train
 
 CLASSES, EXAMPLES, SHAPE = 5, 40, (2, 12, 12)
 

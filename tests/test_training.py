@@ -1,0 +1,311 @@
+"""Training: schedules, mixing, distillation, regularisation by hand; rounds of a recipe; resuming."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from micronet_eval import plugins
+from micronet_eval.errors import InputError
+from micronet_eval.recipe import KEPT, Recipe, Target, compress
+from micronet_eval.strategy import Context
+from micronet_eval.submission import Step, read_manifest
+from micronet_eval.training import Distillation, Training, distillation, loader, mix, orthonormality, rate, train
+
+
+def context(seed=0, examples=24):
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(examples, 6, generator=generator), torch.arange(examples) % 3
+    return Context(torch.zeros(1, 6), loader(TensorDataset(inputs, labels), 4, seed), seed, plugins.formulas())
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+# --- one step by hand -------------------------------------------------------------------------------------------------
+
+
+def test_schedules():
+    def rates(**options):
+        share = rate(Training(learning_rate=1, **options), batches=2)
+        return [share(step) for step in range(2 * options["epochs"])]
+
+    assert rates(epochs=2) == pytest.approx([1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2])
+    assert rates(epochs=4, schedule="step") == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert rates(epochs=2, schedule="constant") == [1, 1, 1, 1]
+    assert rates(epochs=3, schedule="constant", warmup=1) == [0.5, 1, 1, 1, 1, 1]
+
+
+def test_mixup_and_cutmix_keep_what_they_say():
+    torch.manual_seed(0)
+    inputs = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 10, 10)
+    for options in ({"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 0.5}):
+        training = Training(epochs=1, learning_rate=1, **options)
+        for _ in range(20):
+            mixed, other, share = mix(inputs, training)
+            expected = share * inputs.mean((1, 2, 3)) + (1 - share) * inputs[other].mean((1, 2, 3))
+            assert torch.allclose(mixed.mean((1, 2, 3)), expected, atol=1e-5)
+            assert 0 <= share <= 1
+    unmixed, _, share = mix(inputs, Training(epochs=1, learning_rate=1))
+    assert unmixed is inputs
+    assert share == 1
+
+
+def test_distillation_by_hand():
+    how = Distillation(weight=0.25, temperature=2)
+    own, given = torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * math.log(3), 0.0]])
+    # The teacher's softmax at temperature 2 is 3/4 and 1/4, its own 1/2 and 1/2.
+    divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert distillation(own, given, how).item() == pytest.approx(0.25 * 4 * divergence)
+    assert distillation(given, given, how).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_orthonormality_is_the_distance_from_orthonormal_rows():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Conv2d(1, 2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0, 0], [0, 2.0, 0]]))  # W W^T - 1 = diag(0, 3)
+        model[1].weight.copy_(torch.tensor([0.6, 0.8]).view(2, 1, 1, 1))  # a column of length 1
+    assert orthonormality(model).item() == pytest.approx(9)
+
+
+def test_one_step_of_sgd_by_hand():
+    model = nn.Linear(6, 3)
+    data = context(examples=4)
+    before = model.weight.detach().clone()
+    ((inputs, labels),) = loader(data.training_data.dataset, 4, 0)
+    loss = cross_entropy(model(inputs), labels, label_smoothing=0.1)
+    (gradient,) = torch.autograd.grad(loss, model.weight)
+    options = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0.01, "label_smoothing": 0.1, "schedule": "constant"}
+    train(model, Training(epochs=1, learning_rate=0.5, batch_size=4, **options), data)
+    assert torch.allclose(model.weight, before - 0.5 * (gradient + 0.01 * before), atol=1e-6)
+
+
+def test_the_average_of_the_weights_comes_out():
+    def trained(average):
+        training = Training(epochs=1, learning_rate=0.1, batch_size=12, average=average, schedule="constant")
+        return train(net(), training, context()).state_dict()
+
+    # Two steps: the average of w0, w1, w2 with decay d is d^2 w0 + d (1 - d) w1 + (1 - d) w2.
+    first = train(net(), Training(epochs=1, learning_rate=0.1, batch_size=24, schedule="constant"), context())
+    assert first is not None
+    plain, averaged, start = trained(0.0), trained(0.5), net().state_dict()
+    for name, value in averaged.items():
+        assert not torch.equal(value, plain[name])
+        low, high = torch.minimum(start[name], plain[name]), torch.maximum(start[name], plain[name])
+        assert ((value >= low - 0.11) & (value <= high + 0.11)).all()
+
+
+def test_a_parameter_with_a_factor_learns_so_many_times_as_fast():
+    models = net(), net()
+    models[1][0].weight.learning_rate_factor = 10.0
+    training = Training(epochs=1, learning_rate=0.001, batch_size=24, optimizer="sgd", momentum=0)
+    start = net()[0].weight
+    steps = [train(model, training, context())[0].weight - start for model in models]
+    assert torch.allclose(steps[1], 10 * steps[0], atol=1e-6)
+
+
+def test_warmup_has_to_end():
+    with pytest.raises(ValidationError, match="warmup takes 2 of 2 epochs"):
+        Training(epochs=2, learning_rate=1, warmup=2)
+
+
+def test_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path):
+    training = Training(
+        epochs=4, learning_rate=0.05, batch_size=4, optimizer="sgd", mixup=0.4, average=0.9, warmup=1, orthonormal=0.01
+    )
+    model = net()
+    torch.manual_seed(5)
+    whole = train(model, training, context()).state_dict()
+
+    class Killed(Exception):
+        pass
+
+    def kill(line):
+        if "epoch 3" in line:
+            raise Killed
+
+    model = net()
+    torch.manual_seed(5)
+    with pytest.raises(Killed):
+        train(model, training, context(), kill, checkpoint=tmp_path / "epoch.pt")
+    model = net()
+    torch.manual_seed(77)
+    resumed = train(model, training, context(), checkpoint=tmp_path / "epoch.pt").state_dict()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+ROUNDS = """
+task = "digits"
+seed = 3
+validation = 0.2
+[submission]
+name = "small"
+authors = ["test"]
+[architecture]
+name = "wide-resnet"
+depth = 10
+width = 1
+classes = 10
+channels = 1
+[[stages]]
+train = { epochs = 2, learning_rate = 0.01 }
+[[stages]]
+[stages.rounds]
+times = 4
+RULE
+[[stages.rounds.stages]]
+sparsifier = "magnitude"
+sparsity = 0.3
+[[stages.rounds.stages]]
+train = { epochs = 1, learning_rate = 0.002, distill = { weight = 0.5 } }
+[[stages]]
+merge = "batch-norm"
+"""
+
+
+def made(tmp_path, rule, name="small"):
+    (tmp_path / "recipe.toml").write_text(ROUNDS.replace("RULE", rule))
+    lines = []
+    compress(tmp_path / "recipe.toml", tmp_path / name, log=lines.append)
+    return read_manifest(tmp_path / name).provenance.steps, lines
+
+
+def test_rounds_end_when_the_target_is_reached(tmp_path):
+    steps, _ = made(tmp_path, "until = { score = 0.2 }")
+    rounds = [step for step in steps if step.stage.startswith("round")]
+    scores = [step.score for step in rounds]
+    assert all(step.quality is not None for step in steps)
+    assert scores[-1] <= 0.2 or len(rounds) == 8
+    assert all(score > 0.2 for score in scores[1:-2:2])
+
+
+def test_a_round_that_costs_too_much_quality_is_undone(tmp_path, monkeypatch):
+    from micronet_eval import recipe
+
+    real, calls = recipe.measure, []
+
+    def measured(model, task, data):
+        calls.append(model)
+        quality = real(model, task, data)
+        return quality.model_copy(update={"measured": 0.5}) if len(calls) == 6 else quality  # after the second round
+
+    monkeypatch.setattr(recipe, "measure", measured)
+    steps, lines = made(tmp_path, "quality = 0.6")
+    names = [step.stage for step in steps]
+    assert names[-3:] == ["round 2: sparsifier magnitude (undone)", "round 2: train (undone)", "merge batch-norm"]
+    assert any("round 2 is undone" in line for line in lines)
+    assert steps[-1].nonzeros == pytest.approx(steps[3].nonzeros, rel=0.02)  # as after the first round, norms merged
+
+
+def test_targets_are_all_to_be_reached():
+    step = Step(stage="", parameters=10, nonzeros=5, mults=3, adds=2, score=0.5)
+    assert Target(parameters=10, operations=5).reached(step)
+    assert not Target(parameters=10, operations=4).reached(step)
+    assert not Target(score=0.4).reached(step)
+    assert not Target().reached(step)
+
+
+def test_quality_needs_data_that_is_held_out():
+    with pytest.raises(ValidationError, match=r"validation = 0\.1"):
+        Recipe.model_validate(
+            {
+                "task": "digits",
+                "architecture": {"name": "wide-resnet"},
+                "submission": {"name": "a", "authors": ["b"]},
+                "stages": [{"rounds": {"times": 1, "quality": 0.9, "stages": [{"merge": "batch-norm"}]}}],
+            }
+        )
+
+
+def test_test_data_is_never_looked_at(tmp_path, register):
+    from dataclasses import replace
+
+    digits = plugins.lookup("task", "digits")
+
+    def dataset(root, split):
+        assert split == "train"
+        return digits.dataset(root, split)
+
+    register(tasks={"guarded": replace(digits, name="guarded", dataset=dataset)})
+    text = ROUNDS.replace("RULE", "quality = 0.1").replace('"digits"', '"guarded"')
+    (tmp_path / "recipe.toml").write_text(text)
+    compress(tmp_path / "recipe.toml", tmp_path / "small")
+    assert (tmp_path / "small" / "weights.safetensors").exists()
+
+
+def test_what_nothing_was_compressed_from_cannot_teach(tmp_path):
+    text = ROUNDS.replace("RULE", "").replace("epochs = 2, learning_rate", "epochs = 1, distill = {}, learning_rate")
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(InputError, match=r"stages.0.*distill learns from the uncompressed model"):
+        compress(tmp_path / "recipe.toml", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_after_a_kill_gives_the_same_files(tmp_path):
+    made(tmp_path, "until = { nonzeros = 30_000 }", "whole")
+    script = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from micronet_eval.recipe import compress
+        compress(Path(sys.argv[1]), Path(sys.argv[2]), log=lambda line: print(line, flush=True))
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "recipe.toml"), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if "round 1: train" in line:
+            time.sleep(0.3)
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert (tmp_path / "killed" / KEPT).is_dir()
+    compress(tmp_path / "recipe.toml", tmp_path / "killed", resume=True)
+    assert not (tmp_path / "killed" / KEPT).exists()
+    for name in ("weights.safetensors", "submission.toml"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_what_cannot_be_resumed(tmp_path, run):
+    (tmp_path / "recipe.toml").write_text(ROUNDS.replace("RULE", ""))
+    code, _, err = run("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out", "--resume")
+    assert code == 2
+    assert "nothing was kept" in err
+    (tmp_path / "out" / KEPT).mkdir(parents=True)
+    (tmp_path / "out" / KEPT / "recipe.sha256").write_text("another")
+    code, _, err = run("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out", "--resume")
+    assert code == 2
+    assert "another recipe" in err
+
+
+def test_the_recipe_of_the_documentation_runs(tmp_path):
+    (text,) = re.findall(
+        r"```toml\n(task = .*?)```", (Path(__file__).parent.parent / "docs/recipes.md").read_text(), re.S
+    )
+    short = re.sub(r"epochs = \d+", "epochs = 1", text)
+    (tmp_path / "recipe.toml").write_text(short)
+    compress(tmp_path / "recipe.toml", tmp_path / "mine")
+    stages = [step.stage for step in read_manifest(tmp_path / "mine").provenance.steps]
+    assert stages == [
+        "architecture", "train", "sparsifier magnitude", "train", "merge batch-norm", "quantizer fixed-point"
+    ]  # fmt: skip
