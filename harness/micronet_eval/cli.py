@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 from click_default_group import DefaultGroup
@@ -227,32 +227,28 @@ def import_(folder: Path, state_dict: Path, output: Path) -> None:
 @click.argument("name", required=False)
 @_format
 def strategies(name: str | None, style: str) -> None:
-    """List the installed pruners, sparsifiers and quantizers, or the options of one."""
+    """List the installed pruners, sparsifiers and quantizers, or the options of those with one name."""
     kinds: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
-    found: dict[str, tuple[plugins.Kind, plugins.Registered]] = {}
-    for kind in kinds:
-        for key, entry in plugins.registered(kind).items():
-            if key in found:
-                packages = f"{found[key][1].package} and {entry.package}"
-                raise InputError(f"the strategy {key!r} is registered by both {packages}")
-            found[key] = kind, entry
+    found = [(key, kind, entry) for kind in kinds for key, entry in plugins.registered(kind).items()]
     if name is None:
         listing = [
             {"name": key, "kind": kind, "does": _first_line(entry.thing), "package": entry.package}
-            for key, (kind, entry) in found.items()
+            for key, kind, entry in found
         ]
         return _show_rows(listing, style)
-    if name not in found:
-        raise InputError(plugins.unknown("strategy", name, found))
-    fields = found[name][1].thing.model_fields
+    named = [(kind, entry) for key, kind, entry in found if key == name]
+    if not named:
+        raise InputError(plugins.unknown("strategy", name, dict.fromkeys(key for key, *_ in found)))
     options: list[dict[str, object]] = [
         {
+            "kind": kind,
             "option": option,
-            "type": getattr(field.annotation, "__name__", str(field.annotation)),
+            "type": _type(field.annotation),
             "default": "required" if field.is_required() else field.default,
             "meaning": field.description,
         }
-        for option, field in fields.items()
+        for kind, entry in named
+        for option, field in entry.thing.model_fields.items()
     ]
     return _show_rows(options, style)
 
@@ -331,6 +327,13 @@ def _threshold(task: Task) -> str:
 
 def _first_line(thing: object) -> str:
     return (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
+
+
+def _type(annotation: Any) -> str:
+    """A type as users write its values: the choices of a Literal, else its name."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 @contextmanager

@@ -21,9 +21,17 @@ def micronet_register_pruners(register: Any) -> None:
 @hookimpl
 def micronet_register_sparsifiers(register: Any) -> None:
     """The bundled sparsifiers."""
+    from micronet_plugins import patterns, scheduled, second_order
     from micronet_plugins.magnitude import Magnitude
 
     register("magnitude", Magnitude)
+    register("random", patterns.Random)
+    register("n-m", patterns.NofM)
+    register("block", patterns.Block)
+    register("wanda", second_order.Wanda)
+    register("obs", second_order.OBS)
+    register("gradual", scheduled.Gradual)
+    register("movement", scheduled.Movement)
 
 
 @hookimpl

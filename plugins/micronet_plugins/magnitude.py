@@ -1,6 +1,13 @@
-"""Magnitude sparsity (Han et al. 2015, arXiv 1506.02626): the smallest weights become zero."""
+"""Magnitude sparsity (Han et al. 2015, arXiv 1506.02626), and what all sparsifiers share: choosing zeros, holding them.
+
+How many weights each layer loses is the allocation. LAMP: Lee et al. 2021, arXiv 2010.07611. ERK (Erdos-Renyi kernel):
+Evci et al. 2020, arXiv 1911.11134.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -9,40 +16,93 @@ from torch.nn.utils import parametrize
 
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import Mask, copied
+from micronet_plugins.weights import dot_products, grouped, parametrizations_of, weight_of
+
+SPARSITY = Field(0.5, gt=0, lt=1, description="share of all weights of convolutions and linear layers")
+LIMIT = Field(0.95, gt=0, lt=1, description="largest share that one layer may lose")
 
 
 class Magnitude(Sparsifier):
-    """Zeros the smallest weights of the whole network, no layer losing more than a limit."""
+    """Zeros the smallest weights: of the whole network, of each layer, or allocated by LAMP or ERK.
 
-    sparsity: float = Field(0.5, gt=0, lt=1, description="share of all weights of convolutions and linear layers")
-    limit: float = Field(0.95, gt=0, lt=1, description="largest share that one layer may lose")
+    `global` ranks |w| over all layers. `layer` takes the same share of each. `lamp` ranks w^2 divided by the sum of
+    all squares in the layer that are not smaller, the error that removing it makes. `erk` keeps of each layer a density
+    proportional to (inputs + outputs + kernel sides) / (inputs x outputs x kernel), so that small layers stay dense.
+    The strong default without data; `lamp` and `erk` at high sparsity, where `global` empties whole layers.
+    """
+
+    sparsity: float = SPARSITY
+    scope: Literal["global", "layer", "lamp", "erk"] = Field("global", description="how layers share the sparsity")
+    limit: float = LIMIT
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        magnitudes = [layer.weight.detach().abs().flatten() for layer in layers]
-        zeros = zeros_by_layer(magnitudes, self.sparsity, self.limit)
+        layers = list(dot_products(model).values())
+        magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
+        if self.scope == "layer":
+            zeros = [round(min(self.sparsity, self.limit) * m.numel()) for m in magnitudes]
+        elif self.scope == "erk":
+            densities = erk_densities([dimensions(layer) for layer in layers], 1 - self.sparsity, 1 - self.limit)
+            zeros = [round((1 - d) * m.numel()) for d, m in zip(densities, magnitudes, strict=True)]
+        else:
+            scores = [lamp_scores(m) for m in magnitudes] if self.scope == "lamp" else magnitudes
+            zeros = zeros_by_layer(scores, self.sparsity, self.limit)
         for layer, magnitude, count in zip(layers, magnitudes, zeros, strict=True):
-            mask = torch.ones_like(magnitude, dtype=torch.bool)
-            mask[magnitude.argsort(stable=True)[:count]] = False
-            set_mask(layer, mask.view_as(layer.weight))
+            zero_smallest(layer, magnitude, count)
         return model
 
 
-def zeros_by_layer(magnitudes: list[Tensor], sparsity: float, limit: float) -> list[int]:
-    """How many of its smallest weights each layer loses: together the smallest of all, up to `limit` in a layer."""
-    candidates = [m.sort(stable=True).values[: int(limit * m.numel())] for m in magnitudes]
-    wanted = min(round(sparsity * sum(m.numel() for m in magnitudes)), sum(c.numel() for c in candidates))
+def lamp_scores(magnitudes: Tensor) -> Tensor:
+    """w^2 / (sum of v^2 over all v of the layer with |v| >= |w|): [n] of [n]. 1 for the largest, 0 for a zero."""
+    squares = magnitudes.double().square()
+    order = squares.argsort(stable=True)
+    rest = squares[order].flip(0).cumsum(0).flip(0)
+    return torch.empty_like(squares).scatter(0, order, squares[order] / rest.clamp(min=1e-300))
+
+
+def erk_densities(shapes: Sequence[tuple[int, ...]], density: float, least: float = 0.0) -> list[float]:
+    """The share of weights that each layer keeps, in all `density` of them, none below `least` or above 1.
+
+    A shape is (outputs, inputs, kernel sides...); densities are proportional to the sum of its sides by their product.
+    Layers that would keep more than all, or less than the least, are set there and the others share what is left.
+    """
+    sizes = [float(torch.Size(shape).numel()) for shape in shapes]
+    raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
+    low, high = 0.0, max(1 / r for r in raw)  # at the upper end all layers are full
+    for _ in range(100):
+        middle = (low + high) / 2
+        kept = sum(size * min(1.0, max(least, middle * r)) for size, r in zip(sizes, raw, strict=True))
+        low, high = (middle, high) if kept < density * sum(sizes) else (low, middle)
+    return [min(1.0, max(least, high * r)) for r in raw]
+
+
+def dimensions(layer: nn.Module) -> tuple[int, ...]:
+    """Outputs and inputs of a group, and the sides of the kernel."""
+    weight = weight_of(layer)
+    _, outputs, inputs, _ = grouped(layer, weight).shape
+    return outputs, inputs, *weight.shape[2:]
+
+
+def zeros_by_layer(scores: Sequence[Tensor], sparsity: float, limit: float) -> list[int]:
+    """How many of its lowest scores each layer loses: together the lowest of all, up to `limit` in a layer."""
+    candidates = [s.sort(stable=True).values[: int(limit * s.numel())] for s in scores]
+    wanted = min(round(sparsity * sum(s.numel() for s in scores)), sum(c.numel() for c in candidates))
     owner = torch.cat([torch.full_like(c, i, dtype=torch.int64) for i, c in enumerate(candidates)])
     chosen = owner[torch.cat(candidates).argsort(stable=True)[:wanted]]
-    return torch.bincount(chosen, minlength=len(magnitudes)).tolist()
+    return torch.bincount(chosen, minlength=len(scores)).tolist()
+
+
+def zero_smallest(layer: nn.Module, scores: Tensor, count: int) -> None:
+    """Holds the `count` weights with the lowest scores [all weights, flat] at zero; of equals the first."""
+    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[scores.flatten().argsort(stable=True)[:count]] = False
+    set_mask(layer, mask.view_as(weight_of(layer)))
 
 
 def set_mask(layer: nn.Module, mask: Tensor) -> None:
     """Holds the weight's zeros at `mask`; a mask that is there already takes the new zeros."""
-    if parametrize.is_parametrized(layer, "weight"):
-        for parametrization in layer.parametrizations["weight"]:  # type: ignore[index]
-            if isinstance(parametrization, Mask):
-                parametrization.mask &= mask
-                return
+    for parametrization in parametrizations_of(layer) or ():
+        if isinstance(parametrization, Mask):
+            parametrization.mask &= mask
+            return
     parametrize.register_parametrization(layer, "weight", Mask(mask))

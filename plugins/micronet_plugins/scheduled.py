@@ -1,0 +1,134 @@
+"""Sparsifiers that train while the zeros grow, by the cubic schedule of Zhu and Gupta 2017 (arXiv 1710.01878)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, repeat
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from micronet_eval.errors import InputError
+from micronet_eval.strategy import Context, Sparsifier
+from micronet_eval.structure import Mask, copied
+from micronet_plugins.magnitude import LIMIT, SPARSITY, set_mask, zero_smallest, zeros_by_layer
+from micronet_plugins.weights import dot_products, parametrizations_of, weight_of
+
+
+class Scheduled(Sparsifier):
+    """What both share: AdamW, a learning rate that falls to zero by a cosine, and the schedule of the sparsity."""
+
+    sparsity: float = SPARSITY
+    limit: float = LIMIT
+    epochs: int = Field(5, gt=0, description="epochs of training on training data")
+    learning_rate: float = Field(1e-3, gt=0, description="learning rate at the start")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the weights")
+    batch_size: int = Field(64, gt=0, description="examples of a training step")
+    ramp: float = Field(0.7, gt=0, le=1, description="share of the training in which the sparsity grows")
+
+    def sparsity_at(self, done: float) -> float:
+        """The sparsity after a share `done` of the training: s (1 - (1 - t)^3), t the share of the ramp."""
+        return self.sparsity * (1 - (1 - min(done / self.ramp, 1.0)) ** 3)
+
+
+class Gradual(Scheduled):
+    """Zeros ever more of the smallest weights while it trains, on a cubic schedule.
+
+    Zhu and Gupta 2017, arXiv 1710.01878: s_t = s (1 - (1 - t)^3), fast while there is much to spare, slow at the end. A
+    weight that is zero stays zero. Better than `magnitude` and training afterwards, at high sparsity above all.
+    """
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = copied(model)
+        layers = list(dot_products(model).values())
+        for done in training(model, self, context):
+            magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
+            zeros = zeros_by_layer(magnitudes, self.sparsity_at(done), self.limit)
+            for layer, magnitude, lost in zip(layers, magnitudes, zeros, strict=True):
+                zero_smallest(layer, magnitude, lost)
+        return model.eval()
+
+
+class Movement(Scheduled):
+    """Zeros while it trains the weights that move towards zero, wherever they stand.
+
+    Sanh et al. 2020, arXiv 2005.07683: score S = -sum over steps of w x dL/dw, straight through the mask, so that a
+    weight can come back while the sparsity grows; the lowest scores of the network are zero. For fine-tuning on a task
+    other than that of the first training, where the size of a weight says little.
+    """
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = copied(model)
+        layers = list(dot_products(model).values())
+        moved = [_watch(layer) for layer in layers]
+        for done in training(model, self, context):
+            scores = [m.scores.flatten() for m in moved]
+            zeros = zeros_by_layer(scores, self.sparsity_at(done), self.limit)
+            for movement, score, lost in zip(moved, scores, zeros, strict=True):
+                movement.mask = torch.ones_like(movement.mask)
+                movement.mask.view(-1)[score.argsort(stable=True)[:lost]] = False
+        for layer, movement in zip(layers, moved, strict=True):
+            _exchange(layer, Mask(movement.mask))
+        return model.eval()
+
+
+class _Moved(Mask):
+    """A mask that adds up the movement scores of its weight: every gradient counts, behind the mask as well.
+
+    What another mask holds at zero scores minus infinity.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask)
+        self.scores = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        masked = super().forward(weight)
+        if masked.requires_grad:
+            masked.register_hook(lambda gradient: self.add(gradient, weight.detach()))  # type: ignore[no-untyped-call]
+        return masked
+
+    def add(self, gradient: Tensor, weight: Tensor) -> None:
+        self.scores = self.scores - gradient * weight
+
+
+def _watch(layer: nn.Module) -> _Moved:
+    """Puts a `_Moved` in the place of the layer's mask, or where there was none."""
+    set_mask(layer, torch.ones_like(weight_of(layer), dtype=torch.bool))
+    movement = _Moved(next(p.mask for p in parametrizations_of(layer) or () if isinstance(p, Mask)))
+    _exchange(layer, movement)
+    return movement
+
+
+def _exchange(layer: nn.Module, mask: Mask) -> None:
+    """Puts `mask` in the place of the layer's mask."""
+    parametrizations = parametrizations_of(layer)
+    assert parametrizations is not None
+    position = next(i for i, p in enumerate(parametrizations) if isinstance(p, Mask))
+    parametrizations[position] = mask
+
+
+def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator[float]:
+    """Trains `model` in place with cross entropy; yields the share that is done, a hundred times at most."""
+    loader = DataLoader(
+        context.training_data.dataset,
+        options.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(context.seed),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+    steps = options.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for step, (inputs, labels) in enumerate(chain.from_iterable(repeat(loader, options.epochs)), 1):
+        optimizer.zero_grad()
+        logits = model(inputs)
+        if (largest := int(labels.max())) >= logits.shape[1]:
+            raise InputError(f"training: label {largest} has no output; the model has {logits.shape[1]}")
+        nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if 100 * step // steps > 100 * (step - 1) // steps:
+            yield step / steps

@@ -1,0 +1,119 @@
+"""Sparsifiers that look at calibration data: what a layer's inputs say about which weights its outputs need."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from micronet_eval.strategy import Context, Sparsifier
+from micronet_eval.structure import copied
+from micronet_plugins.magnitude import set_mask
+from micronet_plugins.weights import dot_products, grouped, parametrizations_of, second_moments, ungrouped, weight_of
+
+
+class Wanda(Sparsifier):
+    """Zeros in each output the weights with the smallest |weight| x norm of the input.
+
+    Sun et al. 2023, arXiv 2306.11695: score |W_ij| ||X_j||_2, compared within an output; of a convolution j is an input
+    channel at a kernel position. Cheap, no weight changes; better than `magnitude` where inputs differ in size.
+    """
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights of each output")
+    batches: int = Field(4, gt=0, description="batches of training data for calibration")
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = copied(model)
+        layers = dot_products(model)
+        for path, moment in second_moments(model, context, self.batches, "wanda").items():
+            layer = layers[path]
+            weight = grouped(layer, weight_of(layer)).flatten(2)
+            scores = weight.abs() * moment.diagonal(dim1=1, dim2=2).sqrt()[:, None, :]
+            scores = scores.masked_fill(weight == 0, -1)
+            ranks = scores.argsort(dim=2, stable=True).argsort(2)
+            set_mask(layer, ungrouped(layer, ranks >= round(self.sparsity * scores.shape[2])))
+        return model
+
+
+class OBS(Sparsifier):
+    """Zeros weights by the error that they cause in the layer's output, and lets the remaining ones make up for it.
+
+    Optimal brain surgeon (Hassibi and Stork 1992) on each layer's least squares problem, by the sweep of SparseGPT
+    (Frantar and Alistarh 2023, arXiv 2301.00774). With H = X X^T + damping, saliency w_j^2 / [H^-1]_jj; the weights
+    behind j change by -w_j / [H^-1]_jj x [H^-1]_j, where H is that of the inputs from j on. Then all that remain are
+    refitted to the layer's outputs. The best without training, and the dearest: d^3 a layer, d = inputs x kernel.
+    """
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights of each layer")
+    batches: int = Field(4, gt=0, description="batches of training data for calibration")
+    damping: float = Field(0.01, gt=0, description="added to H's diagonal, as a share of its mean")
+    block: int = Field(128, gt=0, description="inputs among which the weights to remove are chosen at a time")
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = copied(model)
+        layers = dot_products(model)
+        for path, moment in second_moments(model, context, self.batches, "obs").items():
+            layer = layers[path]
+            matrices = grouped(layer, weight_of(layer)).flatten(2).double()
+            found = [
+                sweep(matrix, damped(h, self.damping), self.sparsity, self.block)
+                for matrix, h in zip(matrices, moment, strict=True)
+            ]
+            weight, kept = (ungrouped(layer, torch.stack(parts)) for parts in zip(*found, strict=True))
+            masked = parametrizations_of(layer)
+            with torch.no_grad():
+                (layer.weight if masked is None else masked.original).copy_(weight)  # type: ignore[operator]
+            set_mask(layer, kept)
+        return model
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """H with `damping` x its mean diagonal added to the diagonal, so that it has an inverse."""
+    mean = moment.diagonal().mean().item()
+    return moment + torch.eye(len(moment), dtype=moment.dtype) * (damping * mean if mean > 0 else 1.0)
+
+
+def sweep(weight: Tensor, h: Tensor, sparsity: float, block: int) -> tuple[Tensor, Tensor]:
+    """New weights and mask, [outputs, d] both, of `weight` under the second moment `h` [d, d] of its inputs.
+
+    Row j of the upper Cholesky factor U of H^-1 is the first row of the inverse of H[j:, j:], divided by its root
+    U_jj. What is zero already comes first.
+    """
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    new, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    for start in range(0, len(h), block):
+        end = min(start + block, len(h))
+        scores = new[:, start:end].square() / factor.diagonal()[start:end].square()
+        scores = scores.masked_fill(weight[:, start:end] == 0, -1)
+        count = round(sparsity * len(weight) * end) - round(sparsity * len(weight) * start)
+        lowest = scores.flatten().argsort(stable=True)[:count]
+        kept[:, start:end] = torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, lowest, False).view_as(scores)
+        for j in range(start, end):
+            error = new[:, j].masked_fill(kept[:, j], 0) / factor[j, j]
+            new[:, j:] -= error[:, None] * factor[j, j:]
+    return refitted(weight, new * kept, kept, h), kept
+
+
+def refitted(weight: Tensor, start: Tensor, kept: Tensor, h: Tensor, steps: int = 100) -> Tensor:
+    """The weights [outputs, d] at `kept` whose outputs are closest to those of `weight`, found from `start` on.
+
+    Minimises (w - v) H (w - v)^T for each row by conjugate gradients, preconditioned by H's diagonal. The sweep leaves
+    the weights in front of a removed one as they are; this lets them make up for it, too. *(ours)*
+    """
+    new, diagonal = start.clone(), h.diagonal()
+    residual = (weight - new) @ h * kept
+    direction = residual / diagonal
+    energy = (residual * direction).sum(1, keepdim=True)
+    enough = 1e-14 * (weight @ h * weight).sum(1, keepdim=True)
+    for _ in range(steps):
+        going = energy > enough
+        if not bool(going.any()):
+            break
+        curved = direction @ h * kept
+        step = torch.where(going, energy / (direction * curved).sum(1, keepdim=True).clamp(min=1e-300), 0)
+        new += step * direction
+        residual -= step * curved
+        conditioned = residual / diagonal
+        before, energy = energy, (residual * conditioned).sum(1, keepdim=True)
+        direction = conditioned + torch.where(going, energy / before.clamp(min=1e-300), 0) * direction
+    return new
