@@ -13,9 +13,11 @@ from micronet_eval.hookspecs import hookimpl
 @hookimpl
 def micronet_register_pruners(register: Any) -> None:
     """The bundled pruners."""
+    from micronet_plugins.eigendamage import EigenDamage
     from micronet_plugins.low_rank import LowRank
 
     register("low-rank", LowRank)
+    register("eigendamage", EigenDamage)
 
 
 @hookimpl

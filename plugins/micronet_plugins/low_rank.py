@@ -156,13 +156,13 @@ class Factorization:
             factors = [basis.T, matrix @ basis] if inputs_are_fewer else [basis.T @ matrix, basis]
             factors = [factor.reshape(*factor.shape, *weight.shape[2:]) for factor in factors]
         core_at = len(factors) // 2 if self.kernel > 1 else 0
-        layers = [_like(self.layer, factor, i == core_at) for i, factor in enumerate(factors)]
+        layers = [factor_layer(self.layer, factor, i == core_at) for i, factor in enumerate(factors)]
         if self.layer.bias is not None:
             layers[-1].bias = nn.Parameter(self.layer.bias.detach().clone())
         return nn.Sequential(*layers)
 
 
-def _like(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) -> nn.Conv2d | nn.Linear:
+def factor_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) -> nn.Conv2d | nn.Linear:
     """A layer without bias for one factor; the core takes over stride, padding and dilation."""
     outputs, inputs = weight.shape[:2]
     made: nn.Conv2d | nn.Linear

@@ -1,0 +1,240 @@
+"""EigenDamage: layers cut in the eigenbasis of their Fisher matrix (Wang et al. 2019, arXiv 1905.05934), improved.
+
+A layer's weight is rotated into the eigenbasis of its Kronecker-factored Fisher matrix (kronecker.py). There, removing
+one weight costs about eigenvalue x weight^2 / 2 of loss; the sums over rows and columns are the saliencies of output
+and input directions. One threshold over all layers says which go. The layer becomes rotate in, core, rotate out
+(chains.py), refitted to its old weight.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from micronet_eval.errors import InputError
+from micronet_eval.strategy import Context, Pruner
+from micronet_eval.structure import copied, replace
+from micronet_plugins.chains import Chain, Form, Ranks, chains, refitted
+from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
+
+LOST = "lost_saliency"
+"""Attribute of a chain's Sequential: what its input and output directions lost, pooled over rounds."""
+RATES = "learning_rate_factors"
+"""Attribute of a layer with new directions: for each parameter a factor of the learning rate; recipe.train reads it."""
+
+
+class EigenDamage(Pruner):
+    """Cuts layers in the eigenbasis of their Fisher matrix, where least loss is; or gives directions back (annealing).
+
+    A layer for which rotations would not save stays as it is.
+    """
+
+    ratio: float = Field(0.3, gt=0, lt=1, description="share of the model's parameters to remove in this round")
+    limit: float = Field(0.5, gt=0, lt=1, description="share of its parameters that a layer loses at most in a round")
+    fisher: Literal["true", "empirical"] = Field("true", description="labels from the model's own output, or the data")
+    batches: int = Field(4, gt=0, description="batches of training data to calibrate on")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of the moving average over batches")
+    damping: float = Field(1e-3, gt=0, description="added to eigenvalues, as a share of their mean")
+    pool_momentum: float = Field(0.5, ge=0, lt=1, description="of what a layer lost in earlier rounds")
+    back_ratio: float | None = Field(
+        None, gt=0, le=1, description="annealing: gives this share of all removed directions back, and removes nothing"
+    )
+    rate_factor: float = Field(10.0, gt=0, description="learning rate of directions given back, times the others'")
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = copied(model)
+        found = chains(model)
+        if self.back_ratio is not None:
+            return self._give_back(model, found, self.back_ratio, context.seed)
+        cuts = self._cuts(model, found, context)
+        total = sum(p.numel() for p in model.parameters())
+        target = (1 - self.ratio) * total
+        fixed = total - sum(cut.chain.parameters for cut in cuts)
+        threshold = smallest_threshold(cuts, target - fixed)
+        for cut in cuts:
+            if (ranks := cut.ranks_at(threshold)) != cut.chain.ranks:
+                replace(model, cut.chain.path, self._cut(model, cut, ranks))
+        return model
+
+    def _cuts(self, model: nn.Module, found: Sequence[Chain], context: Context) -> list[Cut]:
+        measured = copied(model).eval().requires_grad_(False)
+        layers = {chain.core_path: chain.core_has_extra_input for chain in found}
+        data = list(islice(context.training_data, self.batches))
+        batches = batches_of(data, self.momentum, self.fisher == "true", context.seed)
+        bases = eigenbases(measured, layers, factors(measured, layers, batches), batches, self.damping)
+        return [Cut(chain, bases[chain.core_path], self.limit) for chain in found if chain.core_path in bases]
+
+    def _cut(self, model: nn.Module, cut: Cut, ranks: Ranks) -> nn.Module:
+        chain = cut.chain
+        before = getattr(model.get_submodule(chain.path), LOST, (0.0, 0.0))
+        layer = cut.build(ranks)
+        if isinstance(layer, nn.Sequential):
+            lost = zip(before, cut.lost(ranks), strict=True)
+            setattr(layer, LOST, tuple(self.pool_momentum * b + (1 - self.pool_momentum) * now for b, now in lost))
+        return layer
+
+    def _give_back(self, model: nn.Module, found: Sequence[Chain], share: float, seed: int) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        removed = torch.tensor([missing(chain) for chain in found]).reshape(-1)
+        # A model that came out of a file does not know what its layers lost: all are as likely.
+        pooled = [getattr(model.get_submodule(chain.path), LOST, (1.0, 1.0)) for chain in found]
+        drawn = draw(torch.tensor(pooled).reshape(-1), removed, round(share * int(removed.sum())), generator)
+        if not int(drawn.sum()):
+            raise InputError(
+                "eigendamage: back_ratio gives back removed directions, but too few are removed; prune first"
+            )
+        for chain, new in zip(found, drawn.reshape(-1, 2).tolist(), strict=True):
+            if any(new):
+                layer = grown(chain, (new[0], new[1]), self.rate_factor, generator)
+                setattr(layer, LOST, getattr(model.get_submodule(chain.path), LOST, (1.0, 1.0)))
+                replace(model, chain.path, layer)
+        return model
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A chain, the eigenbasis of its core, and the share of its parameters that it may lose."""
+
+    chain: Chain
+    basis: Eigenbasis
+    limit: float
+
+    @cached_property
+    def saliencies(self) -> tuple[Tensor, Tensor]:
+        """Of input directions (columns) and of output directions (rows): sums of eigenvalue x weight^2 / 2."""
+        single = self.basis.rotate(self.chain.weight()).square() * self.basis.eigenvalues / 2
+        return single.sum((0, 2)), single.sum((1, 2))
+
+    @cached_property
+    def order(self) -> list[tuple[float, int]]:
+        """Saliency and side (0 in, 1 out) of all directions in the order in which they go; the best of a side never."""
+        sides = enumerate(saliency.sort().values[:-1].tolist() for saliency in self.saliencies)
+        return sorted((value, side) for side, values in sides for value in values)
+
+    @cached_property
+    def most(self) -> int:
+        """How many directions may go: the chain keeps to the limit."""
+        least = (1 - self.limit) * self.chain.parameters
+        counts = range(len(self.order) + 1)
+        return bisect_left(counts, True, key=lambda n: self.chain.cheapest(self._ranks(n))[0] < least) - 1
+
+    def ranks_at(self, threshold: float) -> Ranks:
+        """What is left of the ranks without the directions up to the threshold; all, where that would not save."""
+        ranks = self._ranks(min(bisect_left(self.order, (threshold, 2)), self.most))
+        return ranks if self.chain.cheapest(ranks)[0] < self.chain.parameters else self.chain.ranks
+
+    def parameters_at(self, threshold: float) -> int:
+        ranks = self.ranks_at(threshold)
+        return self.chain.parameters if ranks == self.chain.ranks else self.chain.cheapest(ranks)[0]
+
+    def lost(self, ranks: Ranks) -> tuple[float, ...]:
+        """The saliency of the directions that go, of inputs and of outputs."""
+        sides = zip(self.saliencies, ranks, strict=True)
+        return tuple(float(saliency.sort().values[: len(saliency) - rank].sum()) for saliency, rank in sides)
+
+    def build(self, ranks: Ranks) -> nn.Module:
+        """The chain at these ranks in its cheapest form; old rotations and new ones are merged."""
+        form: Form = self.chain.cheapest(ranks)[1]
+        ranks = self.chain.ranks_of_core(ranks)
+        kept_in, kept_out = (s.topk(rank).indices for s, rank in zip(self.saliencies, ranks, strict=True))
+        profile = self.basis.eigenvalues.double().sum(2)
+        scales = profile.sum(0) / profile.sum(), profile.sum(1)
+        weight = self.basis.rotate(self.chain.weight())
+        basis_in, core, basis_out = refitted(weight, scales, (kept_in, kept_out))
+        first = (self.basis.inputs.double() @ basis_in).T
+        last = self.basis.outputs.double() @ basis_out
+        old_in, old_out = self.chain.rotations()
+        first, last = first if old_in is None else first @ old_in, last if old_out is None else old_out @ last
+        if not form[0]:
+            core = torch.einsum("gak,ai->gik", core, first)
+        if not form[1]:
+            core = torch.einsum("og,gik->oik", last, core)
+        return self.chain.rebuilt(first if form[0] else None, core, last if form[1] else None)
+
+    def _ranks(self, removed: int) -> Ranks:
+        outputs = sum(side for _, side in self.order[:removed])
+        inputs, all_outputs = self.chain.ranks
+        return inputs - (removed - outputs), all_outputs - outputs
+
+
+def smallest_threshold(cuts: Sequence[Cut], parameters: float) -> float:
+    """The smallest saliency up to which directions go, so that the chains have at most so many parameters.
+
+    Where the limits do not allow so few: the largest saliency, at which each chain has reached its limit.
+    """
+    values = sorted({value for cut in cuts for value, _ in cut.order})
+    if not values:
+        return 0.0
+    at = bisect_left(values, True, key=lambda t: sum(cut.parameters_at(t) for cut in cuts) <= parameters)
+    return values[min(at, len(values) - 1)]
+
+
+def missing(chain: Chain) -> Ranks:
+    """How many input and output directions a chain's rotations have lost."""
+    (i, o), (a, g), k = chain.sizes, chain.ranks, chain.kernel
+    return (
+        max(min(i, k * g if chain.form[1] else k * o) - a, 0) if chain.form[0] else 0,
+        max(min(o, k * a if chain.form[0] else k * i) - g, 0) if chain.form[1] else 0,
+    )
+
+
+def draw(scores: Tensor, most: Tensor, total: int, generator: torch.Generator) -> Tensor:
+    """Draws `total` times among places, with probability proportional to their scores, none more than `most` times."""
+    drawn = torch.zeros_like(most)
+    scores = scores.double() if float(scores[most > 0].sum()) > 0 else torch.ones_like(scores, dtype=torch.float64)
+    for _ in range(total):
+        open_scores = scores * (drawn < most)
+        if not float(open_scores.sum()):
+            break
+        drawn[torch.multinomial(open_scores, 1, generator=generator)] += 1
+    return drawn
+
+
+def grown(chain: Chain, new: Ranks, rate_factor: float, generator: torch.Generator) -> nn.Module:
+    """The chain with so many new input and output directions, and a learning rate of their own.
+
+    A new direction is random and orthogonal to the old ones; the core starts at zero along it, so that the chain
+    computes what it did before.
+    """
+    core = chain.weight()
+    outputs, inputs, kernel = core.shape
+    wide = torch.zeros(outputs + new[1], inputs + new[0], kernel, dtype=core.dtype)
+    wide[:outputs, :inputs] = core
+    old_in, old_out = chain.rotations()
+    rotate_in = None if old_in is None else _extended(old_in.T, new[0], generator).T
+    rotate_out = None if old_out is None else _extended(old_out, new[1], generator)
+    made = chain.rebuilt(rotate_in, wide, rotate_out)
+    assert isinstance(made, nn.Sequential)
+    for at, layer in enumerate(made):
+        # Seen from the core, a rotation in has new rows, and a rotation out new columns.
+        columns = new[0] if at == chain.core_at else new[1] if at > chain.core_at else 0
+        rows = new[1] if at == chain.core_at else new[0] if at < chain.core_at else 0
+        setattr(layer, RATES, _rates(layer, rows, columns, rate_factor))
+    return made
+
+
+def _extended(basis: Tensor, new: int, generator: torch.Generator) -> Tensor:
+    """A basis with so many new columns of length 1, orthogonal to all others."""
+    old, _ = torch.linalg.qr(basis)
+    drawn = torch.randn(len(basis), new, generator=generator, dtype=basis.dtype)
+    drawn, _ = torch.linalg.qr(drawn - old @ (old.T @ drawn))
+    return torch.cat([basis, drawn], 1)
+
+
+def _rates(layer: Any, rows: int, columns: int, factor: float) -> dict[str, Tensor]:
+    weight = torch.ones_like(layer.weight.detach())
+    weight[weight.shape[0] - rows :] = factor
+    weight[:, weight.shape[1] - columns :] = factor
+    if layer.bias is None or not rows:
+        return {"weight": weight}
+    bias = torch.ones_like(layer.bias.detach())
+    bias[len(bias) - rows :] = factor
+    return {"weight": weight, "bias": bias}
