@@ -16,6 +16,7 @@ from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError
 
 if TYPE_CHECKING:
+    from micronet_eval.compare import Row
     from micronet_eval.evaluation import Report
     from micronet_eval.task import Task
 
@@ -127,6 +128,75 @@ def count(
         _show([report], style, layers)
     else:
         _show_modules(report, depth, style)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--on", type=click.Path(path_type=Path), help="Recipe that trains the network for the strategies below.")
+@click.option(
+    "--pruner", "pruners", multiple=True, help="name:option=value,value,option=value; each combination is a row."
+)
+@click.option(
+    "--sparsifier", "sparsifiers", multiple=True, help="The same; every pruner is tried with every sparsifier."
+)
+@click.option("--quantizer", "quantizers", multiple=True, help="The same, behind merged batch norm.")
+@click.option("--fine-tune", help="Training behind each strategy, for example epochs=2,learning_rate=0.001.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Networks to train.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("compare.sqlite"),
+    show_default=True,
+    help="File that keeps results; what is in there is not run again.",
+)
+@click.option("--executor", default="local", show_default=True, help="Where to run.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Jobs at a time; by default one a processor.")
+@click.option(
+    "--sort",
+    type=click.Choice(["given", "score", "storage", "math", "quality"]),
+    default="given",
+    show_default=True,
+    help="Order of the rows.",
+)
+@_format
+@_data
+def compare(
+    paths: tuple[Path, ...],
+    on: Path | None,
+    pruners: tuple[str, ...],
+    sparsifiers: tuple[str, ...],
+    quantizers: tuple[str, ...],
+    fine_tune: str | None,
+    seeds: int,
+    results: Path,
+    executor: str,
+    jobs: int | None,
+    sort: str,
+    style: str,
+    data: Path | None,
+) -> None:
+    """Lay strategies side by side: a grid of them on one trained network, recipes, submissions.
+
+    PATHS are recipes and submissions' folders, a row each.
+    """
+    from micronet_eval import compare as comparing
+
+    todo = [comparing.job_of(path, data) for path in paths]
+    kinds: tuple[tuple[plugins.Kind, tuple[str, ...]], ...] = (
+        ("pruner", pruners), ("sparsifier", sparsifiers), ("quantizer", quantizers),
+    )  # fmt: skip
+    cells = comparing.grid([[c for text in texts for c in comparing.parse(kind, text)] for kind, texts in kinds])
+    if cells and on is None:
+        raise InputError("strategies are compared on a trained network: give the recipe that trains it by --on")
+    if on is not None:
+        tuning = comparing.options(fine_tune) if fine_tune else None
+        todo += comparing.jobs_of(cells, on, seeds, tuning, data, results.with_suffix(".kept"))
+    if not todo:
+        raise InputError("nothing to compare; give recipes, submissions, or strategies with --on RECIPE")
+    with _live(len(todo)) as seen:
+        found = comparing.compare(todo, results, executor, jobs, seen)
+    _show_comparison(comparing.sorted_rows(comparing.rows(found), sort), style)
+    sys.exit(FAILED if any(result.error for result in found) else 0)
 
 
 @cli.command()
@@ -348,6 +418,41 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _live(total: int) -> Iterator[Callable[[Any], None]]:
+    """On a terminal: jobs done, failed, to do, and the time left; elsewhere nothing."""
+    if not sys.stdout.isatty():
+        yield lambda result: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task, failed = bar.add_task("comparing", total=total), 0
+
+        def seen(result: Any) -> None:
+            nonlocal failed
+            failed += bool(result.error)
+            told = f"comparing, {failed} failed" if failed else "comparing"
+            bar.update(task, advance=1, description=told)
+
+        yield seen
+
+
+def _show_comparison(rows: list[Row], style: str) -> None:
+    from micronet_eval import report as reporting
+
+    if style == "table":
+        _print("render_comparison", rows)
+        return
+    flat = [reporting.comparison_row(row) for row in rows]
+    if style == "json":
+        click.echo(json.dumps(flat, indent=2))
+    else:
+        click.echo(reporting.to_csv(flat) if style == "csv" else reporting.to_markdown(flat))
 
 
 def _print(renderer: str, *things: Any) -> None:

@@ -10,6 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
+    from micronet_eval.compare import Executor
     from micronet_eval.costs import Formula
     from micronet_eval.strategy import Pruner, Quantizer, Sparsifier
     from micronet_eval.task import Task
@@ -48,6 +49,11 @@ def micronet_register_architectures(register: Callable[[str, Callable[..., nn.Mo
 @hookspec
 def micronet_register_costs(register: Callable[[str, Formula], None]) -> None:
     """register(operation, formula), for example register("aten.i0", elementwise(1))."""
+
+
+@hookspec
+def micronet_register_executors(register: Callable[[str, Executor], None]) -> None:
+    """register(name, executor): where compare runs its jobs; see micronet_eval.compare.Executor."""
 
 
 @hookspec

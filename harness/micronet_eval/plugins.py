@@ -16,7 +16,7 @@ from micronet_eval.errors import InputError
 if TYPE_CHECKING:
     from micronet_eval.costs import Formula
 
-Kind = Literal["pruner", "sparsifier", "quantizer", "task", "architecture", "cost"]
+Kind = Literal["pruner", "sparsifier", "quantizer", "task", "architecture", "cost", "executor"]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -186,24 +187,16 @@ def compress(
     `progress` is called with the batches trained so far and all that the recipe can take at most. Raises InputError
     where the recipe is wrong, the training data is missing, or there is nothing to resume.
     """
-    recipe = read_toml(path, Recipe)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is no folder; name another one to write")
     if not next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()).is_dir():
         raise InputError(f"{folder} cannot be made: a part of its path is a file; name another folder")
-    try:
-        task: Task = plugins.lookup("task", recipe.task)
-        for name, stage in named_stages(recipe.stages):
-            _strategy(stage, name)
-        training, held_out = _data(recipe, task, data)
-    except (InputError, DataMissing) as error:
-        raise InputError(f"{path}: {error}") from error
-    text = path.read_bytes()
+    run = _Run(path, data, log, progress)
+    recipe, text = run.recipe, path.read_bytes()
     try:
         kept = Kept(folder / KEPT, text, resume)
         try:
-            run = _Run(path, recipe, task, training, held_out, kept, log, progress)
-            run.all()
+            run.all(kept)
         except InputError:  # it would fail again
             kept.remove()
             raise
@@ -227,6 +220,19 @@ def compress(
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
 
 
+def trained(recipe: str, folder: Path, data: Path | None = None) -> None:
+    """Runs the stages of a recipe, given as text, and leaves what they came to in `folder`, whole or not at all.
+
+    A recipe that begins with the same stages can resume from there. Raises InputError where the recipe is wrong.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        path = Path(name) / "recipe.toml"
+        path.write_text(recipe, encoding="utf-8")
+        _Run(path, data).all(Kept(Path(name) / KEPT, recipe.encode(), resume=False))
+        (Path(name) / KEPT).rename(folder)
+
+
 class _Run:
     """One run of a recipe. Stages that an earlier run has done are taken from what it kept.
 
@@ -237,30 +243,35 @@ class _Run:
     def __init__(
         self,
         path: Path,
-        recipe: Recipe,
-        task: Task,
-        training: Dataset[Any],
-        held_out: Dataset[Any] | None,
-        kept: Kept,
-        log: Log,
-        progress: Callable[[int, int], None],
+        data: Path | None,
+        log: Log = lambda line: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self.path, self.recipe, self.task, self.kept, self.log, self.progress = path, recipe, task, kept, log, progress
-        self.training, self.held_out = training, held_out
+        self.path, self.log, self.progress = path, log, progress
+        self.recipe = recipe = read_toml(path, Recipe)
+        try:
+            self.task: Task = plugins.lookup("task", recipe.task)
+            for name, stage in named_stages(recipe.stages):
+                _strategy(stage, name)
+            self.training, self.held_out = _data(recipe, self.task, data)
+        except (InputError, DataMissing) as error:
+            raise InputError(f"{path}: {error}") from error
         torch.manual_seed(recipe.seed)
         self.model = build(recipe.architecture, path, weights=True)
         self.teacher: nn.Module | None = None
         self.distills = any(s.train and s.train.distill for _, s in named_stages(recipe.stages))
         self.trained = 0
-        self.batches = batches_of(recipe.stages, len(training))  # type: ignore[arg-type]
+        self.batches = batches_of(recipe.stages, len(self.training))  # type: ignore[arg-type]
         try:
-            self.example = example_input(task, self.model)
+            self.example = example_input(self.task, self.model)
             self.steps = [self._step("architecture")]
         except InputError as error:
             raise InputError(f"{path}: field 'architecture': {error}") from error
         log(_told(self.steps[0]))
 
-    def all(self) -> None:
+    def all(self, kept: Kept) -> None:
+        """Runs all stages, and keeps what they come to."""
+        self.kept = kept
         for name, stage in enumerate(self.recipe.stages):
             if stage.rounds is None:
                 self.one(f"stages.{name}", stage)
@@ -362,7 +373,12 @@ class Kept:
             raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
         if not resume:
             self.remove()
-            write_whole(mark, digest.encode())
+            self.mark(folder, recipe)
+
+    @staticmethod
+    def mark(folder: Path, recipe: bytes) -> None:
+        """Says which recipe may resume from `folder`."""
+        write_whole(folder / "recipe.sha256", hashlib.sha256(recipe).hexdigest().encode())
 
     def step(self, number: int) -> Step | None:
         """The step that a stage came to, if it was run before."""

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from micronet_eval.accumulators import Figure
 from micronet_eval.breakdown import ModuleCost
+from micronet_eval.compare import Row
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.diff import Change, Diff
 from micronet_eval.evaluation import Claim, Report
@@ -394,3 +395,49 @@ def _cells(change: Change) -> tuple[str, ...]:
 def print_report(reports: Sequence[Report], console: Console, all_layers: bool = False) -> None:
     """Prints one report in full, several as a table."""
     console.print(render(reports[0], all_layers, console.width) if len(reports) == 1 else render_many(reports))
+
+
+def render_comparison(rows: Sequence[Row]) -> RenderableType:
+    """A row for each strategy; those that no other beats in score and quality are marked, and lead the eye."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("strategy", overflow="fold", min_width=16)
+    for name in ("storage", "math", "score", "quality", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.score is None and row.errors:
+            table.add_row("", Text(row.name), "", "", Text("failed", "bold red"), "", _seconds(row.seconds))
+            continue
+        figures = [_spread(row, name, ".5f") for name in ("storage", "math", "score")]
+        quality = Text(_spread(row, "quality", ".4f"), "" if row.passed is not False else "red")
+        style = "bold" if row.best else ""
+        table.add_row("*" if row.best else "", Text(row.name, style), *figures, quality, _seconds(row.seconds))
+    seeds = max((row.seeds for row in rows), default=0)
+    notes = [f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "", "* no other row is better in both"]
+    failed = [Text(f"{row.name}: {error}", "red") for row in rows for error in row.errors]
+    return Group(table, *failed, Text("; ".join(filter(None, notes)), "dim"))
+
+
+def comparison_row(row: Row) -> dict[str, object]:
+    """The figures of a row, flat, for CSV, Markdown and JSON."""
+    figures = ("storage", "math", "score", "quality")
+    spread = {f"{name}_deviation": row.spread.get(name) for name in figures}
+    flat: dict[str, object] = {"strategy": row.name, "task": row.task, "seeds": row.seeds}
+    flat |= {name: getattr(row, name) for name in figures} | spread
+    return flat | {
+        "passed": row.passed,
+        "pareto": row.best,
+        "seconds": round(row.seconds, 1),
+        "errors": "; ".join(row.errors),
+    }
+
+
+def _spread(row: Row, name: str, style: str) -> str:
+    value = getattr(row, name)
+    if value is None:
+        return "-"
+    return format(value, style) + (f" ±{row.spread[name]:.2g}" if row.spread.get(name) else "")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
@@ -132,17 +133,24 @@ class Manifest(Table):
 def read_toml(path: Path, model: type[Model]) -> Model:
     """A TOML file as `model`. Raises InputError that names the file, the field and the mend."""
     try:
+        return model.model_validate(read_table(path, Decimal))
+    except ValidationError as error:
+        raise InputError("\n".join(_fault(path, fault) for fault in error.errors())) from error
+
+
+def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, Any]:
+    """A TOML file as it is, with fractions as `number`. Raises InputError that names the file."""
+    try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     try:
-        return model.model_validate(tomllib.loads(text, parse_float=Decimal))
+        table: dict[str, Any] = tomllib.loads(text, parse_float=number)
+        return table
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is no valid TOML: {error}") from error
-    except ValidationError as error:
-        raise InputError("\n".join(_fault(path, fault) for fault in error.errors())) from error
 
 
 def _fault(path: Path, fault: Any) -> str:

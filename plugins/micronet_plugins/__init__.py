@@ -45,6 +45,15 @@ def micronet_register_quantizers(register: Any) -> None:
 
 
 @hookimpl
+def micronet_register_executors(register: Any) -> None:
+    """The bundled executors."""
+    from micronet_plugins import executors
+
+    register("here", executors.here)
+    register("local", executors.local)
+
+
+@hookimpl
 def micronet_register_tasks(register: Any) -> None:
     """The bundled tasks."""
     from micronet_plugins.language import WIKITEXT103

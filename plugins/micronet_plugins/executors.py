@@ -1,0 +1,34 @@
+"""Where `compare` runs its jobs: in this process, or in several of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+from micronet_eval.compare import Job, Result
+
+
+def here(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
+    """One after the other in this process."""
+    for job in jobs:
+        yield job, run(job)
+
+
+def local(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
+    """So many processes, each with one thread. A process that dies fails its jobs, not the others that are done."""
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        running = {pool.submit(run, job): job for job in jobs}
+        try:
+            for future in as_completed(running):
+                job = running[future]
+                try:
+                    yield job, future.result()
+                except BrokenProcessPool:
+                    yield job, Result(job.name, job.seed, error="the process that ran it died, out of memory perhaps")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
