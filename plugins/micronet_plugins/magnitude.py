@@ -77,10 +77,10 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float, least: floa
 
 
 def dimensions(layer: nn.Module) -> tuple[int, ...]:
-    """Outputs and inputs of a group, and the sides of the kernel."""
+    """Outputs, the inputs that each of them sees, and the sides of the kernel."""
     weight = weight_of(layer)
-    _, outputs, inputs, _ = grouped(layer, weight).shape
-    return outputs, inputs, *weight.shape[2:]
+    groups, outputs, inputs, _ = grouped(layer, weight).shape
+    return groups * outputs, inputs, *weight.shape[2:]
 
 
 def zeros_by_layer(scores: Sequence[Tensor], sparsity: float, limit: float) -> list[int]:
