@@ -236,7 +236,7 @@ def ranks(maps: Tensor, layer: nn.Module) -> Tensor:
 
 
 class RandomChannels(Channels):
-    """Removes channels at random: the control that every other pruner of channels has to beat."""
+    """Removes channels at random: the control to compare the others with."""
 
     def importance(self, model: nn.Module, groups: Sequence[Group], context: Context) -> list[Tensor | None]:
         generator = torch.Generator().manual_seed(context.seed)
