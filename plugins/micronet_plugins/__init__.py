@@ -13,11 +13,18 @@ from micronet_eval.hookspecs import hookimpl
 @hookimpl
 def micronet_register_pruners(register: Any) -> None:
     """The bundled pruners."""
+    from micronet_plugins import channels
     from micronet_plugins.eigendamage import EigenDamage
     from micronet_plugins.low_rank import LowRank
 
     register("low-rank", LowRank)
     register("eigendamage", EigenDamage)
+    register("magnitude", channels.ChannelMagnitude)
+    register("taylor", channels.Taylor)
+    register("bn-scale", channels.BNScale)
+    register("fpgm", channels.FPGM)
+    register("hrank", channels.HRank)
+    register("random", channels.RandomChannels)
 
 
 @hookimpl

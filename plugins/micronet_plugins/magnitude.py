@@ -20,6 +20,8 @@ from micronet_plugins.weights import dot_products, grouped, parametrizations_of,
 
 SPARSITY = Field(0.5, gt=0, lt=1, description="share of all weights of convolutions and linear layers")
 LIMIT = Field(0.95, gt=0, lt=1, description="largest share that one layer may lose")
+Scope = Literal["global", "layer", "lamp", "erk"]
+SHARING = "how layers share the sparsity, as the sparsifier magnitude explains"
 
 
 class Magnitude(Sparsifier):
@@ -32,24 +34,26 @@ class Magnitude(Sparsifier):
     """
 
     sparsity: float = SPARSITY
-    scope: Literal["global", "layer", "lamp", "erk"] = Field("global", description="how layers share the sparsity")
+    scope: Scope = Field("global", description=SHARING)
     limit: float = LIMIT
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         layers = list(dot_products(model).values())
-        magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
-        if self.scope == "layer":
-            zeros = [round(min(self.sparsity, self.limit) * m.numel()) for m in magnitudes]
-        elif self.scope == "erk":
-            densities = erk_densities([dimensions(layer) for layer in layers], 1 - self.sparsity, 1 - self.limit)
-            zeros = [round((1 - d) * m.numel()) for d, m in zip(densities, magnitudes, strict=True)]
-        else:
-            scores = [lamp_scores(m) for m in magnitudes] if self.scope == "lamp" else magnitudes
-            zeros = zeros_by_layer(scores, self.sparsity, self.limit)
-        for layer, magnitude, count in zip(layers, magnitudes, zeros, strict=True):
-            zero_smallest(layer, magnitude, count)
+        for layer, count in zip(layers, allocated(layers, self.scope, self.sparsity, self.limit), strict=True):
+            zero_smallest(layer, weight_of(layer).abs(), count)
         return model
+
+
+def allocated(layers: Sequence[nn.Module], scope: Scope, sparsity: float, limit: float) -> list[int]:
+    """How many weights each layer loses: together `sparsity` of all, as far as `limit` allows."""
+    magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
+    if scope == "layer":
+        return [round(min(sparsity, limit) * m.numel()) for m in magnitudes]
+    if scope == "erk":
+        densities = erk_densities([dimensions(layer) for layer in layers], 1 - sparsity, 1 - limit)
+        return [round((1 - d) * m.numel()) for d, m in zip(densities, magnitudes, strict=True)]
+    return zeros_by_layer([lamp_scores(m) for m in magnitudes] if scope == "lamp" else magnitudes, sparsity, limit)
 
 
 def lamp_scores(magnitudes: Tensor) -> Tensor:
@@ -77,10 +81,10 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float, least: floa
 
 
 def dimensions(layer: nn.Module) -> tuple[int, ...]:
-    """Outputs and inputs of a group, and the sides of the kernel."""
+    """Outputs, the inputs that each of them sees, and the sides of the kernel."""
     weight = weight_of(layer)
-    _, outputs, inputs, _ = grouped(layer, weight).shape
-    return outputs, inputs, *weight.shape[2:]
+    groups, outputs, inputs, _ = grouped(layer, weight).shape
+    return groups * outputs, inputs, *weight.shape[2:]
 
 
 def zeros_by_layer(scores: Sequence[Tensor], sparsity: float, limit: float) -> list[int]:

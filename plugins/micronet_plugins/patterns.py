@@ -92,7 +92,7 @@ def block_norms(weight: Tensor, block: tuple[int, int], norm: Literal["l1", "l2"
 
 
 class Random(Sparsifier):
-    """Zeros weights at random: the control that every other sparsifier has to beat.
+    """Zeros weights at random: the control to compare the others with.
 
     Each weight of the network is as likely as any other; weights that are zero already come first.
     """

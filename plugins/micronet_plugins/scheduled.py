@@ -62,7 +62,7 @@ class Movement(Scheduled):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         layers = list(dot_products(model).values())
-        moved = [_watch(layer) for layer in layers]
+        moved = [watch(layer) for layer in layers]
         for done in training(model, self, context):
             scores = [m.scores.flatten() for m in moved]
             zeros = zeros_by_layer(scores, self.sparsity_at(done), self.limit)
@@ -94,7 +94,7 @@ class _Moved(Mask):
         self.scores = self.scores - gradient * weight
 
 
-def _watch(layer: nn.Module) -> _Moved:
+def watch(layer: nn.Module) -> _Moved:
     """Puts a `_Moved` in the place of the layer's mask, or where there was none."""
     set_mask(layer, torch.ones_like(weight_of(layer), dtype=torch.bool))
     movement = _Moved(next(p.mask for p in parametrizations_of(layer) or () if isinstance(p, Mask)))

@@ -8,30 +8,34 @@ from torch import Tensor, nn
 
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import copied
-from micronet_plugins.magnitude import set_mask
-from micronet_plugins.weights import dot_products, grouped, parametrizations_of, second_moments, ungrouped, weight_of
+from micronet_plugins.magnitude import LIMIT, SHARING, SPARSITY, Scope, allocated, set_mask
+from micronet_plugins.weights import grouped, parametrizations_of, second_moments, ungrouped, weight_of
 
 
 class Wanda(Sparsifier):
     """Zeros in each output the weights with the smallest |weight| x norm of the input.
 
     Sun et al. 2023, arXiv 2306.11695: score |W_ij| ||X_j||_2, compared within an output; of a convolution j is an input
-    channel at a kernel position. Cheap, no weight changes; better than `magnitude` where inputs differ in size.
+    channel at a kernel position. The paper takes the same share of each layer, as `scope` = layer. Cheap, no weight
+    changes; better than `magnitude` where inputs differ in size.
     """
 
-    sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights of each output")
+    sparsity: float = SPARSITY
+    scope: Scope = Field("lamp", description=SHARING)
+    limit: float = LIMIT
     batches: int = Field(4, gt=0, description="batches of training data for calibration")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        layers = dot_products(model)
-        for path, moment in second_moments(model, context, self.batches, "wanda").items():
-            layer = layers[path]
+        moments = second_moments(model, context, self.batches, "wanda")
+        layers = [model.get_submodule(path) for path in moments]
+        counts = allocated(layers, self.scope, self.sparsity, self.limit)
+        for layer, moment, count in zip(layers, moments.values(), counts, strict=True):
             weight = grouped(layer, weight_of(layer)).flatten(2)
             scores = weight.abs() * moment.diagonal(dim1=1, dim2=2).sqrt()[:, None, :]
             scores = scores.masked_fill(weight == 0, -1)
             ranks = scores.argsort(dim=2, stable=True).argsort(2)
-            set_mask(layer, ungrouped(layer, ranks >= round(self.sparsity * scores.shape[2])))
+            set_mask(layer, ungrouped(layer, ranks >= round(count / weight.numel() * weight.shape[2])))
         return model
 
 
@@ -41,22 +45,26 @@ class OBS(Sparsifier):
     Optimal brain surgeon (Hassibi and Stork 1992) on each layer's least squares problem, by the sweep of SparseGPT
     (Frantar and Alistarh 2023, arXiv 2301.00774). With H = X X^T + damping, saliency w_j^2 / [H^-1]_jj; the weights
     behind j change by -w_j / [H^-1]_jj x [H^-1]_j, where H is that of the inputs from j on. Then all that remain are
-    refitted to the layer's outputs. The best without training, and the dearest: d^3 a layer, d = inputs x kernel.
+    refitted to the layer's outputs. The best without training, and the dearest: d^3 a layer, d = inputs x kernel. The
+    paper takes the same share of each layer, as `scope` = layer.
     """
 
-    sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights of each layer")
+    sparsity: float = SPARSITY
+    scope: Scope = Field("lamp", description=SHARING)
+    limit: float = LIMIT
     batches: int = Field(4, gt=0, description="batches of training data for calibration")
     damping: float = Field(0.01, gt=0, description="added to H's diagonal, as a share of its mean")
     block: int = Field(128, gt=0, description="inputs among which the weights to remove are chosen at a time")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        layers = dot_products(model)
-        for path, moment in second_moments(model, context, self.batches, "obs").items():
-            layer = layers[path]
+        moments = second_moments(model, context, self.batches, "obs")
+        layers = [model.get_submodule(path) for path in moments]
+        counts = allocated(layers, self.scope, self.sparsity, self.limit)
+        for layer, moment, count in zip(layers, moments.values(), counts, strict=True):
             matrices = grouped(layer, weight_of(layer)).flatten(2).double()
             found = [
-                sweep(matrix, damped(h, self.damping), self.sparsity, self.block)
+                sweep(matrix, damped(h, self.damping), count / weight_of(layer).numel(), self.block)
                 for matrix, h in zip(matrices, moment, strict=True)
             ]
             weight, kept = (ungrouped(layer, torch.stack(parts)) for parts in zip(*found, strict=True))

@@ -1,0 +1,246 @@
+"""Which channels of a network can be removed, and what goes with them.
+
+Found by torch-pruning's dependency graph (DepGraph: Fang et al. 2023, arXiv 2301.12900): the outputs of a layer, the
+norms behind it, the inputs of what reads it, and, through additions and concatenations, other layers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from micronet_eval.conditional import paths_of, taking
+from micronet_eval.errors import InputError
+from micronet_eval.structure import describe, submodule
+from micronet_eval.trace import trace
+from micronet_plugins.weights import CONVOLUTIONS, DOT_PRODUCTS, TRANSPOSED, dot_products, grouped, weight_of
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The inputs or outputs of a layer that go with units of a group: channel `channels[i]` with unit `units[i]`.
+
+    A norm and a depthwise convolution have outputs only: their inputs are the same.
+    """
+
+    layer: Any
+    is_output: bool
+    channels: Tensor
+    units: Tensor
+
+    @property
+    def is_norm(self) -> bool:
+        return not isinstance(self.layer, DOT_PRODUCTS)
+
+    @property
+    def total(self) -> int:
+        """All channels of that side of the layer."""
+        if self.is_norm:
+            names = ("num_features", "num_channels", "normalized_shape")
+            channels = next(getattr(self.layer, name) for name in names if hasattr(self.layer, name))
+            return int(channels if isinstance(channels, int) else channels[-1])
+        groups, outputs, inputs, _ = grouped(self.layer, weight_of(self.layer)).shape
+        return groups * (outputs if self.is_output else inputs)
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Sums values of the weight's shape over all that belongs to a channel: [total], in float64."""
+        if self.is_norm:
+            return values.detach().double()
+        by_group = grouped(self.layer, values.detach().double())
+        return by_group.sum((2, 3) if self.is_output else (1, 3)).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels that are coupled: `units[i]` are the output channels of the layer `root` that go together."""
+
+    root: nn.Module
+    prune: Callable[..., Any]
+    units: list[list[int]]
+    sides: list[Side]
+
+    def sum(self, side: Side, values: Tensor) -> Tensor:
+        """Sums `values` [total of the side] over the channels of each unit: [units]."""
+        return torch.zeros(len(self.units), dtype=values.dtype).index_add(0, side.units, values[side.channels])
+
+
+def dependency_graph(model: nn.Module, example_input: Tensor) -> Any:
+    """torch-pruning's dependency graph, over all paths of a conditional model.
+
+    Raises InputError where torch-pruning is not installed, or cannot follow the model.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        mend = "pip install 'micronet-eval[prune]'"
+        raise InputError(f"removing channels needs torch-pruning; install it with: {mend}") from error
+
+    def forward(model: nn.Module, inputs: Tensor) -> list[Any]:
+        outputs = []
+        for path in paths_of(model):
+            with taking(model, path):
+                outputs.append(model(inputs))
+        return outputs
+
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch_pruning.DependencyGraph().build_dependency(
+                model, example_input, forward_fn=forward, verbose=False
+            )
+    except Exception as error:  # whatever its walk over a forward that it cannot follow raises
+        raise InputError(f"torch-pruning cannot follow the model: {type(error).__name__}: {error}") from error
+
+
+def groups_of(graph: Any, model: nn.Module, example_input: Tensor, keep: Sequence[str] = ()) -> list[Group]:
+    """All that can be removed. The model's own outputs stay, and those of layers at paths that match `keep`."""
+    kept = [*_output_layers(model, example_input), *keep]
+    ignored = [layer for path, layer in dot_products(model).items() if any(fnmatch(path, name) for name in kept)]
+    layers = set(model.modules())
+    found = graph.get_all_groups(ignored_layers=ignored, root_module_types=DOT_PRODUCTS)
+    return [group for each in found if (group := _group(graph, layers, each)) is not None]
+
+
+def _output_layers(model: nn.Module, example_input: Tensor) -> set[str]:
+    """The paths of the layers whose outputs become the model's without another such layer between them."""
+    found, seen = set(), set()
+    waiting = list(trace(model, example_input).outputs)
+    while waiting:
+        op = waiting.pop().producer
+        if op is None or op in seen:
+            continue
+        seen.add(op)
+        if isinstance(submodule(model, op.module), DOT_PRODUCTS):
+            found.add(op.module)
+        else:
+            waiting += op.inputs
+    return found
+
+
+def _group(graph: Any, layers: set[nn.Module], found: Any) -> Group | None:
+    """A group of the graph as units that can go one by one; None where a layer in it would not survive that.
+
+    Grouped layers need as many channels in each of their groups: channels at the same position of each are one unit.
+    """
+    items = [item for item in found.items if item.dep.target.module in layers]
+    if any(isinstance(item.dep.target.module, nn.Parameter) for item in found.items):
+        return None  # a parameter outside of layers keeps its shape when it is packed
+    if any(_is_fixed(item.dep.target.module) for item in items):
+        return None
+    channels = len(found[0].idxs)
+    groups = math.lcm(*(_groups_to_keep(item.dep.target.module) for item in items))
+    if channels % groups:
+        return None
+    count = channels // groups
+    sides = [
+        Side(
+            item.dep.target.module,
+            graph.is_out_channel_pruning_fn(item.dep.handler),
+            torch.tensor(item.idxs),
+            torch.tensor(item.root_idxs) % count,
+        )
+        for item in items
+    ]
+    if not all(_is_sound(side) and _is_balanced(side, count) for side in sides):
+        return None
+    units = [list(range(unit, channels, count)) for unit in range(count)]
+    return Group(found[0].dep.target.module, found[0].dep.handler, units, sides)
+
+
+def _is_fixed(layer: nn.Module) -> bool:
+    """Whether a layer cannot lose channels, or could not be packed afterwards."""
+    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
+        # torch-pruning takes the second for a depthwise one.
+        return isinstance(layer, TRANSPOSED) or layer.groups == layer.out_channels != layer.in_channels
+    holds = any(True for _ in layer.parameters()) or any(True for _ in layer.buffers())
+    return holds and describe(layer) is None
+
+
+def _groups_to_keep(layer: nn.Module) -> int:
+    """The groups of a layer, 1 for a depthwise convolution: there a channel goes with its group."""
+    if isinstance(layer, CONVOLUTIONS):
+        return 1 if layer.groups == layer.out_channels == layer.in_channels else layer.groups
+    return layer.num_groups if isinstance(layer, nn.GroupNorm) else 1
+
+
+def _is_sound(side: Side) -> bool:
+    """Whether the channels are some of the layer's, each once; torch-pruning loses count in some concatenations."""
+    return len(set(side.channels.tolist())) == len(side.channels) and int(side.channels.max()) < side.total
+
+
+def _is_balanced(side: Side, count: int) -> bool:
+    """Whether each unit takes as many outputs from each group of a grouped layer, of inputs the same positions."""
+    groups = _groups_to_keep(side.layer)
+    if groups == 1:
+        return True
+    size = side.total // groups
+    place = side.channels // size if side.is_output else side.channels % size
+    counts = torch.bincount(side.units * side.total + place, minlength=count * side.total).view(count, side.total)
+    if side.is_output:
+        return bool((counts[:, :groups] == counts[:, :1]).all())
+    return bool(((counts == 0) | (counts == groups)).all())
+
+
+def lowest(scores: Mapping[Group, Tensor], most: float, limit: float) -> list[list[int]]:
+    """Of each group the units to remove: the lowest scores of all that together take at most `most` parameters.
+
+    No group loses more than `limit` of its units, or all. Raises InputError where that leaves clearly too many.
+    """
+    candidates: list[tuple[float, int, int]] = []
+    for owner, (group, score) in enumerate(scores.items()):
+        count = min(int(limit * len(group.units)), len(group.units) - 1)
+        candidates += [(score[unit].item(), owner, unit) for unit in score.argsort(stable=True)[:count].tolist()]
+    candidates.sort()
+
+    def first(count: int) -> list[list[int]]:
+        units: list[list[int]] = [[] for _ in scores]
+        for _, owner, unit in candidates[:count]:
+            units[owner].append(unit)
+        return units
+
+    fits, too_many = 0, len(candidates) + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if removed(zip(scores, first(middle), strict=True)) <= most:
+            fits = middle
+        else:
+            too_many = middle
+    reached = removed(zip(scores, first(fits), strict=True))
+    if fits == len(candidates) and reached < 0.97 * most:
+        raise InputError(
+            f"{most:,.0f} parameters shall go, but only {reached:,} are in channels that may; "
+            "lower 'ratio', raise 'limit' or keep fewer layers"
+        )
+    return first(fits)
+
+
+def removed(lost: Iterable[tuple[Group, Sequence[int]]]) -> int:
+    """The parameters that go with these units of groups, exactly."""
+    gone: dict[nn.Module, list[int]] = {}
+    for group, units in lost:
+        marked = torch.zeros(len(group.units), dtype=torch.bool)
+        marked[list(units)] = True
+        for side in group.sides:
+            gone.setdefault(side.layer, [0, 0])[side.is_output] += int(marked[side.units].sum())
+    return sum(_parameters_lost(layer, inputs, outputs) for layer, (inputs, outputs) in gone.items())
+
+
+def _parameters_lost(layer: Any, inputs: int, outputs: int) -> int:
+    """The parameters that a layer loses with so many inputs and outputs."""
+    if getattr(layer, "weight", None) is None:
+        return 0
+    bias = 0 if layer.bias is None else outputs
+    if not isinstance(layer, DOT_PRODUCTS):
+        return outputs + bias
+    groups, all_outputs, all_inputs, kernel = grouped(layer, weight_of(layer)).shape
+    if groups > 1 and all_outputs == all_inputs == 1:
+        return outputs * kernel + bias
+    left = (groups * all_outputs - outputs) * (groups * all_inputs - inputs) * kernel // groups
+    return groups * all_outputs * all_inputs * kernel - left + bias
