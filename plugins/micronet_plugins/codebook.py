@@ -13,9 +13,10 @@ from micronet_plugins.layerwise import ActivationBits, WeightQuantizer
 class CodebookStrategy(WeightQuantizer):
     """Clusters each weight tensor by k-means: ceil(log2 K) bits a weight, and a table of K values, learned.
 
-    Lloyd's algorithm in one dimension from evenly spaced values (arXiv 1510.00149), the value 0 held where a weight is
-    masked. Table values are 32-bit numbers, and so are the products with them: it saves storage, not multiplications.
-    Use it where storage is what counts: at few bits, for tensors much larger than their table.
+    Lloyd's algorithm in one dimension from evenly spaced values, as in the paper, or from quantiles, whichever ends
+    better. 0 is in the table where a weight is 0, so that masks hold. Table values are 32-bit numbers, and so are the
+    products with them: it saves storage, not multiplications. Use it where storage is what counts, for tensors much
+    larger than their table.
     """
 
     values: int = Field(16, ge=2, le=4096, description="values in the table of a tensor")
@@ -32,12 +33,21 @@ class CodebookStrategy(WeightQuantizer):
 def k_means(values: Tensor, count: int, iterations: int) -> Tensor:
     """At most `count` values that stand for all, in order: each the mean of those nearest to it.
 
-    Where there is a zero, one of the values is 0 and stays it. Where there are few values, these are the table.
+    Where there is a zero, one of the values is 0 and stays it. Where there are few values, these are the table. Of two
+    starts, values evenly spaced and quantiles, the one that ends with the smaller squared error counts.
     """
     points, counts = torch.unique(values.double(), return_counts=True)
     if len(points) <= count:
         return points.to(values.dtype)
-    centres = torch.linspace(float(points[0]), float(points[-1]), count, dtype=torch.float64)
+    spaced = torch.linspace(float(points[0]), float(points[-1]), count, dtype=torch.float64)
+    places = (torch.arange(count) + 0.5) / count * (counts.sum() - 1)
+    quantiles = points[torch.searchsorted(counts.cumsum(0), places.round().long(), right=True)]
+    ends = [_lloyd(points, counts, start, iterations) for start in (spaced, torch.unique(quantiles))]
+    return min(ends, key=lambda end: end[0])[1].to(values.dtype)
+
+
+def _lloyd(points: Tensor, counts: Tensor, centres: Tensor, iterations: int) -> tuple[float, Tensor]:
+    """The squared error and the centres, without those that no point is nearest to."""
     has_zero = bool((points == 0).any())
     if has_zero:
         centres[centres.abs().argmin()] = 0
@@ -45,12 +55,10 @@ def k_means(values: Tensor, count: int, iterations: int) -> Tensor:
         nearest = torch.bucketize(points, (centres[1:] + centres[:-1]) / 2)
         weights = torch.zeros_like(centres).index_add_(0, nearest, counts.double())
         means = torch.zeros_like(centres).index_add_(0, nearest, points * counts) / weights.clamp(min=1)
-        moved = torch.where(weights > 0, means, centres)
-        if has_zero:
-            moved[centres == 0] = 0
-        moved = moved.sort().values
+        moved = torch.where((weights > 0) & ~(has_zero & (centres == 0)), means, centres)
         if torch.equal(moved, centres):
             break
-        centres = moved
-    used = torch.bucketize(points, (centres[1:] + centres[:-1]) / 2).unique()
-    return centres[used].to(values.dtype)
+        centres = moved.sort().values
+    nearest = torch.bucketize(points, (centres[1:] + centres[:-1]) / 2)
+    error = float(((centres[nearest] - points).square() * counts).sum())
+    return error, centres[torch.unique(nearest)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import Field
 from torch import nn
-from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
 from micronet_eval.formats import FixedPointQuantizer
@@ -12,7 +11,7 @@ from micronet_eval.merge import without_batch_norm
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import StructureError, copied, quantizers_of, traced
 from micronet_plugins.calibration import Calibration, Observed, exponent_for, exponent_of, observe, sigma_bound
-from micronet_plugins.layerwise import parameters_of, set_fixed_point
+from micronet_plugins.layerwise import parameters_of, quantize_each, set_fixed_point
 
 
 class FixedPointStrategy(Quantizer):
@@ -37,8 +36,7 @@ class FixedPointStrategy(Quantizer):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         try:
             graph = traced(without_batch_norm(copied(model)))
-            for module, name in parameters_of(graph):
-                self._quantize(module, name)
+            quantize_each(parameters_of(graph), self._quantizer)
             set_fixed_point(graph, context, self.activation_bits)
         except StructureError as error:
             raise InputError(f"fixed-point: {error}") from error
@@ -49,13 +47,10 @@ class FixedPointStrategy(Quantizer):
                 quantizer.exponent.fill_(exponent)
         return graph.eval()
 
-    def _quantize(self, layer: nn.Module, name: str) -> None:
-        """Quantizes one parameter from here on; masks stay in force."""
+    def _quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         seen = Observed.of(getattr(layer, name))
-        if self.calibration == "sigma":
-            # More range than the largest value needs is of no use.
-            bound = min(sigma_bound(seen.mean, seen.std, self.weight_sigmas), seen.largest)
-            exponent = exponent_for(bound, self.weight_bits)
-        else:
-            exponent = exponent_of(seen, self.weight_bits, self.calibration)
-        parametrize.register_parametrization(layer, name, FixedPointQuantizer(self.weight_bits, exponent))
+        if self.calibration != "sigma":
+            return FixedPointQuantizer(self.weight_bits, exponent_of(seen, self.weight_bits, self.calibration))
+        # More range than the largest value needs is of no use.
+        bound = min(sigma_bound(seen.mean, seen.std, self.weight_sigmas), seen.largest)
+        return FixedPointQuantizer(self.weight_bits, exponent_for(bound, self.weight_bits))

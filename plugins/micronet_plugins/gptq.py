@@ -15,7 +15,15 @@ from micronet_eval.formats import Affine, AffineQuantizer, block_indices
 from micronet_eval.strategy import Context
 from micronet_eval.structure import Mask, layer_type
 from micronet_plugins.calibration import Calibration, affine_format
-from micronet_plugins.layerwise import Granularity, WeightQuantizer, blocks_of, original_of, set_weight
+from micronet_plugins.layerwise import (
+    Granularity,
+    WeightQuantizer,
+    blocks_of,
+    original_of,
+    quantize_each,
+    set_weight,
+    weights_of,
+)
 
 
 class GPTQ(WeightQuantizer):
@@ -49,7 +57,7 @@ class GPTQ(WeightQuantizer):
             set_weight(layer, "weight", rounded)
             shared[id(original_of(layer, "weight"))] = AffineQuantizer(number_format)
             parametrize.register_parametrization(layer, "weight", shared[id(original_of(layer, "weight"))], unsafe=True)
-        self.quantize_others(model, shared)
+        quantize_each(weights_of(model), self.quantizer, shared)
 
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         return AffineQuantizer(self._format(layer, getattr(layer, name).detach()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -45,9 +47,7 @@ class WeightQuantizer(Quantizer):
             if self.activation_bits:
                 model = traced(model)
             self.quantize_weights(model, context)
-            for module, name in parameters_of(model):
-                if getattr(module, name).dim() < 2 and getattr(module, name).numel():
-                    quantize_to_fixed_point(module, name, self.rest_bits)
+            quantize_rest(model, self.rest_bits)
             if self.activation_bits:
                 self.quantize_activations(model, context)
         except StructureError as error:
@@ -56,17 +56,7 @@ class WeightQuantizer(Quantizer):
 
     def quantize_weights(self, model: nn.Module, context: Context) -> None:
         """Puts a quantizer on every weight; tied weights share one."""
-        self.quantize_others(model, {})
-
-    def quantize_others(self, model: nn.Module, shared: dict[int, nn.Module]) -> None:
-        """The same, beside the weights that have a quantizer in `shared`, by the identity of the trained tensor."""
-        for module, name in weights_of(model):
-            original = id(original_of(module, name))
-            if original not in shared:
-                shared[original] = self.quantizer(module, name)
-            on_it = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()  # type: ignore[index]
-            if not any(parametrization is shared[original] for parametrization in on_it):
-                parametrize.register_parametrization(module, name, shared[original], unsafe=True)
+        quantize_each(weights_of(model), self.quantizer)
 
     @abstractmethod
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
@@ -88,12 +78,34 @@ def set_fixed_point(model: nn.Module, context: Context, bits: int) -> None:
     set_quantizers(model, {name: FixedPointQuantizer(bits) for name in nodes})
 
 
-def quantize_to_fixed_point(layer: nn.Module, name: str, bits: int) -> FixedPointQuantizer:
-    """Quantizes one parameter at the exponent of the smallest squared error."""
-    exponent = exponent_of(Observed.of(getattr(layer, name)), bits, "mse")
-    quantizer = FixedPointQuantizer(bits, exponent)
-    parametrize.register_parametrization(layer, name, quantizer)
-    return quantizer
+def quantize_each(
+    parameters: Iterable[tuple[nn.Module, str]],
+    quantizer_for: Callable[[nn.Module, str], nn.Module],
+    done: Mapping[int, nn.Module] = MappingProxyType({}),
+) -> None:
+    """Puts a quantizer on each parameter; masks stay in force, and tied parameters share one quantizer.
+
+    `done` are quantizers that parameters have already, by the identity of the trained tensor.
+    """
+    shared = dict(done)
+    for module, name in parameters:
+        original = id(original_of(module, name))
+        if original not in shared:
+            shared[original] = quantizer_for(module, name)
+        on_it = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()  # type: ignore[index]
+        if not any(parametrization is shared[original] for parametrization in on_it):
+            parametrize.register_parametrization(module, name, shared[original], unsafe=True)
+
+
+def quantize_rest(model: nn.Module, bits: int) -> None:
+    """Parameters of fewer than 2 dimensions in fixed point, at the exponents of the smallest squared error."""
+    rest = [(m, n) for m, n in parameters_of(model) if getattr(m, n).dim() < 2 and getattr(m, n).numel()]
+    quantize_each(rest, lambda module, name: least_error(getattr(module, name), bits))
+
+
+def least_error(values: Tensor, bits: int) -> FixedPointQuantizer:
+    """Fixed point at the exponent of the smallest squared error."""
+    return FixedPointQuantizer(bits, exponent_of(Observed.of(values), bits, "mse"))
 
 
 def parameters_of(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -22,7 +22,7 @@ from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import StructureError, copied, quantizers_of, set_quantizers, traced
 from micronet_eval.trace import trace
 from micronet_plugins.calibration import Observed, exponent_of, observe
-from micronet_plugins.layerwise import original_of, parameters_of, quantize_to_fixed_point, weights_of
+from micronet_plugins.layerwise import least_error, original_of, quantize_rest, weights_of
 
 
 class Mixed(Quantizer):
@@ -75,22 +75,18 @@ class Mixed(Quantizer):
         tied: dict[int, tuple[FixedPointQuantizer, _Group]] = {}
         for module, name in weights_of(graph):
             path, weight, original = paths[module], getattr(module, name), id(original_of(module, name))
-            if original in tied:
-                quantizer, groups[path] = tied[original]
-                parametrize.register_parametrization(module, name, quantizer, unsafe=True)
-            else:
+            if original not in tied:
                 group = groups.setdefault(path, _Group())
-                seen, quantizer = Observed.of(weight), quantize_to_fixed_point(module, name, self.most)
+                seen, quantizer = Observed.of(weight), least_error(weight, self.most)
                 group.quantizers.append((quantizer, seen))
+                group.weight += weight.numel() if self.weigh == "storage" else 0
                 tied[original] = quantizer, group
-                if self.weigh == "storage":
-                    group.weight += weight.numel()
+            quantizer, groups[path] = tied[original]
+            parametrize.register_parametrization(module, name, quantizer, unsafe=True)
         if self.weigh == "math":
             for path in groups:
                 groups[path].weight += mults.get(path, 0)
-        for module, name in parameters_of(graph):
-            if getattr(module, name).dim() < 2 and getattr(module, name).numel():
-                quantize_to_fixed_point(module, name, self.rest_bits)
+        quantize_rest(graph, self.rest_bits)
         found = readers(graph, context.example_input, self.activation_bits, context.formulas)
         set_quantizers(graph, {node: FixedPointQuantizer(self.activation_bits) for node in found})
         for node, seen in observe(graph, context, self.batches).items():

@@ -13,7 +13,14 @@ from micronet_eval.formats import Affine, AffineQuantizer
 from micronet_eval.strategy import Context
 from micronet_eval.structure import layer_type
 from micronet_plugins.calibration import affine_format
-from micronet_plugins.layerwise import ActivationBits, WeightQuantizer, original_of, set_weight
+from micronet_plugins.layerwise import (
+    ActivationBits,
+    WeightQuantizer,
+    original_of,
+    quantize_each,
+    set_weight,
+    weights_of,
+)
 
 
 class TorchAO(WeightQuantizer):
@@ -43,7 +50,7 @@ class TorchAO(WeightQuantizer):
             number_format, values = self._quantized(weight)
             set_weight(module, "weight", values)
             shared[id(original_of(module, "weight"))] = AffineQuantizer(number_format)
-        self.quantize_others(model, shared)
+        quantize_each(weights_of(model), self.quantizer, shared)
 
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         weight = getattr(layer, name)

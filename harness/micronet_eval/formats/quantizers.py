@@ -104,8 +104,14 @@ _SMALLEST_SCALE = 1e-30  # a learned scale stays positive
 
 
 def _spread(values: Tensor, shape: Sequence[int], blocks: Sequence[int]) -> Tensor:
-    """The value of each element's block, ready to be broadcast."""
-    return values.reshape(()) if values.numel() == 1 else values.reshape(-1)[block_indices(shape, blocks)]
+    """The value of each element's block, in a shape that broadcasts to `shape`."""
+    if values.numel() == 1:
+        return values.reshape(())
+    spread = values.reshape([-(-n // b) for n, b in zip(shape, blocks, strict=True)])
+    for dim, (n, b) in enumerate(zip(shape, blocks, strict=True)):
+        if 1 < b < n:
+            spread = spread.repeat_interleave(b, dim).narrow(dim, 0, n)
+    return spread
 
 
 def _sums(values: Tensor, like: Tensor, blocks: Sequence[int]) -> Tensor:
