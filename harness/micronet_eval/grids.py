@@ -22,6 +22,7 @@ from micronet_eval.formats import (
     FIXED_POINT_OP,
     FLOAT8,
     QUANTIZE,
+    SIGNS_OP,
     bits_of_range,
     block_indices,
 )
@@ -130,7 +131,8 @@ def grid_of(op: Op) -> Grid:
     many = isinstance(scale, Value) and scale.numel > 1
     indices = block_indices(shape, blocks) if many and op.out.is_constant else None
     codes = through_views(op.inputs[0]) if op.out.is_constant and not op.inputs[0].dtype.is_floating_point else None
-    return Grid(a["quant_min"], a["quant_max"], (scale,), (zero,), indices, codes, blocks)
+    low, high = (-1, 1) if op.name == SIGNS_OP else (a["quant_min"], a["quant_max"])
+    return Grid(low, high, (scale,), (zero,), indices, codes, blocks)
 
 
 def dequantized(op: Op) -> Grid | None:

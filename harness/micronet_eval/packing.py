@@ -29,17 +29,12 @@ from torch.nn.utils import parametrize
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
 from micronet_eval.formats import (
-    Affine,
-    AffineQuantizer,
-    Codebook,
-    CodebookQuantizer,
-    FixedPoint,
-    FixedPointQuantizer,
+    ActivationQuantizer,
     Format,
     OffGrid,
-    Plain,
-    Signs,
     format_of,
+    of_activations,
+    of_weights,
 )
 from micronet_eval.masks import ELEMENT, Block, block_mask, elements, mask_shape
 from micronet_eval.storage import Stored, stored_tensors
@@ -47,7 +42,6 @@ from micronet_eval.structure import (
     StructureError,
     build_layer,
     changes,
-    layer_type,
     quantizers_of,
     replace,
     set_quantizers,
@@ -69,7 +63,7 @@ class Structure(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    activations: dict[str, int] = Field(default_factory=dict)
+    activations: dict[str, int | str] = Field(default_factory=dict)
     tensors: list[tuple[str, str, Layout]]
 
 
@@ -188,7 +182,7 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
     try:
         structure = Structure(
             layers=changes(architecture, model),
-            activations={name: quantizer.bits for name, quantizer in quantizers_of(model).items()},
+            activations={name: quantizer.declared for name, quantizer in quantizers_of(model).items()},
             tensors=tensors,
         )
     except StructureError as error:
@@ -210,7 +204,7 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
                 replace(model, path, build_layer(description))
         if structure.activations:
             model = traced(model)
-            quantizers = {name: FixedPointQuantizer(bits) for name, bits in structure.activations.items()}
+            quantizers = {name: of_activations(declared) for name, declared in structure.activations.items()}
             set_quantizers(model, quantizers)
         readers = {name: _BitReader(packed.streams[name]) for name in ("values", "masks", "overhead")}
         if twice := [name for name, n in Counter(name for name, *_ in structure.tensors).items() if n > 1]:
@@ -302,34 +296,22 @@ def _assign(model: nn.Module, name: str, value: Tensor, number_format: Format) -
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     if attribute in owner._buffers:
-        if layer_type(owner) is FixedPointQuantizer:
-            FixedPoint(owner.bits, int(value))  # type: ignore[arg-type]  # checks the bounds
         owner._buffers[attribute] = value
+        if isinstance(owner, ActivationQuantizer):
+            owner.check()
         return
     old, new = owner._parameters.get(attribute), nn.Parameter(value, requires_grad=value.is_floating_point())
     if old is None:  # tied to one that was there before
         raise OffGrid(f"tensor {name!r} is there twice")
-    quantizer = _quantizer(name, number_format)
+    try:
+        quantizer = of_weights(number_format)
+    except OffGrid as error:
+        raise OffGrid(f"tensor {name!r}: {error}") from error
     for module in list(model.modules()):
         for tied in [key for key, parameter in module._parameters.items() if parameter is old]:
             setattr(module, tied, new)
             if quantizer is not None:
                 parametrize.register_parametrization(module, tied, quantizer, unsafe=True)
-
-
-def _quantizer(name: str, number_format: Format) -> nn.Module | None:
-    """What keeps a parameter in its format while the model runs."""
-    if isinstance(number_format, Signs):
-        number_format = number_format.base
-    if isinstance(number_format, FixedPoint):
-        return FixedPointQuantizer(number_format.bits, number_format.exponent)
-    if isinstance(number_format, Affine):
-        return AffineQuantizer(number_format)
-    if isinstance(number_format, Codebook):
-        return CodebookQuantizer(number_format)
-    if not isinstance(number_format, Plain):
-        raise OffGrid(f"tensor {name!r}: {number_format.spec} cannot be set into a model")
-    return None
 
 
 # --- packed <-> file --------------------------------------------------------------------------------------------------

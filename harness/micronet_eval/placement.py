@@ -20,17 +20,25 @@ def multiplied_nodes(
     A value is quantized where it is computed, before operations that only move or select values: a residual sum is
     quantized once, for all that read it. Raises StructureError where such a value exists only inside one layer.
     """
+    return list(readers(graph_module, example_input, bits, formulas))
+
+
+def readers(
+    graph_module: fx.GraphModule, example_input: Tensor, bits: int, formulas: Mapping[str, Formula]
+) -> dict[str, set[str]]:
+    """The same nodes, in graph order, and for each the paths of the modules that multiply with its value."""
     recorded = trace(graph_module, example_input)
     widths = bit_widths(recorded)
-    wanted: set[str] = set()
+    wanted: dict[str, set[str]] = {}
     for op in recorded.ops:
         cost = cost_of(op, formulas)
         if cost is None or cost.mults == 0:
             continue
         for value in op.inputs:
             if not value.is_constant and value.dtype.is_floating_point and widths[value] > bits:
-                wanted |= _sources(value, recorded.nodes, widths, bits)
-    return [node.name for node in graph_module.graph.nodes if node.name in wanted]
+                for node in _sources(value, recorded.nodes, widths, bits):
+                    wanted.setdefault(node, set()).add(op.module)
+    return {node.name: wanted[node.name] for node in graph_module.graph.nodes if node.name in wanted}
 
 
 def _sources(value: Value, nodes: Mapping[Value, str], widths: Mapping[Value, int], bits: int) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from micronet_eval.conditional import conditional_of
-from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.formats import ActivationQuantizer
 
 QUANTIZERS = "quantizers"
 """The submodule that holds a model's activation quantizers, each under the name of the graph node that it follows."""
@@ -155,7 +155,7 @@ def copied(model: nn.Module) -> nn.Module:
 def is_leaf(module: nn.Module) -> bool:
     """Whether tracing and comparing take a module as a whole: torch's own layers, and the ones defined here."""
     kind = layer_type(module)
-    own = kind in (ScaleShift, FixedPointQuantizer)
+    own = kind is ScaleShift or issubclass(kind, ActivationQuantizer)
     return own or (kind.__module__.startswith("torch.nn") and kind not in (nn.Sequential, nn.Module, nn.ModuleList))
 
 
@@ -230,7 +230,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(model, graph, type(model).__name__)
 
 
-def set_quantizers(graph_module: fx.GraphModule, quantizers: dict[str, FixedPointQuantizer]) -> None:
+def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, ActivationQuantizer]) -> None:
     """Sets each quantizer behind the node of its name: all that used the node's value use the quantized one.
 
     Raises StructureError for a name that is no node.
@@ -249,8 +249,8 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: dict[str, FixedPoin
     graph_module.recompile()
 
 
-def quantizers_of(model: nn.Module) -> dict[str, FixedPointQuantizer]:
+def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """The activation quantizers of a model by the node that they follow, in graph order."""
     holder = submodule(model, QUANTIZERS)
     children: Iterable[tuple[str, nn.Module]] = holder.named_children() if holder else ()
-    return {name: child for name, child in children if isinstance(child, FixedPointQuantizer)}
+    return {name: child for name, child in children if isinstance(child, ActivationQuantizer)}

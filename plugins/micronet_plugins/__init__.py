@@ -46,9 +46,24 @@ def micronet_register_sparsifiers(register: Any) -> None:
 @hookimpl
 def micronet_register_quantizers(register: Any) -> None:
     """The bundled quantizers."""
+    from micronet_plugins.affine import AffineStrategy
+    from micronet_plugins.codebook import CodebookStrategy
     from micronet_plugins.fixed_point import FixedPointStrategy
+    from micronet_plugins.gptq import GPTQ
+    from micronet_plugins.low_bits import Binary, Ternary
+    from micronet_plugins.lsq import LSQ
+    from micronet_plugins.mixed import Mixed
+    from micronet_plugins.torchao_adapters import TorchAO
 
     register("fixed-point", FixedPointStrategy)
+    register("affine", AffineStrategy)
+    register("lsq", LSQ)
+    register("binary", Binary)
+    register("ternary", Ternary)
+    register("codebook", CodebookStrategy)
+    register("gptq", GPTQ)
+    register("mixed", Mixed)
+    register("torchao", TorchAO)
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """Number formats, the quantizers that round to them, and the names of the operations that convert."""
 
-from micronet_eval.formats.conversions import CODEBOOK_OP, CONVERSIONS, FIXED_POINT_OP, QUANTIZE
+from micronet_eval.formats.conversions import CODEBOOK_OP, CONVERSIONS, FIXED_POINT_OP, QUANTIZE, SIGNS_OP
 from micronet_eval.formats.number import (
     _PLAIN,
     FLOAT8,
@@ -17,7 +17,16 @@ from micronet_eval.formats.number import (
     format_of,
     index_bits,
 )
-from micronet_eval.formats.quantizers import AffineQuantizer, CodebookQuantizer, FixedPointQuantizer, fixed_point
+from micronet_eval.formats.quantizers import (
+    ActivationQuantizer,
+    AffineQuantizer,
+    CodebookQuantizer,
+    FixedPointQuantizer,
+    SignQuantizer,
+    fixed_point,
+    of_activations,
+    of_weights,
+)
 
 __all__ = [
     "CODEBOOK_OP",
@@ -25,7 +34,9 @@ __all__ = [
     "FIXED_POINT_OP",
     "FLOAT8",
     "QUANTIZE",
+    "SIGNS_OP",
     "_PLAIN",
+    "ActivationQuantizer",
     "Affine",
     "AffineQuantizer",
     "Codebook",
@@ -36,10 +47,13 @@ __all__ = [
     "Integer",
     "OffGrid",
     "Plain",
+    "SignQuantizer",
     "Signs",
     "bits_of_range",
     "block_indices",
     "fixed_point",
     "format_of",
     "index_bits",
+    "of_activations",
+    "of_weights",
 ]

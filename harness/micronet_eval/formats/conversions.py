@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-FIXED_POINT_OP, CODEBOOK_OP = "micronet.fixed_point", "micronet.codebook"
+FIXED_POINT_OP, CODEBOOK_OP, SIGNS_OP = "micronet.fixed_point", "micronet.codebook", "micronet.signs"
 
 _GRAINS = ("per_tensor", "per_channel", "per_token", "per_channel_group")
 
@@ -17,6 +17,7 @@ _DEQUANTIZE = frozenset(f"quantized_decomposed.dequantize_{grain}" for grain in 
 _FAKE_QUANTIZE = frozenset(
     (
         "micronet.affine",
+        SIGNS_OP,
         "aten.fake_quantize_per_tensor_affine",
         "aten.fake_quantize_per_tensor_affine_cachemask",
         "aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams",

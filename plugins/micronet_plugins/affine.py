@@ -1,0 +1,76 @@
+"""Integers with a scale and a zero point, for weights and activations (Jacob et al. 2018, arXiv 1712.05877)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from micronet_eval.formats import Affine, AffineQuantizer
+from micronet_eval.placement import multiplied_nodes
+from micronet_eval.strategy import Context
+from micronet_eval.structure import QUANTIZERS, replace, set_quantizers, traced
+from micronet_plugins.calibration import Calibration, Observed, affine_format, observe
+from micronet_plugins.layerwise import Granularity, WeightQuantizer, blocks_of
+
+
+class ScaledQuantizer(WeightQuantizer):
+    """Activations in integers with a scale, one for the tensor; `learned` says whether scales are parameters."""
+
+    learned: ClassVar[bool] = False
+
+    def quantize_activations(self, model: nn.Module, context: Context) -> None:
+        graph = traced(model)
+        nodes = multiplied_nodes(graph, context.example_input, self.activation_bits, context.formulas)
+        # What the scales shall be can be observed only once the quantizers are in their places.
+        unknown = Affine(0, 2**self.activation_bits - 1, (), torch.ones(1))
+        set_quantizers(graph, {name: AffineQuantizer(unknown) for name in nodes})
+        for name, seen in observe(graph, context, self.batches).items():
+            if name in nodes:
+                quantizer = AffineQuantizer(self.activation_format(seen), self.learned)
+                replace(graph, f"{QUANTIZERS}.{name}", quantizer)
+
+    @abstractmethod
+    def activation_format(self, seen: Observed) -> Affine:
+        """The format of an activation, without blocks."""
+
+
+class AffineStrategy(ScaledQuantizer):
+    """Integers with scales: per tensor, channel or group; symmetric or with zero points; activations per tensor.
+
+    value = (integer - zero point) x scale. A scale is 32 bits to store, a zero point the bits of a weight. A scale that
+    is no power of two costs one multiplication an output, and one more for every group that an output sums over.
+    Activations that are never negative have no sign and no zero point. Use it where fixed point loses too much: at few
+    bits, per channel, in layers whose channels differ in range.
+    """
+
+    weight_bits: int = Field(8, ge=2, le=16, description="bits of a weight")
+    granularity: Granularity = Field("channel", description="what shares a scale: tensor, channel or group")
+    group_size: int = Field(32, gt=0, description="inputs (each with its kernel) of one output that share a scale")
+    symmetric: bool = Field(True, description="no zero points")
+    calibration: Calibration = Field("max", description="range of weights: sigma, max or mse (least squared error)")
+    activation_calibration: Calibration = Field("mse", description="range of activations: sigma, max or mse")
+    sigmas: float = Field(6, gt=0, description="for sigma: mean -+ so many standard deviations")
+
+    def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
+        weight = getattr(layer, name)
+        blocks = blocks_of(layer, weight, self.granularity, self.group_size)
+        return AffineQuantizer(
+            affine_format(weight, self.weight_bits, blocks, self.symmetric, self.calibration, self.sigmas)
+        )
+
+    def activation_format(self, seen: Observed) -> Affine:
+        return activation_format(seen, self.activation_bits, self.symmetric, self.activation_calibration, self.sigmas)
+
+
+def activation_format(seen: Observed, bits: int, symmetric: bool, calibration: Calibration, sigmas: float) -> Affine:
+    """The format of an activation from what was seen; no zero point where nothing is negative."""
+    ends = torch.tensor([seen.low, seen.high], dtype=torch.float64)
+    values = ends if calibration == "max" else seen.sample
+    if calibration == "mse":
+        values = torch.cat([values, ends])
+    found = affine_format(values, bits, (len(values),), symmetric or seen.low >= 0, calibration, sigmas)
+    return Affine(found.low, found.high, (), found.scales, found.zero_points)

@@ -1,0 +1,158 @@
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323): weights rounded one by one, the error passed on to those to come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from micronet_eval.errors import InputError
+from micronet_eval.formats import Affine, AffineQuantizer, block_indices
+from micronet_eval.strategy import Context
+from micronet_eval.structure import Mask, layer_type
+from micronet_plugins.calibration import Calibration, affine_format
+from micronet_plugins.layerwise import (
+    Granularity,
+    WeightQuantizer,
+    blocks_of,
+    original_of,
+    quantize_each,
+    set_weight,
+    weights_of,
+)
+
+
+class GPTQ(WeightQuantizer):
+    """Rounds weights so that the outputs of each layer change least on training data; integers with scales.
+
+    Layer by layer, on inputs that the layers before it, already quantized, give: H = 2 X X^T + damping; then column by
+    column w is rounded to q, and (w - q) / [H^-1]_ii [H^-1]_i is taken from the columns behind it. Convolutions are
+    matrices over their unfolded inputs, each group its own; zeros of a mask stay. Other weights are rounded to nearest.
+    Use it at 2 to 4 bits where there is no time for fine-tuning; scales cost what those of `affine` do.
+    """
+
+    weight_bits: int = Field(4, ge=2, le=16, description="bits of a weight")
+    granularity: Granularity = Field("channel", description="what shares a scale: tensor, channel or group")
+    group_size: int = Field(32, gt=0, description="inputs (each with its kernel) of one output that share a scale")
+    symmetric: bool = Field(True, description="no zero points")
+    calibration: Calibration = Field("mse", description="range of weights: sigma, max or mse (least squared error)")
+    sigmas: float = Field(6, gt=0, description="for sigma: mean -+ so many standard deviations")
+    damping: float = Field(0.01, gt=0, description="share of the mean diagonal of H that is added to it")
+
+    def quantize_weights(self, model: nn.Module, context: Context) -> None:
+        batches = list(context.calibration(self.batches))
+        if not batches:
+            raise InputError("gptq: there is no training data to calibrate on")
+        shared: dict[int, nn.Module] = {}
+        for layer in _in_order(model, batches[0]):
+            if id(original_of(layer, "weight")) in shared:
+                continue  # tied, and done
+            weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+            number_format = self._format(layer, weight)
+            rounded = round_weight(weight, hessians(model, layer, batches), number_format, self.damping, _mask(layer))
+            set_weight(layer, "weight", rounded)
+            shared[id(original_of(layer, "weight"))] = AffineQuantizer(number_format)
+            parametrize.register_parametrization(layer, "weight", shared[id(original_of(layer, "weight"))], unsafe=True)
+        quantize_each(weights_of(model), self.quantizer, shared)
+
+    def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
+        return AffineQuantizer(self._format(layer, getattr(layer, name).detach()))
+
+    def _format(self, layer: nn.Module, weight: Tensor) -> Affine:
+        blocks = blocks_of(layer, weight, self.granularity, self.group_size)
+        return affine_format(weight, self.weight_bits, blocks, self.symmetric, self.calibration, self.sigmas)
+
+
+def _in_order(model: nn.Module, inputs: Tensor) -> list[nn.Module]:
+    """The convolutions (2d) and linear layers in the order in which they run first."""
+    ran: dict[nn.Module, None] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        ran[module] = None
+
+    layers = [m for m in model.modules() if layer_type(m) in (nn.Conv2d, nn.Linear)]
+    _run(model, [inputs], dict.fromkeys(layers, note))
+    return list(ran)
+
+
+def hessians(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Tensor:
+    """2 X X^T over all inputs that reach a layer, [groups, inputs, inputs] with kernel positions among the inputs."""
+    found: list[Tensor] = []
+
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        columns = unfolded(module, args[0]).double()
+        product = 2 * columns @ columns.transpose(1, 2)
+        found[:] = [found[0] + product] if found else [product]
+
+    _run(model, batches, {layer: add})
+    return found[0]
+
+
+def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each dot product of a layer sees, [groups, inputs, positions]."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1]).T[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x if x.dim() == 4 else x[None], layer._reversed_padding_repeated_twice, mode)
+    columns = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
+    return columns.transpose(0, 1).reshape(layer.groups, columns.shape[1] // layer.groups, -1)
+
+
+def round_weight(
+    weight: Tensor, hessian: Tensor, number_format: Affine, damping: float, mask: Tensor | None = None
+) -> Tensor:
+    """The weight on the grid of its format, by Algorithm 1 of the paper (without blocks and Cholesky reordering).
+
+    `hessian` is [groups, inputs, inputs]. What `mask` leaves out is rounded to 0.
+    """
+    groups, count, _ = hessian.shape
+    where = block_indices(weight.shape, number_format.blocks)
+    scales = number_format.scales.double()[where].view(groups, -1, count)
+    zeros = torch.zeros_like(scales)
+    if number_format.zero_points is not None:
+        zeros = number_format.zero_points.double()[where].view(groups, -1, count)
+    kept = torch.ones_like(scales) if mask is None else mask.double().view(groups, -1, count)
+    left, codes = weight.double().view(groups, -1, count).clone(), torch.empty_like(scales)
+    upper = _upper_factor_of_inverse(hessian, damping)
+    for i in range(count):
+        step, zero = scales[..., i], zeros[..., i]
+        code = ((left[..., i] / step).round() + zero).clamp(number_format.low, number_format.high) - zero
+        codes[..., i] = code * kept[..., i]
+        error = (left[..., i] - codes[..., i] * step) / upper[:, i, i, None]
+        left[..., i:] -= error[..., None] * upper[:, None, i, i:]
+    return (codes.float() * scales.float()).view(weight.shape).to(weight.dtype)
+
+
+def _upper_factor_of_inverse(hessian: Tensor, damping: float) -> Tensor:
+    """U with H^-1 = U^T U: its rows are those of the inverse that the elimination of the columns before leaves."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    unseen = torch.diag_embed((diagonal == 0).to(hessian.dtype))  # inputs that are always 0
+    eye = torch.eye(hessian.shape[1], dtype=hessian.dtype)
+    damped = hessian + unseen + damping * diagonal.mean(1).clamp(min=1e-12)[:, None, None] * eye
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def _mask(layer: nn.Module) -> Tensor | None:
+    """Which weights a mask keeps."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    masks = [p.mask for p in layer.parametrizations["weight"] if isinstance(p, Mask)]  # type: ignore[index]
+    return torch.stack(masks).all(0) if masks else None
+
+
+def _run(
+    model: nn.Module, batches: list[Tensor], before: dict[nn.Module, Callable[[nn.Module, tuple[Tensor, ...]], None]]
+) -> None:
+    """Runs the model, calling a function before each of some layers."""
+    hooks = [layer.register_forward_pre_hook(function) for layer, function in before.items()]
+    try:
+        with torch.no_grad(), parametrize.cached():
+            for inputs in batches:
+                model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,159 @@
+"""What the quantizers of weights have in common: weights one way, all other parameters and activations another."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from micronet_eval.errors import InputError
+from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.merge import without_batch_norm
+from micronet_eval.placement import multiplied_nodes
+from micronet_eval.strategy import Context, Quantizer
+from micronet_eval.structure import StructureError, copied, layer_type, quantizers_of, set_quantizers, traced
+from micronet_plugins.calibration import Observed, exponent_of, observe
+
+Granularity = Literal["tensor", "channel", "group"]
+
+
+def _more_than_1(bits: int) -> int:
+    if bits == 1:
+        raise ValueError("an activation has 0 bits (left as it is) or 2 and more")
+    return bits
+
+
+ActivationBits = Annotated[int, AfterValidator(_more_than_1)]
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes weights (parameters of 2 dimensions and more) by `quantizer`, all else in fixed point."""
+
+    rest_bits: int = Field(16, ge=2, le=24, description="bits of biases and all other parameters, in fixed point")
+    activation_bits: ActivationBits = Field(
+        8, ge=0, le=16, description="bits of an activation that is multiplied; 0 leaves activations as they are"
+    )
+    batches: int = Field(4, gt=0, description="batches of training data for calibration")
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        try:
+            model = without_batch_norm(copied(model)).eval()
+            if self.activation_bits:
+                model = traced(model)
+            self.quantize_weights(model, context)
+            quantize_rest(model, self.rest_bits)
+            if self.activation_bits:
+                self.quantize_activations(model, context)
+        except StructureError as error:
+            raise InputError(f"quantizer: {error}") from error
+        return model.eval()
+
+    def quantize_weights(self, model: nn.Module, context: Context) -> None:
+        """Puts a quantizer on every weight; tied weights share one."""
+        quantize_each(weights_of(model), self.quantizer)
+
+    @abstractmethod
+    def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
+        """The parametrization for a weight."""
+
+    def quantize_activations(self, model: nn.Module, context: Context) -> None:
+        """Fixed point with the exponent of the smallest squared error."""
+        set_fixed_point(model, context, self.activation_bits)
+        for name, seen in observe(model, context, self.batches).items():
+            quantizer = quantizers_of(model)[name]
+            if isinstance(quantizer, FixedPointQuantizer):
+                quantizer.exponent.fill_(exponent_of(seen, quantizer.bits, "mse"))
+
+
+def set_fixed_point(model: nn.Module, context: Context, bits: int) -> None:
+    """Sets fixed-point quantizers, not yet calibrated, behind every node that feeds a multiplication."""
+    model = traced(model)
+    nodes = multiplied_nodes(model, context.example_input, bits, context.formulas)
+    set_quantizers(model, {name: FixedPointQuantizer(bits) for name in nodes})
+
+
+def quantize_each(
+    parameters: Iterable[tuple[nn.Module, str]],
+    quantizer_for: Callable[[nn.Module, str], nn.Module],
+    done: Mapping[int, nn.Module] = MappingProxyType({}),
+) -> None:
+    """Puts a quantizer on each parameter; masks stay in force, and tied parameters share one quantizer.
+
+    `done` are quantizers that parameters have already, by the identity of the trained tensor.
+    """
+    shared = dict(done)
+    for module, name in parameters:
+        original = id(original_of(module, name))
+        if original not in shared:
+            shared[original] = quantizer_for(module, name)
+        on_it = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()  # type: ignore[index]
+        if not any(parametrization is shared[original] for parametrization in on_it):
+            parametrize.register_parametrization(module, name, shared[original], unsafe=True)
+
+
+def quantize_rest(model: nn.Module, bits: int) -> None:
+    """Parameters of fewer than 2 dimensions in fixed point, at the exponents of the smallest squared error."""
+    rest = [(m, n) for m, n in parameters_of(model) if getattr(m, n).dim() < 2 and getattr(m, n).numel()]
+    quantize_each(rest, lambda module, name: least_error(getattr(module, name), bits))
+
+
+def least_error(values: Tensor, bits: int) -> FixedPointQuantizer:
+    """Fixed point at the exponent of the smallest squared error."""
+    return FixedPointQuantizer(bits, exponent_of(Observed.of(values), bits, "mse"))
+
+
+def parameters_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every parameter as its module and name there, those under parametrizations by the name that they go by."""
+    found: list[tuple[nn.Module, str]] = []
+    for path, module in model.named_modules():
+        if "parametrizations" in path.split("."):
+            continue
+        found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
+        if parametrize.is_parametrized(module):
+            found += [(module, name) for name in module.parametrizations]
+    return found
+
+
+def weights_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The parameters of 2 dimensions and more."""
+    return [(m, n) for m, n in parameters_of(model) if getattr(m, n).dim() >= 2 and getattr(m, n).numel()]
+
+
+def original_of(layer: nn.Module, name: str) -> Tensor:
+    """The trained tensor behind a parameter's parametrizations."""
+    if parametrize.is_parametrized(layer, name):
+        original = layer.parametrizations[name].original  # type: ignore[index,union-attr]
+        assert isinstance(original, Tensor)
+        return original
+    parameter: Tensor = getattr(layer, name)
+    return parameter
+
+
+def blocks_of(layer: nn.Module, weight: Tensor, granularity: Granularity, group_size: int = 0) -> tuple[int, ...]:
+    """How many elements of a weight share a scale, dimension by dimension.
+
+    A channel is an output: dimension 0, or 1 of a transposed convolution without groups. A group is `group_size`
+    inputs of one output, each with its whole kernel.
+    """
+    shape = tuple(weight.shape)
+    if granularity == "tensor":
+        return shape
+    transposed = issubclass(layer_type(layer), nn.modules.conv._ConvTransposeNd) and layer.groups == 1
+    outputs, inputs = (1, 0) if transposed else (0, 1)
+    blocks = list(shape)
+    blocks[outputs] = 1
+    if granularity == "group":
+        blocks[inputs] = min(group_size, shape[inputs])
+    return tuple(blocks)
+
+
+def set_weight(layer: nn.Module, name: str, values: Tensor) -> None:
+    """Gives a weight other values, behind its parametrizations."""
+    with torch.no_grad():
+        original_of(layer, name).copy_(values)

@@ -1,0 +1,476 @@
+"""The bundled quantizers, against numbers worked out by hand or by brute force, and what all of them must hold."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, TensorDataset
+
+from micronet_eval import packing, plugins, score
+from micronet_eval.errors import InputError
+from micronet_eval.formats import Affine, AffineQuantizer, OffGrid, of_activations
+from micronet_eval.storage import stored_tensors
+from micronet_eval.strategy import Context
+from micronet_eval.structure import Mask, quantizers_of
+from micronet_eval.trace import trace
+from micronet_plugins.affine import AffineStrategy, activation_format
+from micronet_plugins.calibration import Observed, affine_format, exponent_of
+from micronet_plugins.codebook import k_means
+from micronet_plugins.gptq import GPTQ, hessians, round_weight, unfolded
+from micronet_plugins.lsq import LSQ
+from micronet_plugins.mixed import Mixed, allocate
+
+CASES = [
+    ("fixed-point", {}),
+    ("fixed-point", {"calibration": "mse", "activation_calibration": "max", "weight_bits": 4}),
+    ("affine", {}),
+    ("affine", {"symmetric": False, "granularity": "group", "group_size": 4, "weight_bits": 4, "calibration": "mse"}),
+    ("affine", {"granularity": "tensor", "calibration": "sigma", "sigmas": 2}),
+    ("lsq", {}),
+    ("lsq", {"granularity": "channel"}),
+    ("binary", {}),
+    ("binary", {"activation_bits": 8, "granularity": "tensor"}),
+    ("ternary", {}),
+    ("codebook", {}),
+    ("gptq", {}),
+    ("gptq", {"granularity": "group", "group_size": 3, "symmetric": False}),
+    ("mixed", {}),
+    ("mixed", {"weigh": "math", "bits": 4}),
+    ("torchao", {}),
+    ("torchao", {"config": "int4"}),
+]
+EACH = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n} {', '.join(map(str, o))}" for n, o in CASES])
+
+
+class Residual(nn.Module):
+    """A convolution with batch norm, one of 2 groups around which there is a shortcut, and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding="same", groups=2)
+        self.hidden = nn.Linear(8 * 16, 32)
+        self.last = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = F.max_pool2d(x + torch.relu(self.grouped(x)), 2)
+        return self.last(torch.relu(self.hidden(x.flatten(1))))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def context(x):
+    loader = DataLoader(TensorDataset(x, torch.arange(len(x)) % 10), 16)
+    return Context(torch.zeros(1, *x.shape[1:]), loader, 0, plugins.formulas())
+
+
+def strategy(name, **options):
+    if name == "torchao":
+        pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    return plugins.lookup("quantizer", name)(**options)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def fine_tune(model, x):
+    """One step; gives the parameters that no gradient reached."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    model.train()
+    F.cross_entropy(model(x), torch.arange(len(x)) % 10).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    optimizer.step()
+    model.eval()
+    return without
+
+
+# --- what every quantizer must hold -----------------------------------------------------------------------------------
+
+
+@EACH
+def test_trains_packs_and_counts(name, options, net, x):
+    before = state(net)
+    model = strategy(name, **options).apply(net, context(x))
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    again = strategy(name, **options).apply(net, context(x))
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    first = model.first.parametrizations.weight.original.clone()
+    assert fine_tune(model, x) == []
+    trained = model.first.parametrizations.weight.original
+    assert not torch.equal(first, trained)
+    packed = packing.pack(model, Residual(), x[:1])
+    unpacked = packing.unpack(packed, Residual()).eval()
+    with torch.no_grad():
+        assert torch.equal(unpacked(x), model(x))
+    for counted in (score(model, x[:1]).storage, score(unpacked, x[:1]).storage):
+        for stream in ("values", "masks", "overhead"):
+            bits = getattr(counted, f"{stream.removesuffix('s')}_bits")
+            assert bits <= packed.bits[stream] < bits + 8
+    assert score(model, x[:1]).math == score(unpacked, x[:1]).math
+
+
+@EACH
+def test_zeros_of_a_mask_stay(name, options, net, x):
+    mask = torch.rand(net.hidden.weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    parametrize.register_parametrization(net.hidden, "weight", Mask(mask))
+    model = strategy(name, **options).apply(net, context(x))
+    fine_tune(model, x)
+    assert not model.hidden.weight[~mask].any()
+    assert model.hidden.weight[mask].any()
+
+
+@EACH
+def test_tied_weights_are_stored_once(name, options, x):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    torch.manual_seed(0)
+    net, x = Tied().eval(), x.flatten(1)[:, :32]
+    model = strategy(name, **options).apply(net, context(x))
+    assert torch.equal(model.a.weight, model.b.weight)
+    unpacked = packing.unpack(packing.pack(model, Tied(), x[:1]), Tied()).eval()
+    with torch.no_grad():
+        assert torch.equal(unpacked(x), model(x))
+    assert score(model, x[:1]).storage.parameters == 32 * 32 + 32 * 10 + 32 + 32 + 10
+
+
+def test_calibration_takes_no_more_training_data_than_asked_for(net, x):
+    given = context(x)
+    taken = []
+
+    class Watched(Context):
+        def calibration(self, batches):
+            for inputs in super().calibration(batches):
+                taken.append(len(inputs))
+                yield inputs
+
+    watched = Watched(given.example_input, given.training_data, 0, given.formulas)
+    AffineStrategy(batches=2).apply(net, watched)
+    assert taken == [16, 16]
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def test_codes_of_a_known_tensor():
+    weight = torch.tensor([[-0.7, 0.3], [0.6, 1.4]])
+    found = affine_format(weight, 4, (1, 2))
+    assert (found.low, found.high) == (-7, 7)
+    assert torch.allclose(found.scales, torch.tensor([0.1, 0.2]))
+    rounded = AffineQuantizer(found)(weight)
+    assert found.encode(rounded).tolist() == [[16 - 7, 3], [3, 7]]
+
+
+def test_zero_points_of_a_known_tensor():
+    found = affine_format(torch.tensor([-1.0, 0.1, 2.0]), 2, (3,), symmetric=False)
+    assert (found.low, found.high, found.scales.tolist(), found.zero_points.tolist()) == (0, 3, [1.0], [1])
+    assert AffineQuantizer(found)(torch.tensor([-5.0, 0.1, 1.6])).tolist() == [-1, 0, 2]
+
+
+def test_ranges_by_max_sigma_and_mse():
+    values = torch.tensor([-1.0, 1.0] * 50 + [10.0])
+    assert affine_format(values, 4, (101,)).scales.item() == pytest.approx(10 / 7)
+    mean, std = values.mean().item(), values.std(correction=0).item()
+    sigma = affine_format(values, 4, (101,), calibration="sigma", sigmas=2)
+    assert sigma.scales.item() == pytest.approx((mean + 2 * std) / 7)
+
+    def error(found):
+        return (AffineQuantizer(found)(values) - values).square().sum().item()
+
+    assert error(affine_format(values, 4, (101,), calibration="mse")) < error(affine_format(values, 4, (101,)))
+
+
+def test_exponents_by_max_and_mse():
+    # max: 8 needs the step 2 at 4 bits (2**3 - 1 = 7 steps of 1 are too few). Then 100 ones round to 0 (ties to even).
+    seen = Observed.of(torch.tensor([1.0] * 100 + [8.0]))
+    assert exponent_of(seen, 4, "max") == 1
+    assert exponent_of(seen, 4, "mse") == 0  # 8 becomes 7, an error of 1, not of 100
+
+
+def test_overhead_of_groups(x):
+    """8 inputs in groups of 4, 6 outputs: 12 scales of 32 bits, and 12 zero points of the 4 bits of a weight."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Sequential(nn.Linear(8, 6, bias=False)), x.flatten(1)[:, :8]
+    options = {"granularity": "group", "group_size": 4, "weight_bits": 4, "activation_bits": 0}
+    storage = score(AffineStrategy(**options).apply(layer, context(inputs)), inputs[:1]).storage
+    assert (storage.overhead_bits, storage.value_bits + storage.mask_bits) == (12 * 32, 48 * 4)
+    storage = score(AffineStrategy(**options, symmetric=False).apply(layer, context(inputs)), inputs[:1]).storage
+    assert storage.overhead_bits == 12 * 32 + 12 * 4
+
+
+def test_activations_without_negatives_have_no_zero_point():
+    positive = activation_format(Observed.of(torch.tensor([0.0, 51.0])), 8, False, "max", 6)
+    assert (positive.low, positive.high, positive.zero_points) == (0, 255, None)
+    assert positive.scales.item() == pytest.approx(0.2)
+    both = activation_format(Observed.of(torch.tensor([-10.0, 41.0])), 8, False, "max", 6)
+    assert both.zero_points.item() == 50
+
+
+def test_a_scaled_activation_is_8_bits_a_scale_and_one_multiplication_an_output(x):
+    """4 -> 3 without bias: 12 products, x / scale at the input, one scale an output for both."""
+    torch.manual_seed(0)
+    inputs = x.flatten(1)[:, :4]
+    model = AffineStrategy(symmetric=False).apply(nn.Sequential(nn.Linear(4, 3, bias=False)), context(inputs))
+    counted = score(model, inputs[:1])
+    nonzero = int((model.get_submodule("0").weight != 0).sum())
+    bits = [q.bits for q in quantizers_of(model).values()]
+    assert bits == [8]
+    width = max(8, 9)  # a weight less its zero point
+    assert counted.math.mult_ops32 == nonzero * width / 32 + 4 + 3
+    zero_points = 3 * 8 + 8
+    assert counted.storage.overhead_bits == 3 * 32 + 32 + zero_points
+
+
+# --- lsq --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_the_step_is_the_papers():
+    """v / s = 0.6, 2.4, -10, 18 in -4 ... 3: 1 - 0.6, 2 - 2.4, -4, 3, together -1; times 1 / sqrt(4 x 3)."""
+    v = torch.tensor([0.3, 1.2, -5.0, 9.0], requires_grad=True)
+    quantizer = AffineQuantizer(Affine(-4, 3, (4,), torch.tensor([0.5])), learned=True)
+    quantizer(v).sum().backward()
+    assert v.grad.tolist() == [1, 1, 0, 0]
+    assert quantizer.scale.grad.item() == pytest.approx(-1 / 12**0.5)
+
+
+def test_the_gradients_of_steps_by_channel():
+    v = torch.tensor([[0.3, 1.2], [-5.0, 9.0]], requires_grad=True)
+    quantizer = AffineQuantizer(Affine(-4, 3, (1, 2), torch.tensor([0.5, 0.5])), learned=True)
+    quantizer(v).sum().backward()
+    assert quantizer.scale.grad.tolist() == pytest.approx([0, -1 / 6**0.5], abs=1e-6)
+
+
+def test_steps_begin_as_in_the_paper():
+    layer = nn.Linear(4, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -2.0, 3.0, -6.0]]))
+    quantizer = LSQ(weight_bits=3).quantizer(layer, "weight")
+    assert quantizer.scale.item() == pytest.approx(2 * 3 / 3**0.5)
+    of_activation = LSQ(activation_bits=4).activation_format(Observed.of(torch.tensor([0.0, 1.0, 2.0])))
+    assert (of_activation.low, of_activation.high) == (0, 15)
+    assert of_activation.scales.item() == pytest.approx(2 * 1 / 15**0.5)
+
+
+# --- binary, ternary, tables ------------------------------------------------------------------------------------------
+
+
+def test_binary_weights_are_a_bit_each_and_a_32nd(x):
+    torch.manual_seed(0)
+    layer, inputs = nn.Sequential(nn.Linear(8, 4, bias=False)), x.flatten(1)[:, :8]
+    model = strategy("binary").apply(layer, context(inputs))
+    weight = layer[0].weight.detach()
+    assert torch.allclose(model[0].weight, weight.sign() * weight.abs().mean(1, keepdim=True))
+    counted = score(model, inputs[:1])
+    assert counted.math.mult_ops32 == 32 / 32 + 4
+    assert counted.storage.bits == 32 + 4 * 32
+
+
+def test_ternary_weights_of_a_known_tensor(x):
+    """mean|w| = 2, threshold 1.4; scales (3 + 5) / 2 = 4. Stored: 4 bits of mask, 2 signs, a scale."""
+    layer, inputs = nn.Sequential(nn.Linear(4, 1, bias=False)), x.flatten(1)[:, :4]
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.tensor([[1.0, -3.0, 5.0, -0.5]]) * 2 / 2.375)
+    model = strategy("ternary").apply(layer, context(inputs))
+    assert model[0].weight.tolist() == [pytest.approx([0, -8 / 2.375, 8 / 2.375, 0])]
+    counted = score(model, inputs[:1])
+    assert counted.math.mult_ops32 == 2 / 32 + 1
+    assert counted.storage.bits == 4 + 2 + 32
+
+
+def test_k_means_reaches_the_optimum():
+    values = torch.tensor([0.1, 0.2, 1.0, 1.1, 5.0, 5.5, 5.6])
+    ordered = values.double().sort().values
+
+    def cost(cuts):
+        parts = torch.tensor_split(ordered, cuts)
+        return sum((p - p.mean()).square().sum().item() for p in parts)
+
+    best = min(cost(cuts) for cuts in itertools.combinations(range(1, 7), 2))
+    table = k_means(values, 3, 100)
+    found = (values[:, None] - table).abs().min(1).values.double().square().sum().item()
+    assert found == pytest.approx(best, rel=1e-5)
+
+
+def test_a_table_keeps_its_zero_and_few_values_as_they_are():
+    values = torch.tensor([0.0] * 5 + [0.2, 0.4, 0.9, 1.0, 1.1])
+    assert 0.0 in k_means(values, 2, 100).tolist()
+    assert k_means(torch.tensor([3.0, -1.0, 3.0]), 8, 10).tolist() == [-1, 3]
+
+
+def test_each_value_of_a_table_gets_the_gradients_of_its_weights():
+    from micronet_eval.formats import Codebook, CodebookQuantizer
+
+    quantizer = CodebookQuantizer(Codebook(torch.tensor([2.0, 0.0, -1.0])), learned=True)
+    weight = torch.tensor([1.9, 2.2, 0.1, -3.0], requires_grad=True)
+    (quantizer(weight) * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
+    assert quantizer.table.grad.tolist() == [11, 0, 1000]
+    assert weight.grad.tolist() == [1, 10, 100, 1000]
+
+
+# --- gptq -------------------------------------------------------------------------------------------------------------
+
+
+def correlated(inputs, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    causes = torch.randn(count, 4, generator=generator) @ torch.randn(4, inputs, generator=generator)
+    return causes + 0.3 * torch.randn(count, inputs, generator=generator)
+
+
+def test_gptq_changes_the_outputs_less_than_rounding_to_nearest():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(32, 24), correlated(24, 400)
+    for symmetric, blocks in itertools.product((True, False), ((1, 24), (1, 8), (32, 24))):
+        grid = affine_format(weight, 3, blocks, symmetric)
+        nearest = AffineQuantizer(grid)(weight)
+        better = round_weight(weight, (2 * inputs.T @ inputs)[None].double(), grid, 0.01)
+        assert torch.equal(grid.decode(grid.encode(better)), better)
+        error, least = (((w - weight) @ inputs.T).square().sum().item() for w in (nearest, better))
+        assert least < 0.7 * error
+
+
+def test_gptq_of_one_column_is_rounding_to_nearest():
+    weight = torch.randn(16, 1, generator=torch.Generator().manual_seed(0))
+    grid = affine_format(weight, 3, (16, 1))
+    assert torch.equal(
+        round_weight(weight, torch.full((1, 1, 1), 7.0).double(), grid, 0.01), AffineQuantizer(grid)(weight)
+    )
+
+
+def test_gptq_of_two_columns_by_hand():
+    """With q1 given, the second weight with least error is w2 + (w1 - q1) H12 / H22: 0.3 + 0.4 x 3 / 4 = 0.6."""
+    grid = Affine(-7, 7, (1, 2), torch.tensor([1.0]))
+    hessian = torch.tensor([[[4.0, 3.0], [3.0, 4.0]]]).double()
+    assert round_weight(torch.tensor([[1.4, 0.3]]), hessian, grid, 1e-9).tolist() == [[1, 1]]
+    assert AffineQuantizer(grid)(torch.tensor([[1.4, 0.3]])).tolist() == [[1, 0]]
+
+
+def test_what_a_convolution_sees_gives_its_outputs(x):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 4, 7, 7)
+    for layer in (
+        nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2, bias=False),
+        nn.Conv2d(4, 6, 3, padding="same", dilation=2, bias=False),
+        nn.Conv2d(4, 6, 2, padding=1, padding_mode="reflect", bias=False),
+    ):
+        columns = unfolded(layer, inputs)
+        weight = layer.weight.reshape(layer.groups, 6 // layer.groups, -1)
+        outputs = layer(inputs).transpose(0, 1).reshape(layer.groups, 6 // layer.groups, -1)
+        assert torch.allclose(weight @ columns, outputs, atol=1e-5)
+        expected = 2 * columns.double() @ columns.double().transpose(1, 2)
+        assert torch.allclose(hessians(layer, layer, [inputs[:2], inputs[2:]]), expected)
+
+
+def test_gptq_keeps_more_of_a_network_than_affine_at_the_same_grid(net, x):
+    options = {"weight_bits": 3, "activation_bits": 0, "calibration": "mse"}
+    with torch.no_grad():
+        wanted = net(x)
+        errors = [(s(**options).apply(net, context(x))(x) - wanted).norm() for s in (GPTQ, AffineStrategy)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+# --- mixed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3.5, 5])
+def test_mixed_keeps_to_its_mean_of_stored_bits(net, x, bits):
+    model = Mixed(bits=bits).apply(net, context(x))
+    weights = [m.parametrizations.weight for m in (model.first, model.grouped, model.hidden, model.last)]
+    mean = sum(w[0].bits * w.original.numel() for w in weights) / sum(w.original.numel() for w in weights)
+    assert bits - 0.5 < mean <= bits
+    stored = [s for s in stored_tensors(trace(model, x[:1])) if s.tensor.dim() >= 2]
+    # what a width of 2 holds may be but signs, which take 1 bit and a mask
+    assert sum(s.bits().values for s in stored) <= bits * sum(s.elements for s in stored)
+
+
+def test_mixed_keeps_to_its_mean_of_multiplied_bits(net, x):
+    model = Mixed(bits=4, weigh="math").apply(net, context(x))
+    layers = [layer for layer in score(model, x[:1]).layers if layer.module in ("first", "grouped", "hidden", "last")]
+    assert len(layers) == 4
+    mean = sum(max(layer.input_bits, layer.weight_bits) * layer.mults for layer in layers) / sum(
+        layer.mults for layer in layers
+    )
+    assert mean <= 4.3  # weights that became zero are no longer multiplied
+
+
+def test_bits_go_where_they_matter():
+    """Against all choices: a steep table keeps its bits, a flat one gives them up."""
+    tables = [{b: a * 4.0**-b for b in range(2, 9)} for a in (1.0, 100.0, 10.0)]
+    weights = [10.0, 1.0, 4.0]
+    found = allocate(tables, weights, 4.0)
+
+    def loss(bits):
+        return sum(table[b] for table, b in zip(tables, bits, strict=True))
+
+    allowed = [
+        bits
+        for bits in itertools.product(range(2, 9), repeat=3)
+        if sum(b * w for b, w in zip(bits, weights, strict=True)) <= 4.0 * sum(weights)
+    ]
+    assert tuple(found) in allowed
+    assert loss(found) <= 1.1 * min(map(loss, allowed))
+    assert found[1] > found[0]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("affine", {"activation_bits": 1}),
+        ("affine", {"granularity": "row"}),
+        ("mixed", {"bits": 9}),
+        ("mixed", {"fewest": 6, "bits": 5}),
+        ("codebook", {"values": 1}),
+        ("ternary", {"threshold": 0}),
+    ],
+)
+def test_options_are_validated(name, options):
+    with pytest.raises(ValidationError):
+        strategy(name, **options)
+
+
+def test_torchao_says_that_it_is_missing(net, x, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(InputError, match="pip install torchao"):
+        plugins.lookup("quantizer", "torchao")().apply(net, context(x))
+
+
+def test_torchao_groups_must_divide(net, x):
+    with pytest.raises(InputError, match="group_size"):
+        strategy("torchao", config="int4", group_size=24).apply(net, context(x))
+
+
+@pytest.mark.parametrize(
+    "declared", ["affine", "affine:0:0", "affine:0:255:zeros:x", "codebook:4", "affine:0:99999999"]
+)
+def test_an_unknown_quantizer_of_activations_is_refused(declared, net, x):
+    with pytest.raises(OffGrid):
+        of_activations(declared)
+    packed = packing.pack(AffineStrategy().apply(net, context(x)), Residual(), x[:1])
+    packed.structure.activations["first"] = declared
+    with pytest.raises(InputError, match="the weights do not fit"):
+        packing.unpack(packed, Residual())
