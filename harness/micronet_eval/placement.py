@@ -24,7 +24,7 @@ def multiplied_nodes(
 
 
 def readers(
-    graph_module: fx.GraphModule, example_input: Tensor, bits: int, formulas: Mapping[str, Formula]
+    graph_module: fx.GraphModule, example_input: Example, bits: int, formulas: Mapping[str, Formula]
 ) -> dict[str, set[str]]:
     """The same nodes, in graph order, and for each the paths of the modules that multiply with its value."""
     recorded = trace(graph_module, example_input)

@@ -36,6 +36,8 @@ class Channels(Pruner):
         """How much each unit of each group matters, higher is more; None for a group that is to be left alone."""
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        if not isinstance(context.example_input, Tensor):
+            raise InputError("channels are removed of models with one input, an image or a vector")
         model = copied(model).eval()
         masked = _without_masks(model)
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
