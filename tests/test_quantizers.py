@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
-from micronet_eval import packing, plugins, score
+from micronet_eval import evaluate, packing, plugins, score
 from micronet_eval.errors import InputError
-from micronet_eval.formats import Affine, AffineQuantizer, OffGrid, of_activations
+from micronet_eval.formats import Affine, AffineQuantizer, Codebook, CodebookQuantizer, OffGrid, of_activations
+from micronet_eval.recipe import compress
 from micronet_eval.storage import stored_tensors
 from micronet_eval.strategy import Context
 from micronet_eval.structure import Mask, quantizers_of
@@ -172,6 +173,41 @@ def test_calibration_takes_no_more_training_data_than_asked_for(net, x):
     assert taken == [16, 16]
 
 
+RECIPE = """
+task = "digits"
+data = "noise"
+[submission]
+name = "small"
+authors = ["test"]
+[architecture]
+name = "wide-resnet"
+depth = 10
+width = 1
+classes = 10
+channels = 1
+[[stages]]
+pruner = "low-rank"
+parameters = 40_000
+[[stages]]
+sparsifier = "magnitude"
+[[stages]]
+merge = "batch-norm"
+[[stages]]
+quantizer = "QUANTIZER"
+[[stages]]
+train = { epochs = 1, learning_rate = 0.0001 }
+"""
+
+
+@pytest.mark.parametrize("name", ["lsq", "ternary"])
+def test_a_recipe_ends_in_a_file_no_larger_than_counted(name, tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("QUANTIZER", name))
+    compress(tmp_path / "recipe.toml", tmp_path / "made")
+    report = evaluate(tmp_path / "made")
+    counted = report.storage
+    assert counted.file_bytes <= counted.bits / 8 * 1.02 + 64 * 1024
+
+
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
@@ -321,8 +357,6 @@ def test_a_table_keeps_its_zero_and_few_values_as_they_are():
 
 
 def test_each_value_of_a_table_gets_the_gradients_of_its_weights():
-    from micronet_eval.formats import Codebook, CodebookQuantizer
-
     quantizer = CodebookQuantizer(Codebook(torch.tensor([2.0, 0.0, -1.0])), learned=True)
     weight = torch.tensor([1.9, 2.2, 0.1, -3.0], requires_grad=True)
     (quantizer(weight) * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
