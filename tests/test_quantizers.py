@@ -401,6 +401,21 @@ def test_gptq_of_two_columns_by_hand():
     assert AffineQuantizer(grid)(torch.tensor([[1.4, 0.3]])).tolist() == [[1, 0]]
 
 
+def test_gptq_is_what_solving_again_after_each_column_gives():
+    """Column by column: round, then the best remaining weights given all that is rounded (least squares, from H)."""
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(3, 140).double(), correlated(140, 300).double()
+    hessian, grid = 2 * inputs.T @ inputs, affine_format(weight, 4, (1, 140))
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(140)
+    left, scales = weight.clone(), grid.scales.double()
+    for i in range(140):
+        left[:, i] = (left[:, i] / scales).round().clamp(-7, 7) * scales
+        fixed, rest = slice(0, i + 1), slice(i + 1, 140)
+        moved = (left[:, fixed] - weight[:, fixed]) @ damped[fixed, rest]
+        left[:, rest] = weight[:, rest] - torch.linalg.solve(damped[rest, rest], moved.T).T
+    assert torch.allclose(round_weight(weight, hessian[None], grid, 0.01), left)
+
+
 def test_what_a_convolution_sees_gives_its_outputs(x):
     torch.manual_seed(0)
     inputs = torch.randn(3, 4, 7, 7)
@@ -485,6 +500,14 @@ def test_bits_go_where_they_matter():
 def test_options_are_validated(name, options):
     with pytest.raises(ValidationError):
         strategy(name, **options)
+
+
+@pytest.mark.parametrize("name", ["fixed-point", "affine", "gptq", "mixed"])
+def test_no_training_data_is_said(name, net, x):
+    given = context(x)
+    empty = Context(given.example_input, [], 0, given.formulas)
+    with pytest.raises(InputError, match="no training data"):
+        strategy(name).apply(net, empty)
 
 
 def test_torchao_says_that_it_is_missing(net, x, monkeypatch):
