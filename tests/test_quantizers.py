@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
-from micronet_eval import packing, plugins, score
+from micronet_eval import evaluate, packing, plugins, score
 from micronet_eval.errors import InputError
-from micronet_eval.formats import Affine, AffineQuantizer, OffGrid, of_activations
+from micronet_eval.formats import Affine, AffineQuantizer, Codebook, CodebookQuantizer, OffGrid, of_activations
+from micronet_eval.recipe import compress
 from micronet_eval.storage import stored_tensors
 from micronet_eval.strategy import Context
 from micronet_eval.structure import Mask, quantizers_of
@@ -172,6 +173,41 @@ def test_calibration_takes_no_more_training_data_than_asked_for(net, x):
     assert taken == [16, 16]
 
 
+RECIPE = """
+task = "digits"
+data = "noise"
+[submission]
+name = "small"
+authors = ["test"]
+[architecture]
+name = "wide-resnet"
+depth = 10
+width = 1
+classes = 10
+channels = 1
+[[stages]]
+pruner = "low-rank"
+parameters = 40_000
+[[stages]]
+sparsifier = "magnitude"
+[[stages]]
+merge = "batch-norm"
+[[stages]]
+quantizer = "QUANTIZER"
+[[stages]]
+train = { epochs = 1, learning_rate = 0.0001 }
+"""
+
+
+@pytest.mark.parametrize("name", ["lsq", "ternary"])
+def test_a_recipe_ends_in_a_file_no_larger_than_counted(name, tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("QUANTIZER", name))
+    compress(tmp_path / "recipe.toml", tmp_path / "made")
+    report = evaluate(tmp_path / "made")
+    counted = report.storage
+    assert counted.file_bytes <= counted.bits / 8 * 1.02 + 64 * 1024
+
+
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
@@ -321,8 +357,6 @@ def test_a_table_keeps_its_zero_and_few_values_as_they_are():
 
 
 def test_each_value_of_a_table_gets_the_gradients_of_its_weights():
-    from micronet_eval.formats import Codebook, CodebookQuantizer
-
     quantizer = CodebookQuantizer(Codebook(torch.tensor([2.0, 0.0, -1.0])), learned=True)
     weight = torch.tensor([1.9, 2.2, 0.1, -3.0], requires_grad=True)
     (quantizer(weight) * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
@@ -365,6 +399,21 @@ def test_gptq_of_two_columns_by_hand():
     hessian = torch.tensor([[[4.0, 3.0], [3.0, 4.0]]]).double()
     assert round_weight(torch.tensor([[1.4, 0.3]]), hessian, grid, 1e-9).tolist() == [[1, 1]]
     assert AffineQuantizer(grid)(torch.tensor([[1.4, 0.3]])).tolist() == [[1, 0]]
+
+
+def test_gptq_is_what_solving_again_after_each_column_gives():
+    """Column by column: round, then the best remaining weights given all that is rounded (least squares, from H)."""
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(3, 140).double(), correlated(140, 300).double()
+    hessian, grid = 2 * inputs.T @ inputs, affine_format(weight, 4, (1, 140))
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(140)
+    left, scales = weight.clone(), grid.scales.double()
+    for i in range(140):
+        left[:, i] = (left[:, i] / scales).round().clamp(-7, 7) * scales
+        fixed, rest = slice(0, i + 1), slice(i + 1, 140)
+        moved = (left[:, fixed] - weight[:, fixed]) @ damped[fixed, rest]
+        left[:, rest] = weight[:, rest] - torch.linalg.solve(damped[rest, rest], moved.T).T
+    assert torch.allclose(round_weight(weight, hessian[None], grid, 0.01), left)
 
 
 def test_what_a_convolution_sees_gives_its_outputs(x):
@@ -451,6 +500,14 @@ def test_bits_go_where_they_matter():
 def test_options_are_validated(name, options):
     with pytest.raises(ValidationError):
         strategy(name, **options)
+
+
+@pytest.mark.parametrize("name", ["fixed-point", "affine", "gptq", "mixed"])
+def test_no_training_data_is_said(name, net, x):
+    given = context(x)
+    empty = Context(given.example_input, [], 0, given.formulas)
+    with pytest.raises(InputError, match="no training data"):
+        strategy(name).apply(net, empty)
 
 
 def test_torchao_says_that_it_is_missing(net, x, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, block_indices, fixed_point
 from micronet_eval.strategy import Context
 from micronet_eval.structure import quantizers_of
@@ -47,7 +48,10 @@ class Observed:
 
 
 def observe(model: nn.Module, context: Context, batches: int) -> dict[str, Observed]:
-    """What reaches each activation quantizer of `model` while none of them rounds, over batches of training data."""
+    """What reaches each activation quantizer of `model` while none of them rounds, over batches of training data.
+
+    Raises InputError where there is no training data.
+    """
     quantizers = quantizers_of(model)
     seen: dict[str, list[Observed]] = {name: [] for name in quantizers}
 
@@ -66,6 +70,8 @@ def observe(model: nn.Module, context: Context, batches: int) -> dict[str, Obser
     finally:
         for hook in hooks:
             hook.remove()
+    if not all(seen.values()):
+        raise InputError("calibration: there is no training data")
     return {name: _together(parts) for name, parts in seen.items()}
 
 

@@ -25,6 +25,8 @@ from micronet_plugins.layerwise import (
     weights_of,
 )
 
+_BLOCK = 128  # columns
+
 
 class GPTQ(WeightQuantizer):
     """Rounds weights so that the outputs of each layer change least on training data; integers with scales.
@@ -105,7 +107,7 @@ def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
 def round_weight(
     weight: Tensor, hessian: Tensor, number_format: Affine, damping: float, mask: Tensor | None = None
 ) -> Tensor:
-    """The weight on the grid of its format, by Algorithm 1 of the paper (without blocks and Cholesky reordering).
+    """The weight on the grid of its format, by Algorithm 1 of the paper, columns in the order that they have.
 
     `hessian` is [groups, inputs, inputs]. What `mask` leaves out is rounded to 0.
     """
@@ -118,12 +120,16 @@ def round_weight(
     kept = torch.ones_like(scales) if mask is None else mask.double().view(groups, -1, count)
     left, codes = weight.double().view(groups, -1, count).clone(), torch.empty_like(scales)
     upper = _upper_factor_of_inverse(hessian, damping)
-    for i in range(count):
-        step, zero = scales[..., i], zeros[..., i]
-        code = ((left[..., i] / step).round() + zero).clamp(number_format.low, number_format.high) - zero
-        codes[..., i] = code * kept[..., i]
-        error = (left[..., i] - codes[..., i] * step) / upper[:, i, i, None]
-        left[..., i:] -= error[..., None] * upper[:, None, i, i:]
+    errors = torch.empty_like(scales)
+    for start in range(0, count, _BLOCK):  # the columns behind a block learn of its errors all at once
+        stop = min(start + _BLOCK, count)
+        for i in range(start, stop):
+            step, zero = scales[..., i], zeros[..., i]
+            code = ((left[..., i] / step).round() + zero).clamp(number_format.low, number_format.high) - zero
+            codes[..., i] = code * kept[..., i]
+            errors[..., i] = (left[..., i] - codes[..., i] * step) / upper[:, i, i, None]
+            left[..., i:stop] -= errors[..., i, None] * upper[:, None, i, i:stop]
+        left[..., stop:] -= errors[..., start:stop] @ upper[:, start:stop, stop:]
     return (codes.float() * scales.float()).view(weight.shape).to(weight.dtype)
 
 
