@@ -257,11 +257,13 @@ def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch
 
 # --- lists ------------------------------------------------------------------------------------------------------------
 
+QUANTIZERS = ("fixed-point", "affine", "lsq", "binary", "ternary", "codebook", "gptq", "mixed", "torchao")
+
 
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("strategies", {"low-rank": "pruner", "magnitude": "sparsifier", "fixed-point": "quantizer"}),
+        ("strategies", {"low-rank": "pruner", "magnitude": "sparsifier", **dict.fromkeys(QUANTIZERS, "quantizer")}),
         ("tasks", {"cifar100": None, "imagenet": None, "digits": None}),
         ("architectures", dict.fromkeys(("pyramidnet", "wide-resnet", "mobilenet-v2", "osi-ai", "torchvision"))),
     ],
