@@ -257,6 +257,8 @@ def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch
 
 # --- lists ------------------------------------------------------------------------------------------------------------
 
+QUANTIZERS = ("fixed-point", "affine", "lsq", "binary", "ternary", "codebook", "gptq", "mixed", "torchao")
+
 
 @pytest.mark.parametrize(
     ("command", "names"),

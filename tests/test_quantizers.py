@@ -158,6 +158,16 @@ def test_tied_weights_are_stored_once(name, options, x):
     assert score(model, x[:1]).storage.parameters == 32 * 32 + 32 * 10 + 32 + 32 + 10
 
 
+def test_a_second_quantizer_leaves_learned_scales_alone(net, x):
+    first = LSQ().apply(net, context(x))
+    scales = {name: q.scale.clone() for name, q in quantizers_of(first).items()}
+    second = strategy("fixed-point").apply(first, context(x))
+    assert all(torch.equal(quantizers_of(second)[name].scale, scale) for name, scale in scales.items())
+    unpacked = packing.unpack(packing.pack(second, Residual(), x[:1]), Residual()).eval()
+    with torch.no_grad():
+        assert torch.equal(unpacked(x), second(x))
+
+
 def test_calibration_takes_no_more_training_data_than_asked_for(net, x):
     given = context(x)
     taken = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
-from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.formats import ActivationQuantizer, FixedPointQuantizer
 from micronet_eval.merge import without_batch_norm
 from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context, Quantizer
@@ -109,11 +109,14 @@ def least_error(values: Tensor, bits: int) -> FixedPointQuantizer:
 
 
 def parameters_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every parameter as its module and name there, those under parametrizations by the name that they go by."""
+    """Every parameter as its module and name there, those under parametrizations by the name that they go by.
+
+    No learned scales.
+    """
     found: list[tuple[nn.Module, str]] = []
     for path, module in model.named_modules():
-        if "parametrizations" in path.split("."):
-            continue
+        if "parametrizations" in path.split(".") or isinstance(module, ActivationQuantizer):
+            continue  # scales that are learned belong to a format
         found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
         if parametrize.is_parametrized(module):
             found += [(module, name) for name in module.parametrizations]
