@@ -57,7 +57,8 @@ def ungrouped(layer: nn.Module, tensor: Tensor) -> Tensor:
 def second_moments(model: nn.Module, context: Context, batches: int, strategy: str) -> dict[str, Tensor]:
     """Of each layer that runs the sum of x x^T over calibration data: [groups, d, d], d inputs of one output value.
 
-    The d inputs are in the order of `grouped`'s two inner dimensions. Raises InputError where a layer is quantized.
+    The d inputs are in the order of `grouped`'s two inner dimensions. Raises InputError where a layer is quantized
+    or a sum is not finite.
     """
     sums: dict[str, Tensor] = {}
 
@@ -90,6 +91,11 @@ def second_moments(model: nn.Module, context: Context, batches: int, strategy: s
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    for path, moment in sums.items():
+        if not bool(torch.isfinite(moment).all()):
+            raise InputError(
+                f"{strategy}: the squares of what layer {path!r} reads are not finite; train the model first"
+            )
     return {path: moment.double() for path, moment in sums.items()}
 
 
