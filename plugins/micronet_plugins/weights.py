@@ -21,8 +21,14 @@ DOT_PRODUCTS = (*CONVOLUTIONS, nn.Linear)
 
 
 def dot_products(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions, transposed convolutions and linear layers of a model by their paths."""
-    return {path: layer for path, layer in model.named_modules() if isinstance(layer, DOT_PRODUCTS)}
+    """The convolutions, transposed convolutions and linear layers of a model by their paths.
+
+    Raises InputError where there is none.
+    """
+    found: dict[str, nn.Module] = {p: m for p, m in model.named_modules() if isinstance(m, DOT_PRODUCTS)}
+    if not found:
+        raise InputError("the model has no convolution and no linear layer, so there is nothing to remove")
+    return found
 
 
 def weight_of(layer: nn.Module) -> Tensor:
