@@ -411,6 +411,11 @@ def test_sizes_in_the_forward_are_told():
     assert (made.second.out_features, made.first.out_features < 12) == (12, True)
 
 
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(InputError, match="no convolution and no linear layer"):
+        strategy("magnitude").apply(nn.Sequential(nn.Flatten(), nn.ReLU()), context())
+
+
 def test_a_quantized_model_is_refused():
     quantized = FixedPointStrategy().apply(net("residual"), context())
     with pytest.raises(InputError, match="put the pruner before the quantizer"):

@@ -134,6 +134,18 @@ def test_what_looks_at_inputs_comes_before_the_quantizer(name):
         strategy(name).apply(quantized, context())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_without_layers_is_refused(name):
+    with pytest.raises(InputError, match="no convolution and no linear layer"):
+        strategy(name).apply(nn.Sequential(nn.Flatten(), nn.ReLU()), context())
+
+
+@pytest.mark.parametrize("name", ["obs", "wanda"])
+def test_inputs_that_overflow_are_told(name):
+    with pytest.raises(InputError, match=f"{name}: the squares of what layer 'first' reads are not finite"):
+        strategy(name).apply(net(), context(inputs() * 1e30))
+
+
 @pytest.mark.parametrize("name", ["gradual", "movement"])
 def test_labels_without_an_output_are_told(name):
     wrong = DataLoader(TensorDataset(inputs(8), torch.full((8,), 9)), 8)

@@ -102,7 +102,7 @@ def sweep(weight: Tensor, h: Tensor, sparsity: float, block: int) -> tuple[Tenso
     return refitted(weight, new * kept, kept, h), kept
 
 
-def refitted(weight: Tensor, start: Tensor, kept: Tensor, h: Tensor, steps: int = 100) -> Tensor:
+def refitted(weight: Tensor, start: Tensor, kept: Tensor, h: Tensor, steps: int = 20) -> Tensor:
     """The weights [outputs, d] at `kept` whose outputs are closest to those of `weight`, found from `start` on.
 
     Minimises (w - v) H (w - v)^T for each row by conjugate gradients, preconditioned by H's diagonal. The sweep leaves

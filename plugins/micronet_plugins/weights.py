@@ -21,8 +21,14 @@ DOT_PRODUCTS = (*CONVOLUTIONS, nn.Linear)
 
 
 def dot_products(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions, transposed convolutions and linear layers of a model by their paths."""
-    return {path: layer for path, layer in model.named_modules() if isinstance(layer, DOT_PRODUCTS)}
+    """The convolutions, transposed convolutions and linear layers of a model by their paths.
+
+    Raises InputError where there is none.
+    """
+    found: dict[str, nn.Module] = {p: m for p, m in model.named_modules() if isinstance(m, DOT_PRODUCTS)}
+    if not found:
+        raise InputError("the model has no convolution and no linear layer, so there is nothing to remove")
+    return found
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -57,7 +63,8 @@ def ungrouped(layer: nn.Module, tensor: Tensor) -> Tensor:
 def second_moments(model: nn.Module, context: Context, batches: int, strategy: str) -> dict[str, Tensor]:
     """Of each layer that runs the sum of x x^T over calibration data: [groups, d, d], d inputs of one output value.
 
-    The d inputs are in the order of `grouped`'s two inner dimensions. Raises InputError where a layer is quantized.
+    The d inputs are in the order of `grouped`'s two inner dimensions. Raises InputError where a layer is quantized
+    or a sum is not finite.
     """
     sums: dict[str, Tensor] = {}
 
@@ -90,6 +97,11 @@ def second_moments(model: nn.Module, context: Context, batches: int, strategy: s
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    for path, moment in sums.items():
+        if not bool(torch.isfinite(moment).all()):
+            raise InputError(
+                f"{strategy}: the squares of what layer {path!r} reads are not finite; train the model first"
+            )
     return {path: moment.double() for path, moment in sums.items()}
 
 
