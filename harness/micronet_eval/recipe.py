@@ -14,7 +14,8 @@ parameters = 20_000
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -252,13 +253,31 @@ def train(model: nn.Module, training: Training, context: Context, log: Log) -> n
                 raise InputError(f"train: label {largest} has no output; the model has {logits.shape[1]}")
             loss = nn.functional.cross_entropy(logits, labels)
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            with learning_rate_factors(model):
+                optimizer.step()
             schedule.step()
             loss_sum += loss.item() * len(labels)
             correct += int((logits.argmax(1) == labels).sum())
         examples = len(cast(Sized, loader.dataset))
         log(f"  epoch {epoch + 1} of {training.epochs}: loss {loss_sum / examples:.4f}, {correct / examples:.2%} right")
     return model.eval()
+
+
+@contextmanager
+def learning_rate_factors(model: nn.Module) -> Iterator[None]:
+    """Multiplies what an optimizer's step in here changes by the factors that a pruner set for some elements.
+
+    A module may have an attribute `learning_rate_factors`: parameter name -> tensor of its shape, 1 for the usual rate.
+    """
+    before = [
+        (parameter := getattr(module, name), parameter.detach().clone(), factor)
+        for module in model.modules()
+        for name, factor in getattr(module, "learning_rate_factors", {}).items()
+    ]
+    yield
+    with torch.no_grad():
+        for parameter, old, factor in before:
+            parameter.copy_(old.lerp(parameter, factor.to(parameter)))
 
 
 def estimate_statistics(model: nn.Module, statistics: Statistics, context: Context) -> nn.Module:

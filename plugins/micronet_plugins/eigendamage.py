@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, replace
-from micronet_plugins.chains import Chain, Form, Ranks, chains, refitted
+from micronet_plugins.chains import LOST, Chain, Form, Ranks, chains, refitted
 from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
 
-LOST = "lost_saliency"
-"""Attribute of a chain's Sequential: what its input and output directions lost, pooled over rounds."""
 RATES = "learning_rate_factors"
 """Attribute of a layer with new directions: for each parameter a factor of the learning rate; recipe.train reads it."""
 

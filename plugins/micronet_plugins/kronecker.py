@@ -63,7 +63,8 @@ class Factors:
         """
         share = damping**0.5
         inputs, outputs = (
-            factor + share * _mean_eigenvalue(factor) * torch.eye(len(factor)) for factor in (self.inputs, self.outputs)
+            factor + share * _mean_eigenvalue(factor) * torch.eye(len(factor)).to(factor)
+            for factor in (self.inputs, self.outputs)
         )
         return Factors(inputs, outputs)
 
@@ -189,7 +190,7 @@ def _rotated_gradients(layer: Layer, basis: Eigenbasis, x: Tensor, g: Tensor, ex
 
 def _eigenbasis(layer: Layer, factors: Factors) -> Eigenbasis:
     inputs, outputs = (torch.linalg.eigh(f.double())[1].to(f.dtype) for f in (factors.inputs, factors.outputs))
-    return Eigenbasis(inputs, outputs, torch.zeros(len(outputs), len(inputs), layer.weight[0, 0].numel()))
+    return Eigenbasis(inputs, outputs, inputs.new_zeros(len(outputs), len(inputs), layer.weight[0, 0].numel()))
 
 
 def _gram(*parts: Tensor) -> Tensor:
