@@ -195,7 +195,8 @@ def _eigenbasis(layer: Layer, factors: Factors) -> Eigenbasis:
 
 def _gram(*parts: Tensor) -> Tensor:
     """Products of channels summed over examples and positions, and over parts."""
-    return torch.stack([torch.einsum("nit,njt->ij", part, part) for part in parts]).sum(0)
+    flat = (part.transpose(0, 1).reshape(part.shape[1], -1) for part in parts)
+    return torch.stack([matrix @ matrix.T for matrix in flat]).sum(0)
 
 
 def _mean_eigenvalue(factor: Tensor) -> float:
