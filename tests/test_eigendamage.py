@@ -344,6 +344,9 @@ def test_new_directions_learn_ten_times_faster():
             boosted += int((factor == 10).sum())
     new = sum(directions(grown)) - sum(directions(pruned))
     assert boosted > new
+    # Another round makes them directions like all others.
+    later = EigenDamage(ratio=0.01).apply(grown, context())
+    assert not any(hasattr(module, RATES) for module in later.modules())
 
 
 def test_draws_follow_the_scores_up_to_what_is_missing():

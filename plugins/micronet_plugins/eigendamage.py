@@ -49,6 +49,8 @@ class EigenDamage(Pruner):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
+        for module in model.modules():
+            vars(module).pop(RATES, None)  # what was new before this round is not any more
         found = chains(model)
         if self.back_ratio is not None:
             return self._give_back(model, found, self.back_ratio, context.seed)
