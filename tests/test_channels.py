@@ -12,12 +12,13 @@ from micronet_eval import evaluate, packing, plugins
 from micronet_eval.conditional import Conditional, taking
 from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
-from micronet_eval.recipe import Training, compress, train
+from micronet_eval.recipe import compress
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context
 from micronet_eval.structure import without_weights
 from micronet_eval.submission import Architecture, build
 from micronet_eval.trace import trace
+from micronet_eval.training import Training, train
 from micronet_plugins.channels import distances, first_order, group_norm, norm_scales
 from micronet_plugins.coupling import dependency_graph, groups_of, removed
 from micronet_plugins.fixed_point import FixedPointStrategy

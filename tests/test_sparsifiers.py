@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from micronet_eval import evaluate, packing, plugins
 from micronet_eval.errors import InputError
-from micronet_eval.recipe import Training, compress, train
+from micronet_eval.recipe import compress
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context
 from micronet_eval.structure import Mask
 from micronet_eval.trace import trace
+from micronet_eval.training import Training, train
 from micronet_plugins.fixed_point import FixedPointStrategy
 from micronet_plugins.magnitude import Magnitude, erk_densities, lamp_scores
 from micronet_plugins.patterns import Block, NofM, block_norms

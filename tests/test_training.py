@@ -109,13 +109,15 @@ def test_the_average_of_the_weights_comes_out():
         assert ((value >= low - 0.11) & (value <= high + 0.11)).all()
 
 
-def test_a_parameter_with_a_factor_learns_so_many_times_as_fast():
+def test_elements_with_a_factor_learn_so_many_times_as_fast():
     models = net(), net()
-    models[1][0].weight.learning_rate_factor = 10.0
+    factors = torch.ones(8, 6)
+    factors[:4] = 10
+    models[1][0].learning_rate_factors = {"weight": factors}
     training = Training(epochs=1, learning_rate=0.001, batch_size=24, optimizer="sgd", momentum=0)
     start = net()[0].weight
     steps = [train(model, training, context())[0].weight - start for model in models]
-    assert torch.allclose(steps[1], 10 * steps[0], atol=1e-6)
+    assert torch.allclose(steps[1], factors * steps[0], atol=1e-6)
 
 
 def test_warmup_has_to_end():

@@ -280,7 +280,7 @@ def holds_while_trained(strategy: Strategy, net: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            train(result, Training(epochs=3, learning_rate=0.05, batch_size=10), context(), log=lambda line: None)
+            train(result, Training(epochs=3, learning_rate=0.01, batch_size=10), context(), log=lambda line: None)
         except RuntimeError as error:
             raise AssertionError(f"the {net} network cannot be trained afterwards: {error}") from error
     assert not torch.equal(_logits(result), before), f"no gradient reaches the weights of the {net} network"

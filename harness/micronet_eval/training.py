@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +151,8 @@ def _epoch(
         if training.orthonormal:
             loss = loss + training.orthonormal * orthonormality(model)
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        with learning_rate_factors(model):
+            optimizer.step()
         schedule.step()
         for name, value in (model.state_dict() if average else {}).items():
             if value.is_floating_point():
@@ -165,15 +167,29 @@ def _epoch(
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """All parameters; those with an attribute `learning_rate_factor` learn so many times as fast."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        groups.setdefault(getattr(parameter, "learning_rate_factor", 1.0), []).append(parameter)
-    rates = [{"params": group, "lr": training.learning_rate * factor} for factor, group in groups.items()]
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(rates, training.learning_rate, weight_decay=training.weight_decay)
+        return torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=training.weight_decay)
     momentum, decay = training.momentum, training.weight_decay
-    return torch.optim.SGD(rates, training.learning_rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+    return torch.optim.SGD(
+        model.parameters(), training.learning_rate, momentum, weight_decay=decay, nesterov=momentum > 0
+    )
+
+
+@contextmanager
+def learning_rate_factors(model: nn.Module) -> Iterator[None]:
+    """Multiplies what an optimizer's step in here changes by the factors that a pruner set for some elements.
+
+    A module may have an attribute `learning_rate_factors`: parameter name -> tensor of its shape, 1 for the usual rate.
+    """
+    before = [
+        (parameter := getattr(module, name), parameter.detach().clone(), factor)
+        for module in model.modules()
+        for name, factor in getattr(module, "learning_rate_factors", {}).items()
+    ]
+    yield
+    with torch.no_grad():
+        for parameter, old, factor in before:
+            parameter.copy_(old.lerp(parameter, factor.to(parameter)))
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Layers as chains: rotate in, core, rotate out; found in a model, cut to lower ranks, given new directions.
 
-A chain starts as one convolution or linear layer. Once it is two or three layers in a Sequential it stays so many:
-whatever is done later to the core's directions merges into the rotations beside it.
+A chain starts as one convolution or linear layer. Whatever is done later to the core's directions merges into the
+rotations beside it: three layers stay three.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from micronet_eval.structure import is_leaf, layer_type
 from micronet_plugins.low_rank import factor_layer
 
 Layer = nn.Conv2d | nn.Linear
+LOST = "lost_saliency"
+"""Attribute of a chain's Sequential: what its input and output directions lost, pooled over rounds. It also says that
+the Sequential stands in the place of one layer, so that it may become another number of layers."""
+
 Ranks = tuple[int, int]
 """How many input and output directions of the core there are."""
 Form = tuple[bool, bool]
@@ -37,6 +41,7 @@ class Chain:
     path: str
     layers: tuple[Layer, ...]
     core_at: int
+    is_one_place: bool
 
     @property
     def core(self) -> Layer:
@@ -91,7 +96,8 @@ class Chain:
         """Parameters and form of the cheapest chain of these ranks.
 
         A rotation that costs more than it saves is not made: the core then keeps the original directions on that side.
-        A chain that has its rotations keeps them.
+        A Sequential that does not say that it stands in the place of one layer keeps its layers, since it may be the
+        architecture's own, or come from a file.
         """
         (i, o), (a, g), k = self.sizes, self.ranks_of_core(ranks), self.kernel
         costs = {
@@ -100,7 +106,7 @@ class Chain:
             (False, True): i * k * g + g * o,
             (True, True): i * a + a * k * g + g * o,
         }
-        forms = costs if len(self.layers) == 1 else (self.form,)
+        forms = costs if self.is_one_place else (self.form,)
         best = min(forms, key=costs.__getitem__)
         return costs[best] + (0 if self._bias() is None else o), best
 
@@ -150,7 +156,11 @@ def chains(model: nn.Module) -> list[Chain]:
         things = (layer, *layer.parameters())
         return _is_plain(layer) and all(places[id(thing)] == 1 for thing in things)
 
-    return [Chain(path, layers, _core_at(layers)) for path, layers in _candidates(model) if all(map(fits, layers))]
+    return [
+        Chain(path, layers, _core_at(layers), len(layers) == 1 or hasattr(model.get_submodule(path), LOST))
+        for path, layers in _candidates(model)
+        if all(map(fits, layers))
+    ]
 
 
 def refitted(weight: Tensor, scales: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, replace
-from micronet_plugins.chains import Chain, Form, Ranks, chains, refitted
+from micronet_plugins.chains import LOST, Chain, Form, Ranks, chains, refitted
 from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
 
-LOST = "lost_saliency"
-"""Attribute of a chain's Sequential: what its input and output directions lost, pooled over rounds."""
 RATES = "learning_rate_factors"
-"""Attribute of a layer with new directions: for each parameter a factor of the learning rate; recipe.train reads it."""
+"""Attribute of a layer with new directions: for each parameter a factor of the learning rate; training.train reads it."""
 
 
 class EigenDamage(Pruner):
@@ -51,6 +49,8 @@ class EigenDamage(Pruner):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
+        for module in model.modules():
+            vars(module).pop(RATES, None)  # what was new before this round is not any more
         found = chains(model)
         if self.back_ratio is not None:
             return self._give_back(model, found, self.back_ratio, context.seed)

@@ -63,7 +63,8 @@ class Factors:
         """
         share = damping**0.5
         inputs, outputs = (
-            factor + share * _mean_eigenvalue(factor) * torch.eye(len(factor)) for factor in (self.inputs, self.outputs)
+            factor + share * _mean_eigenvalue(factor) * torch.eye(len(factor)).to(factor)
+            for factor in (self.inputs, self.outputs)
         )
         return Factors(inputs, outputs)
 
@@ -189,12 +190,13 @@ def _rotated_gradients(layer: Layer, basis: Eigenbasis, x: Tensor, g: Tensor, ex
 
 def _eigenbasis(layer: Layer, factors: Factors) -> Eigenbasis:
     inputs, outputs = (torch.linalg.eigh(f.double())[1].to(f.dtype) for f in (factors.inputs, factors.outputs))
-    return Eigenbasis(inputs, outputs, torch.zeros(len(outputs), len(inputs), layer.weight[0, 0].numel()))
+    return Eigenbasis(inputs, outputs, inputs.new_zeros(len(outputs), len(inputs), layer.weight[0, 0].numel()))
 
 
 def _gram(*parts: Tensor) -> Tensor:
     """Products of channels summed over examples and positions, and over parts."""
-    return torch.stack([torch.einsum("nit,njt->ij", part, part) for part in parts]).sum(0)
+    flat = (part.transpose(0, 1).reshape(part.shape[1], -1) for part in parts)
+    return torch.stack([matrix @ matrix.T for matrix in flat]).sum(0)
 
 
 def _mean_eigenvalue(factor: Tensor) -> float:

@@ -100,7 +100,7 @@ class FixedPointQuantizer(ActivationQuantizer):
 
 # --- integers with a scale --------------------------------------------------------------------------------------------
 
-_SMALLEST_SCALE = 1e-30  # a learned scale stays positive
+_SMALLEST_SCALE = 2.0**-40  # a learned scale stays positive, and what is divided by it finite
 
 
 def _spread(values: Tensor, shape: Sequence[int], blocks: Sequence[int]) -> Tensor:
@@ -192,6 +192,7 @@ class AffineQuantizer(ActivationQuantizer):
     def __init__(self, number_format: Affine, learned: bool = False) -> None:
         super().__init__()
         self.range, self.blocks = (number_format.low, number_format.high), number_format.blocks
+        self.learned = learned
         if learned:
             self.scale = nn.Parameter(number_format.scales.clone())
         else:
@@ -203,7 +204,7 @@ class AffineQuantizer(ActivationQuantizer):
         return bits_of_range(*self.range)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.scale, nn.Parameter):
+        if not self.learned:  # tracing puts other tensors in the place of parameters
             fixed: Tensor = affine(x, self.scale, self.zero_point, *self.range, list(self.blocks or x.shape))
             return fixed
         scale = self.scale.clamp_min(_SMALLEST_SCALE)
