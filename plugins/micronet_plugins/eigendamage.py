@@ -26,7 +26,7 @@ from micronet_plugins.chains import LOST, Chain, Form, Ranks, chains, refitted
 from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
 
 RATES = "learning_rate_factors"
-"""Attribute of a layer with new directions: for each parameter a factor of the learning rate; training.train reads it."""
+"""Attribute of a layer with new directions: the factors of the learning rate by parameter; training.train reads it."""
 
 
 class EigenDamage(Pruner):
