@@ -32,14 +32,20 @@ class FixedPointStrategy(Quantizer):
     )
     activation_sigmas: float = Field(18, gt=0, description="the same for an activation, over calibration data")
     batches: int = Field(4, gt=0, description="batches of training data for calibration")
+    weights_only: bool = Field(False, description="leave activations as they are, at their 32 bits")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = without_batch_norm(copied(model))
+        if self.weights_only:
+            quantize_each(parameters_of(model), self._quantizer)
+            return model.eval()
         try:
-            graph = traced(without_batch_norm(copied(model)))
+            graph = traced(model)
             quantize_each(parameters_of(graph), self._quantizer)
             set_fixed_point(graph, context, self.activation_bits)
         except StructureError as error:
-            raise InputError(f"fixed-point: {error}") from error
+            hint = "weights_only = true quantizes the weights and leaves activations as they are"
+            raise InputError(f"fixed-point: {error}; {hint}") from error
         for name, seen in observe(graph, context, self.batches).items():
             quantizer = quantizers_of(graph)[name]
             if isinstance(quantizer, FixedPointQuantizer):
