@@ -51,7 +51,7 @@ class WeightQuantizer(Quantizer):
             if self.activation_bits:
                 self.quantize_activations(model, context)
         except StructureError as error:
-            raise InputError(f"quantizer: {error}") from error
+            raise InputError(f"quantizer: {error}; activation_bits = 0 leaves activations as they are") from error
         return model.eval()
 
     def quantize_weights(self, model: nn.Module, context: Context) -> None:
