@@ -446,7 +446,10 @@ def _show_comparison(rows: list[Row], style: str) -> None:
     from micronet_eval import report as reporting
 
     if style == "table":
-        _print("render_comparison", rows)
+        from rich.console import Console
+
+        console = Console()
+        console.print(reporting.render_comparison(rows, console.width))
         return
     flat = [reporting.comparison_row(row) for row in rows]
     if style == "json":

@@ -397,21 +397,26 @@ def print_report(reports: Sequence[Report], console: Console, all_layers: bool =
     console.print(render(reports[0], all_layers, console.width) if len(reports) == 1 else render_many(reports))
 
 
-def render_comparison(rows: Sequence[Row]) -> RenderableType:
-    """A row for each strategy; those that no other beats in score and quality are marked, and lead the eye."""
+def render_comparison(rows: Sequence[Row], width: int = 80) -> RenderableType:
+    """A row for each strategy; those that no other beats in score and quality are marked, and lead the eye.
+
+    Narrow terminals show less of each.
+    """
+    figures = ("storage", "math", "score") if width >= NARROW else ("score",)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("strategy", overflow="fold", min_width=16)
-    for name in ("storage", "math", "score", "quality", "time"):
+    for name in (*figures, "quality", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.score is None and row.errors:
-            table.add_row("", Text(row.name), "", "", Text("failed", "bold red"), "", _seconds(row.seconds))
+            blank = [""] * (len(figures) - 1)
+            table.add_row("", Text(row.name), *blank, Text("failed", "bold red"), "", _seconds(row.seconds))
             continue
-        figures = [_spread(row, name, ".5f") for name in ("storage", "math", "score")]
+        shown = [_spread(row, name, ".5f") for name in figures]
         quality = Text(_spread(row, "quality", ".4f"), "" if row.passed is not False else "red")
         style = "bold" if row.best else ""
-        table.add_row("*" if row.best else "", Text(row.name, style), *figures, quality, _seconds(row.seconds))
+        table.add_row("*" if row.best else "", Text(row.name, style), *shown, quality, _seconds(row.seconds))
     seeds = max((row.seeds for row in rows), default=0)
     notes = [f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "", "* no other row is better in both"]
     failed = [Text(f"{row.name}: {error}", "red") for row in rows for error in row.errors]

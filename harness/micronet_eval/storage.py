@@ -286,11 +286,6 @@ def _costs_nothing(value: Value) -> bool:
     return bool((value.data == number).all()) and number_width(float(number)) == 1
 
 
-def _is_zero(value: Value) -> bool:
-    """Whether a zero point is 0 everywhere, so that nobody needs it."""
-    return value.data is not None and not value.data.is_meta and not bool(value.data.any())
-
-
 def _is_made(value: Value) -> bool:
     return not _names(value)
 

@@ -1,0 +1,262 @@
+"""Strategies side by side: the grid, the same numbers as a submission's, results that last, the table."""
+
+import json
+import re
+import sqlite3
+
+import pytest
+from pydantic import Field
+
+from micronet_eval import compare as comparing
+from micronet_eval import evaluate
+from micronet_eval.compare import (
+    Job,
+    Result,
+    Row,
+    compare,
+    grid,
+    job_of,
+    jobs_of,
+    options,
+    parse,
+    rows,
+    run,
+    sorted_rows,
+)
+from micronet_eval.errors import InputError
+from micronet_eval.recipe import compress
+from micronet_eval.strategy import Sparsifier
+
+BASE = """
+task = "digits"
+seed = 5
+[submission]
+name = "base"
+authors = ["test"]
+[architecture]
+name = "wide-resnet"
+depth = 10
+width = 1
+classes = 10
+channels = 1
+[[stages]]
+train = { epochs = 1, learning_rate = 0.01 }
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "base.toml").write_text(BASE)
+    return tmp_path / "base.toml"
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_combination_of_the_values_is_a_cell():
+    cells = parse("quantizer", "fixed-point:weight_bits=4,8,calibration=max")
+    assert cells == [
+        (("quantizer", "fixed-point", {"weight_bits": 4, "calibration": "max"}),),
+        (("quantizer", "fixed-point", {"weight_bits": 8, "calibration": "max"}),),
+    ]
+    sparse = parse("sparsifier", "magnitude:sparsity=0.5") + parse("sparsifier", "random")
+    assert [comparing.title(cell) for cell in grid([[], sparse, cells])] == [
+        "magnitude:sparsity=0.5 + fixed-point:weight_bits=4,calibration=max",
+        "magnitude:sparsity=0.5 + fixed-point:weight_bits=8,calibration=max",
+        "random + fixed-point:weight_bits=4,calibration=max",
+        "random + fixed-point:weight_bits=8,calibration=max",
+    ]
+    assert grid([[], []]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magnitud", "nearest: magnitude"),
+        ("magnitude:sparsit=0.5", "unknown option 'sparsit'; nearest: sparsity"),
+        ("magnitude:0.5", "write its options like magnitude:option=value"),
+    ],
+)
+def test_what_is_no_strategy(text, message):
+    with pytest.raises(InputError, match=message):
+        parse("sparsifier", text)
+
+
+def test_fine_tuning_options():
+    assert options("epochs=2,learning-rate=0.001,optimizer=sgd") == {
+        "epochs": 2, "learning_rate": 0.001, "optimizer": "sgd"
+    }  # fmt: skip
+    with pytest.raises(InputError, match="'epochs' has no value"):
+        options("epochs")
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_scores_what_the_same_recipe_scores(base, tmp_path):
+    (job,) = jobs_of(
+        parse("sparsifier", "magnitude:sparsity=0.5"),
+        base,
+        1,
+        {"epochs": 1, "learning_rate": 0.001},
+        None,
+        tmp_path / "kept",
+    )
+    result = run(job)
+    assert result.error == ""
+    (tmp_path / "recipe.toml").write_text(job.recipe)
+    compress(tmp_path / "recipe.toml", tmp_path / "alone")
+    report = evaluate(tmp_path / "alone")
+    assert (result.score, result.quality) == (report.score.total, report.quality.measured)
+    assert (result.params32, result.ops32) == (report.storage.params32, report.math.ops32)
+
+
+def test_the_base_is_trained_once_for_each_seed(base, tmp_path, monkeypatch):
+    from micronet_eval import recipe
+
+    trainings = []
+    real = recipe.train
+
+    def counted(model, training, *rest):
+        trainings.append(training.epochs)
+        return real(model, training, *rest)
+
+    monkeypatch.setattr(recipe, "train", counted)
+    jobs = jobs_of(parse("sparsifier", "magnitude:sparsity=0.5,0.9"), base, 2, None, None, tmp_path / "kept")
+    assert [(job.name, job.seed) for job in jobs] == [
+        ("magnitude:sparsity=0.5", 0), ("magnitude:sparsity=0.5", 1),
+        ("magnitude:sparsity=0.9", 0), ("magnitude:sparsity=0.9", 1),
+    ]  # fmt: skip
+    found = compare(jobs, tmp_path / "results.sqlite", "here")
+    assert len(trainings) == 2
+    assert all(not result.error for result in found)
+    assert found[0].score > found[2].score
+    assert found[0].quality != found[1].quality or found[0].score != found[1].score
+
+
+def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
+    class Moody(Sparsifier):
+        """Fails the first time."""
+
+        sparsity: float = Field(0.5, description="nothing")
+
+        def apply(self, model, context):
+            calls.append(self.sparsity)
+            if len(calls) == 1:
+                raise ZeroDivisionError("moody")
+            from micronet_plugins.magnitude import Magnitude
+
+            return Magnitude(sparsity=self.sparsity).apply(model, context)
+
+    calls = []
+    register(sparsifiers={"moody": Moody})
+    jobs = jobs_of(parse("sparsifier", "moody:sparsity=0.5,0.6"), base, 1, None, None, tmp_path / "kept")
+    first = compare(jobs, tmp_path / "results.sqlite", "here")
+    assert [result.error for result in first] == ["ZeroDivisionError: moody", ""]
+    seen = []
+    second = compare(jobs, tmp_path / "results.sqlite", "here", seen=seen.append)
+    assert calls == [0.5, 0.6, 0.5]
+    assert second[1] == first[1]
+    assert not second[0].error
+    assert len(seen) == 2
+    with sqlite3.connect(tmp_path / "results.sqlite") as store:
+        assert store.execute("SELECT count(*) FROM results").fetchone() == (2,)
+
+
+def test_processes_give_the_same_numbers(base, tmp_path):
+    jobs = jobs_of(parse("sparsifier", "random:sparsity=0.3,0.6"), base, 1, None, None, tmp_path / "kept")
+    here = compare(jobs, tmp_path / "here.sqlite", "here")
+    local = compare(jobs, tmp_path / "local.sqlite", "local", workers=2)
+    assert [(r.score, r.quality, r.error) for r in here] == [(r.score, r.quality, r.error) for r in local]
+
+
+def test_submissions_and_recipes_are_rows(submission, base, tmp_path):
+    results = compare([job_of(submission, None), job_of(base, None)], tmp_path / "results.sqlite", "here")
+    assert [result.name for result in results] == ["small", "base"]
+    assert results[0].score == evaluate(submission).score.total
+    with pytest.raises(InputError, match="no submission's folder and no recipe"):
+        job_of(tmp_path / "nothing", None)
+
+
+def test_a_changed_submission_is_evaluated_again(submission, tmp_path):
+    job = job_of(submission, None)
+    before = job.key
+    (submission / "submission.toml").write_text((submission / "submission.toml").read_text() + "\n")
+    assert job.key != before
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_means_spread_and_the_pareto_front():
+    def result(name, score, quality, seed=0, **more):
+        return Result(name, seed, "digits", storage=0.1, math=score - 0.1, score=score, quality=quality, **more)
+
+    several = [result("good", 0.2, 0.9), result("good", 0.4, 1.0, 1), result("small", 0.1, 0.5)]
+    several.append(result("worse", 0.35, 0.9))
+    found = rows([*several, Result("broken", 0, error="why")])
+    assert [(row.name, row.best) for row in found] == [
+        ("good", True), ("small", True), ("worse", False), ("broken", False)
+    ]  # fmt: skip
+    assert (found[0].score, found[0].quality, found[0].seeds) == (pytest.approx(0.3), pytest.approx(0.95), 2)
+    assert found[0].spread["score"] == pytest.approx(0.02**0.5)
+    assert found[3].errors == ("why",)
+    assert [row.name for row in sorted_rows(found, "score")] == ["small", "good", "worse", "broken"]
+    assert [row.name for row in sorted_rows(found, "quality")] == ["good", "worse", "small", "broken"]
+    assert [row.name for row in sorted_rows(found, "given")] == [row.name for row in found]
+
+
+def test_lower_is_better_where_the_task_says_so():
+    def row(name, score, quality):
+        return Row(name, "wikitext103", 1, 0.1, 0.1, score, quality)
+
+    assert comparing._beats(row("a", 1, 30), row("b", 1, 35))
+    assert not comparing._beats(row("a", 1, 35), row("b", 1, 30))
+    assert [r.name for r in sorted_rows([row("a", 1, 35), row("b", 2, 30)], "quality")] == ["b", "a"]
+
+
+@pytest.mark.parametrize("width", [60, 160])
+def test_the_command(run, base, tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = ["compare", "--on", base, "--sparsifier", "magnitude:sparsity=0.5,0.9", "--executor", "here"]
+    words += ["--results", tmp_path / "results.sqlite"]
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert "magnitude:sparsity=0.5" in re.sub(r"\s", "", out)
+    assert ("storage" in out) == (width > 72)
+    code, out, _ = run(*words, "--format", "json", "--sort", "score")
+    flat = json.loads(out)
+    assert [row["strategy"] for row in flat] == ["magnitude:sparsity=0.9", "magnitude:sparsity=0.5"]
+    assert "…" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare"], "nothing to compare"),
+        (["compare", "--pruner", "random"], "give the recipe that trains it by --on"),
+        (["compare", "--on", "BASE", "--pruner", "nope"], "unknown pruner 'nope'"),
+        (["compare", "--on", "BASE", "--pruner", "random", "--executor", "cloud"], "unknown executor 'cloud'"),
+    ],
+)
+def test_bad_words(run, base, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*(base if word == "BASE" else word for word in words))
+    assert code == 2
+    assert message in err
+
+
+def test_a_failed_job_is_a_row_with_its_reason(run, base, tmp_path, register):
+    class Broken(Sparsifier):
+        """Fails."""
+
+        def apply(self, model, context):
+            raise InputError("cannot do this")
+
+    register(sparsifiers={"broken": Broken})
+    words = ["--sparsifier", "broken", "--sparsifier", "random", "--executor", "here"]
+    code, out, _ = run("compare", "--on", base, *words, "--results", tmp_path / "r.sqlite")
+    assert code == 1
+    assert "failed" in out
+    assert "cannot do this" in out
+    assert isinstance(Job("x").key, str)
