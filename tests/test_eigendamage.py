@@ -310,6 +310,13 @@ def test_a_model_without_classes_is_one_clear_message():
         EigenDamage().apply(nn.Sequential(nn.Conv2d(1, 4, 3)), context())
 
 
+def test_values_that_overflow_are_one_clear_message():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(model[0].weight, 1e25)
+    with pytest.raises(InputError, match=r"are too large to square.* estimate batch norm's statistics"):
+        EigenDamage().apply(model, context())
+
+
 # --- annealing --------------------------------------------------------------------------------------------------------
 
 

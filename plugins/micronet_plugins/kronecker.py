@@ -100,7 +100,8 @@ def factors(model: nn.Module, layers: Mapping[str, bool], batches: Sequence[Batc
     """The factors of the layers at these paths; True stands for a layer whose bias is an extra input that is always 1.
 
     A layer that does not act exactly once in a forward pass, or has no gradient, is left out. `model` is in evaluation
-    mode, and its parameters require no gradient. Raises InputError where its output is not (examples, classes).
+    mode, and its parameters require no gradient. Raises InputError where its output is not (examples, classes), or a
+    factor is not finite.
     """
     found: dict[str, Factors] = {}
     calls: Counter[str] = Counter()
@@ -120,6 +121,12 @@ def factors(model: nn.Module, layers: Mapping[str, bool], batches: Sequence[Batc
         return add
 
     passes = _backward(model, {path: visit(path) for path in layers}, batches)
+    for path, of_layer in found.items():
+        if not bool(torch.isfinite(of_layer.inputs.sum() + of_layer.outputs.sum())):
+            raise InputError(
+                f"eigendamage: inputs or gradients of layer {path!r} are too large to square, or no numbers; "
+                "train the model, or estimate batch norm's statistics, before pruning"
+            )
     return {path: found[path] for path in layers if calls[path] == passes}
 
 
