@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from micronet_eval import plugins
+from micronet_eval import evaluate, plugins
 from micronet_eval.errors import InputError
-from micronet_eval.recipe import KEPT, Recipe, Target, compress
+from micronet_eval.recipe import KEPT, Recipe, Target, compress, named_stages, strategy_of
 from micronet_eval.strategy import Context
-from micronet_eval.submission import Step, read_manifest
+from micronet_eval.submission import Step, read_manifest, read_toml
 from micronet_eval.training import Distillation, Training, distillation, loader, mix, orthonormality, rate, train
 
 
@@ -311,3 +311,23 @@ def test_the_recipe_of_the_documentation_runs(tmp_path):
     assert stages == [
         "architecture", "train", "sparsifier magnitude", "train", "merge batch-norm", "quantizer fixed-point"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["wavecomp", "wavecomp-digits"])
+def test_the_recipes_are_valid(name):
+    recipe = read_toml(Path(__file__).parent.parent / "recipes" / f"{name}.toml", Recipe)
+    plugins.lookup("task", recipe.task)
+    for place, stage in named_stages(recipe.stages):
+        strategy_of(stage, place)
+
+
+def test_the_pipeline_of_wavecomp_in_small(tmp_path):
+    text = (Path(__file__).parent.parent / "recipes/wavecomp-digits.toml").read_text()
+    short = re.sub(r"epochs = \d+", "epochs = 2", text).replace("times = 4", "times = 1").replace("quality = 0.97", "")
+    (tmp_path / "recipe.toml").write_text(short)
+    compress(tmp_path / "recipe.toml", tmp_path / "small")
+    report = evaluate(tmp_path / "small")
+    steps = report.storage, read_manifest(tmp_path / "small").provenance.steps
+    assert max(max(layer.input_bits, layer.weight_bits) for layer in report.layers if layer.mults) == 12
+    assert steps[0].parameters < steps[1][1].parameters * 0.8
+    assert steps[0].nonzeros < steps[0].parameters * 0.7

@@ -252,7 +252,7 @@ class _Run:
         try:
             self.task: Task = plugins.lookup("task", recipe.task)
             for name, stage in named_stages(recipe.stages):
-                _strategy(stage, name)
+                strategy_of(stage, name)
             self.training, self.held_out = _data(recipe, self.task, data)
         except (InputError, DataMissing) as error:
             raise InputError(f"{path}: {error}") from error
@@ -301,7 +301,7 @@ class _Run:
         number = len(self.steps)
         seed = self.recipe.seed + number
         torch.manual_seed(seed)
-        strategy = _strategy(stage, name)
+        strategy = strategy_of(stage, name)
         batches = loader(self.training, self.recipe.batch_size, seed)
         context = Context(self.example, batches, seed, plugins.formulas())
         if strategy is not None and self.teacher is None and self.distills:
@@ -426,7 +426,8 @@ def batches_of(stages: Sequence[Stage], examples: int) -> int:
     return total
 
 
-def _strategy(stage: Stage, place: str) -> Strategy | None:
+def strategy_of(stage: Stage, place: str) -> Strategy | None:
+    """The strategy of a stage with its options; None where it has none. Raises InputError that names the `place`."""
     kind = stage.strategy_kind
     if kind is None:
         return None

@@ -35,28 +35,29 @@ class Bottleneck(nn.Module):
         return out + F.pad(self.shortcut(x), (0, 0, 0, 0, 0, self.widening))
 
 
-def pyramidnet(depth: int = 272, alpha: int = 200, classes: int = 100) -> nn.Module:
-    """PyramidNet for 3x32x32 images: three stages of bottleneck blocks whose width grows by alpha / blocks a block.
+def pyramidnet(depth: int = 272, alpha: int = 200, classes: int = 100, channels: int = 3, pool: int = 8) -> nn.Module:
+    """PyramidNet for small images: three stages of bottleneck blocks whose width grows by alpha / blocks a block.
 
-    Depth 272 and alpha 200 are WaveComp's: 90 blocks, 26.2 M parameters. ShakeDrop acts in training only.
+    Depth 272 and alpha 200 are WaveComp's for 3x32x32: 90 blocks, 26.2 M parameters. `channels` are those of the image,
+    `pool` a quarter of its size. ShakeDrop acts in training only.
     """
     if depth < 11 or (depth - 2) % 9:
         raise ValueError(f"depth {depth}: a bottleneck PyramidNet has 9 n + 2 layers")
     blocks_a_stage = (depth - 2) // 9
     blocks = 3 * blocks_a_stage
-    channels = 16
+    width_in = 16
     stages: list[nn.Module] = [
-        nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        nn.Sequential(nn.Conv2d(channels, width_in, 3, padding=1, bias=False), nn.BatchNorm2d(width_in))
     ]
     for stage in range(3):
         layers = []
         for i in range(blocks_a_stage):
             width = round(16 + alpha * (stage * blocks_a_stage + i + 1) / blocks)
-            layers.append(Bottleneck(channels, width, stride=2 if stage and i == 0 else 1))
-            channels = width * Bottleneck.expansion
+            layers.append(Bottleneck(width_in, width, stride=2 if stage and i == 0 else 1))
+            width_in = width * Bottleneck.expansion
         stages.append(nn.Sequential(*layers))
     head = nn.Sequential(
-        nn.BatchNorm2d(channels), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, classes)
+        nn.BatchNorm2d(width_in), nn.ReLU(), nn.AvgPool2d(pool), nn.Flatten(), nn.Linear(width_in, classes)
     )
     return _initialised(nn.Sequential(*stages, head))
 
