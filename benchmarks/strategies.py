@@ -80,7 +80,7 @@ def page(results: list[Result]) -> str:
         "# Every strategy on the same network",
         "",
         "Written by `python -m benchmarks.strategies`. WideResNet-10-1 is trained on scikit-learn's digits; each",
-        "strategy is applied once, with default options otherwise, and followed by 3 epochs of fine-tuning. The columns",
+        "strategy is applied once, with default options otherwise, and fine-tuned for 3 epochs behind it. The columns",
         "are 2, 4, 8 and 16 times fewer parameters (pruners), weights that are not zero (sparsifiers) or bits a weight",
         "(quantizers, from 32). A cell is the score relative to the task's baseline, lower is better, and the accuracy",
         f"on the 449 test images; both the mean of {SEEDS} trained networks, the accuracy with its standard deviation.",
