@@ -59,7 +59,8 @@ class Entry:
     """A line of a board. Storage, math and score are relative to the task's baseline.
 
     `rank` is None where `reason` says why the entry is not ranked. `in_2019` is the place that the score would have
-    taken in the published leaderboard, `claims_fail` names the claims that do not hold.
+    taken in the published leaderboard, `claims_fail` names the claims that do not hold, `note` is the authors' own on
+    where the weights come from.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Entry:
     distinctions: tuple[str, ...] = ()
     in_2019: int | None = None
     claims_fail: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def verified(self) -> bool:
@@ -163,7 +165,8 @@ def boards(found: Sequence[Judged]) -> list[Board]:
 def entry_of(judged: Judged) -> Entry:
     """A submission as a line that has no rank yet; `reason` says why it will get none.
 
-    The score is only claimed where it rests on claimed shares of a conditional model's paths.
+    The score is only claimed where it rests on claimed shares of a conditional model's paths, or on claimed
+    frequencies of a language model's tokens, which are asked for where the test data is missing.
     """
     manifest, report = judged.manifest, judged.report
     if report is None or report.score is None:
@@ -173,7 +176,9 @@ def entry_of(judged: Judged) -> Entry:
         )
         task = manifest.task if manifest else ""
         return Entry(judged.name, task, score=score, quality=quality, reason=judged.error)
-    sure = all(path.measured for path in report.paths)
+    measured = report.quality is not None and report.quality.measured is not None
+    told = manifest is not None and manifest.frequencies is not None and not measured
+    sure = all(path.measured for path in report.paths) and not told
     return Entry(
         name=judged.name,
         task=report.task or "",
@@ -184,6 +189,7 @@ def entry_of(judged: Judged) -> Entry:
         metric=report.quality.metric if report.quality else "",
         reason=_disqualified(report.quality),
         claims_fail=tuple(claim.name for claim in report.claims if claim.holds is False),
+        note=report.provenance,
     )
 
 
@@ -309,6 +315,7 @@ def render_boards(found: Sequence[Board], width: int = 80) -> RenderableType:
             for e in board.entries
             if e.claims_fail
         ]
+        parts += [Text(f"{e.name}: {e.note}", "dim") for e in board.entries if e.rank and e.note and not e.verified]
         if board.published:
             parts += ["", _theirs(board)]
             parts += [Text(f"{p.name}, {p.score:.4f}: {p.note}", "dim") for p in board.published if p.note]

@@ -29,7 +29,7 @@ Node = list[Any]
 
 @dataclass(frozen=True)
 class Weighted:
-    """An operation with weights, or one that multiplies. `sparsity` is the share of its module's operations that zero
+    """An operation with weights. `sparsity` is the share of its module's operations that zero
     weights save, None where nothing was to be saved."""
 
     module: str
@@ -187,12 +187,12 @@ def _completed(node: Node) -> Node:
 
 
 def weighted(report: Report) -> list[Weighted]:
-    """The operations that use weights, in order of execution, with bit-widths and sparsity."""
+    """The operations that store weights or multiply by them, in order of execution."""
     modules: Mapping[str, Any] = {module.module: module for module in report.modules}
     rows = []
     for layer in report.layers:
         module = modules.get(layer.module)
-        if not layer.weight_bits:
+        if not layer.weight_bits or not (layer.storage_bits or layer.macs):
             continue
         saved = 1 - module.sparse_ops / module.dense_ops if module and module.dense_ops and layer.macs else None
         rows.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from micronet_eval.task import Metric
 
@@ -84,10 +84,10 @@ class Axis:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 2, 5) if self.high / self.low < 1000 else (1,)
             return [t for p in powers for s in steps if self.low <= (t := float(f"{s}e{p}")) <= self.high]
-        rough = (self.high - self.low) / 4
+        rough = (self.high - self.low) / 4 * (1 - 1e-9)
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
-        return [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [n * step for n in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
 
 def front(points: Sequence[Point], lower_is_better: bool) -> list[Point]:
@@ -114,12 +114,15 @@ def path_plot(points: Sequence[Point], metric: Metric) -> Plot:
 def _plot(points: Sequence[Point], joined: Sequence[Point], metric: Metric, published: Sequence[float]) -> Plot:
     x = Axis.over([*(p.score for p in points), *published], LEFT, RIGHT, may_be_log=True)
     up, down = (TOP, BOTTOM) if metric.lower_is_better else (BOTTOM, TOP)
+    share = metric.style.endswith("%")
     y = Axis.over([p.quality for p in points], up, down)
+    if share:
+        y = replace(y, low=max(y.low, 0.0), high=min(y.high, 1.0))
     ys = y.ticks()
     digits = 0
-    while metric.style.endswith("%") and digits < 4 and len({f"{tick:.{digits}%}" for tick in ys}) < len(ys):
+    while share and digits < 4 and len({f"{tick:.{digits}%}" for tick in ys}) < len(ys):
         digits += 1
-    show = f".{digits}%" if metric.style.endswith("%") else "g"
+    show = f".{digits}%" if share else "g"
     return Plot(
         spots=tuple(Spot(x.at(p.score), y.at(p.quality), p, x.at(p.score) > (LEFT + RIGHT) / 2) for p in points),
         line=" ".join(f"{x.at(p.score)},{y.at(p.quality)}" for p in joined),
