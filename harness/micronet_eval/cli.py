@@ -18,6 +18,7 @@ from micronet_eval.errors import InputError, SubmissionError
 if TYPE_CHECKING:
     from micronet_eval.compare import Row
     from micronet_eval.evaluation import Report
+    from micronet_eval.leaderboard import Judged
     from micronet_eval.task import Task
 
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
@@ -43,6 +44,7 @@ _data = click.option(
     "--data", type=click.Path(path_type=Path), envvar="MICRONET_DATA", help="Folder with data sets (or MICRONET_DATA)."
 )
 _ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
+_html = click.option("--html", type=click.Path(path_type=Path), help="Folder to write web pages to, too.")
 _cross_check = click.option(
     "--cross-check", is_flag=True, help="Ask fvcore and FlopCounterMode, too; say what differs."
 )
@@ -64,19 +66,34 @@ def cli() -> None:
 @_data
 @_ruleset
 @_cross_check
+@_html
 def evaluate(
-    folders: tuple[Path, ...], layers: bool, style: str, data: Path | None, ruleset: str, cross_check: bool
+    folders: tuple[Path, ...],
+    layers: bool,
+    style: str,
+    data: Path | None,
+    ruleset: str,
+    cross_check: bool,
+    html: Path | None,
 ) -> None:
     """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
     from micronet_eval.evaluation import evaluate
 
-    reports, status = [], 0
+    outcomes: list[tuple[Path, Report | Exception]] = []
+    status = 0
     for folder in folders:
         try:
             with _progress(f"measuring {folder.name}") as progress:
-                reports.append(evaluate(folder, data, progress, ruleset=ruleset, cross_check=cross_check))
+                report = evaluate(folder, data, progress, ruleset=ruleset, cross_check=cross_check)
+            outcomes.append((folder, report))
         except (InputError, SubmissionError) as error:
+            outcomes.append((folder, error))
             status = max(status, _complain(error))
+    reports = [outcome for _, outcome in outcomes if not isinstance(outcome, Exception)]
+    if html is not None:
+        from micronet_eval.leaderboard import judged
+
+        _write_pages([judged(folder.resolve().name, folder, outcome) for folder, outcome in outcomes], html)
     if reports:
         _show(reports, style, layers, several=len(folders) > 1)
     if not all(report.passed for report in reports):
@@ -197,6 +214,35 @@ def compare(
         found = comparing.compare(todo, results, executor, jobs, seen)
     _show_comparison(comparing.sorted_rows(comparing.rows(found), sort), style)
     sys.exit(FAILED if any(result.error for result in found) else 0)
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_html
+@_format
+@_data
+def leaderboard(folders: tuple[Path, ...], html: Path | None, style: str, data: Path | None) -> None:
+    """Rank submissions by task, beside the leaderboard of 2019.
+
+    FOLDERS are submissions, or folders that hold some.
+    """
+    from micronet_eval import leaderboard as ranking
+
+    found = []
+    for name, folder in ranking.named(folders).items():
+        with _progress(f"measuring {name}") as progress:
+            found.append(ranking.judge(name, folder, data, progress))
+    _write_pages(found, html)
+    boards = ranking.boards(found)
+    if style == "table":
+        from rich.console import Console
+
+        console = Console()
+        console.print(ranking.render_boards(boards, console.width))
+    elif style == "json":
+        click.echo(json.dumps(ranking.as_json(boards), indent=2))
+    else:
+        _show_rows(ranking.flat(boards), style)
 
 
 @cli.command()
@@ -456,6 +502,14 @@ def _show_comparison(rows: list[Row], style: str) -> None:
         click.echo(json.dumps(flat, indent=2))
     else:
         click.echo(reporting.to_csv(flat) if style == "csv" else reporting.to_markdown(flat))
+
+
+def _write_pages(found: list[Judged], html: Path | None) -> None:
+    if html is not None:
+        from micronet_eval import pages
+
+        pages.write(found, html)
+        click.echo(f"wrote {html / 'index.html'}", err=True)
 
 
 def _print(renderer: str, *things: Any) -> None:
