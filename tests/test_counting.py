@@ -297,7 +297,9 @@ def test_factors_of_other_operations_are_numbers_in_the_code():
     assert count(Call(lambda x: F.leaky_relu(x, 0.1)), 1, 4).storage.code_bits == 32
     assert count(Call(lambda x: F.leaky_relu(x, 0.25)), 1, 4).storage.code_bits == 0  # a shift
     assert count(Call(lambda x: torch.add(x, x, alpha=0.3)), 1, 4).storage.code_bits == 32
-    assert count(Call(lambda x: torch.add(x, x)), 1, 4).storage.code_bits == 0
+    plain = count(Call(lambda x: torch.add(x, x)), 1, 4)
+    assert plain.storage.code_bits == 0
+    assert plain.layers[0].weight_bits == 0
 
 
 def causal(x):

@@ -83,7 +83,8 @@ def numbers(op: Op) -> tuple[float, ...]:
     """The Python numbers that the elements of a tensor are multiplied by, divided by, or added to."""
     names = _NUMBERS.get(op.name, {})
     found = (op.arg(position, name, default) for name, (position, default) in names.items())
-    return tuple(n for n in found if isinstance(n, float | int) and not isinstance(n, bool))
+    used = (n for n in found if isinstance(n, float | int) and not isinstance(n, bool))
+    return tuple(n for n in used if op.name in ("aten.mul", "aten.div") or abs(n) != 1)  # alpha = 1 does nothing
 
 
 def number_width(number: float) -> int:
