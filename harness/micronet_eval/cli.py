@@ -148,6 +148,44 @@ def count(
 
 
 @cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--max-score", type=float, help="Fail above this score.")
+@click.option("--min-quality", type=float, help="Fail below this quality (a perplexity: above).")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML to this file.")
+@click.option("--summary", type=click.Path(path_type=Path), help="Append a summary in Markdown to this file.")
+@_ruleset
+@_data
+def check(
+    folder: Path,
+    max_score: float | None,
+    min_quality: float | None,
+    junit: Path | None,
+    summary: Path | None,
+    ruleset: str,
+    data: Path | None,
+) -> None:
+    """Check a submission in continuous integration: limits, claims, the threshold; exit status 1 if one fails."""
+    from micronet_eval.checking import checks, to_junit, to_summary
+    from micronet_eval.evaluation import evaluate
+    from micronet_eval.files import write_whole
+
+    with _progress(f"measuring {folder.name}") as progress:
+        report = evaluate(folder, data, progress, ruleset=ruleset)
+    found = checks(report, max_score, min_quality)
+    text = to_summary(report, found)
+    try:
+        if junit is not None:
+            write_whole(junit, to_junit(report, found).encode())
+        if summary is not None:
+            before = summary.read_bytes() if summary.exists() else b""
+            write_whole(summary, before + text.encode())
+    except OSError as error:
+        raise InputError(f"{junit or summary} cannot be written: {error.strerror}; name another file") from error
+    click.echo(text)
+    sys.exit(FAILED if any(c.holds is False for c in found) else 0)
+
+
+@cli.command()
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--on", type=click.Path(path_type=Path), help="Recipe that trains the network for the strategies below.")
 @click.option(

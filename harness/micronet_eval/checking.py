@@ -1,0 +1,83 @@
+"""A submission as a check in continuous integration: limits, claims and the threshold, as JUnit XML and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from micronet_eval.evaluation import Report
+from micronet_eval.task import METRICS
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is checked: whether it holds (None: it could not be measured), and the figures."""
+
+    name: str
+    holds: bool | None
+    figures: str
+
+
+def checks(report: Report, max_score: float | None = None, min_quality: float | None = None) -> list[Check]:
+    """The limits that are given, the task's threshold, and every claim.
+
+    A limit that cannot be measured fails: it was asked for. Of a metric where lower is better, `min_quality` is the
+    highest value.
+    """
+    found: list[Check] = []
+    total = report.score.total if report.score else None
+    if max_score is not None:
+        told = "no score" if total is None else f"{total:.6g}"
+        found.append(Check("score", total is not None and total <= max_score, f"{told}, at most {max_score:.6g}"))
+    quality = report.quality
+    if quality is not None:
+        metric = METRICS[quality.metric]
+        measured = "not measured" if quality.measured is None else metric.show(quality.measured)
+        if min_quality is not None:
+            sign = -1 if metric.lower_is_better else 1
+            enough = quality.measured is not None and sign * quality.measured >= sign * min_quality
+            found.append(Check("quality", enough, f"{measured} {metric.sign} {metric.show(min_quality)}"))
+        threshold = f"{measured} {metric.sign} {metric.show(quality.threshold)}"
+        found.append(Check(f"threshold of {report.task}", quality.passed, threshold))
+    for claim in report.claims:
+        told = "not measured" if claim.measured is None else f"{claim.measured:.6g}"
+        found.append(Check(f"claimed {claim.name}", claim.holds, f"{told}, claimed {claim.claimed:.6g}"))
+    return found
+
+
+def to_junit(report: Report, found: Sequence[Check]) -> str:
+    """JUnit XML: a test case for each check."""
+    failures, skipped = sum(c.holds is False for c in found), sum(c.holds is None for c in found)
+    counts = {"tests": str(len(found)), "failures": str(failures), "skipped": str(skipped), "errors": "0"}
+    suite = ElementTree.Element("testsuite", {"name": f"micronet-eval {report.submission}", **counts})
+    for check in found:
+        case = ElementTree.SubElement(suite, "testcase", classname=report.submission, name=check.name)
+        if check.holds is not True:
+            kind = "failure" if check.holds is False else "skipped"
+            ElementTree.SubElement(case, kind, message=check.figures)
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def to_summary(report: Report, found: Sequence[Check]) -> str:
+    """Markdown for a comment on a pull request."""
+    total = f"score {report.score.total:.6g}" if report.score else "no score"
+    fails = any(check.holds is False for check in found)
+    lines = [
+        f"### {_escaped(report.submission)}: {'failed' if fails else 'passed'}, {total}",
+        "",
+        "| check | | figures |",
+        "|---|---|---|",
+    ]
+    verdicts: dict[bool | None, str] = {True: "holds", False: "**fails**", None: "not measured"}
+    lines += [f"| {_escaped(c.name)} | {verdicts[c.holds]} | {_escaped(c.figures)} |" for c in found]
+    storage = f"{report.storage.params32:,.0f} 32-bit parameters, {report.math.ops32:,.0f} 32-bit operations"
+    return "\n".join([*lines, "", f"{storage}; rules {report.ruleset}.", *map(_escaped, report.warnings), ""])
+
+
+def _escaped(text: str) -> str:
+    """As text in a Markdown table: no markup, no cells."""
+    for sign in "\\`*_{}[]<>#|":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())

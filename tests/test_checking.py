@@ -1,0 +1,61 @@
+"""`micronet-eval check`: limits, claims and threshold, as JUnit XML and as Markdown."""
+
+from xml.etree import ElementTree
+
+import pytest
+
+from micronet_eval import evaluate
+from micronet_eval.checking import checks, to_junit, to_summary
+
+
+@pytest.fixture
+def report(submission):
+    return evaluate(submission)  # untrained: its quality is far below the threshold
+
+
+def test_limits_hold_or_fail_by_the_measurement(report):
+    total, quality = report.score.total, report.quality.measured
+    found = {check.name: check.holds for check in checks(report, total, quality)}
+    assert (found["score"], found["quality"], found["threshold of digits"]) == (True, True, False)
+    found = {check.name: check.holds for check in checks(report, total * 0.999, quality + 0.01)}
+    assert (found["score"], found["quality"]) == (False, False)
+    assert [check.name for check in checks(report)] == ["threshold of digits"]
+
+
+def test_what_was_asked_for_and_cannot_be_measured_fails(report):
+    unknown = report.model_copy(
+        update={"score": None, "quality": report.quality.model_copy(update={"measured": None, "passed": None})}
+    )
+    found = {check.name: check.holds for check in checks(unknown, 1.0, 0.5)}
+    assert found == {"score": False, "quality": False, "threshold of digits": None}
+
+
+def test_lower_is_better_for_a_perplexity(report):
+    quality = report.quality.model_copy(update={"metric": "perplexity", "measured": 30.0})
+    perplexity = report.model_copy(update={"quality": quality})
+    assert next(check.holds for check in checks(perplexity, min_quality=35)) is True
+    assert next(check.holds for check in checks(perplexity, min_quality=29)) is False
+
+
+def test_junit_and_summary(report):
+    hostile = report.model_copy(update={"submission": "a|b <script>&\"'"})
+    found = checks(hostile, 0.0, 0.0)
+    suite = ElementTree.fromstring(to_junit(hostile, found))
+    assert (suite.get("tests"), suite.get("failures")) == ("3", "2")
+    assert [case.get("name") for case in suite] == ["score", "quality", "threshold of digits"]
+    assert suite[0][0].tag == "failure"
+    assert suite[0].get("classname") == "a|b <script>&\"'"
+    text = to_summary(hostile, found)
+    assert "<script>" not in text
+    assert "a\\|b" in text
+    assert "| score | **fails** |" in text
+
+
+def test_the_command(run, submission, tmp_path):
+    words = ["check", submission, "--max-score", "100", "--junit", tmp_path / "j.xml", "--summary", tmp_path / "s.md"]
+    code, out, _ = run(*words)
+    assert code == 1  # the threshold fails
+    assert "threshold of digits" in out
+    assert ElementTree.parse(tmp_path / "j.xml").getroot().get("failures") == "1"
+    run(*words)
+    assert (tmp_path / "s.md").read_text().count("### small") == 2
