@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import click
 from click_default_group import DefaultGroup
 
 from micronet_eval import plugins
-from micronet_eval.errors import InputError, SubmissionError
+from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.isolation import Isolation, Limits, Mode
 
 if TYPE_CHECKING:
     from micronet_eval.compare import Row
@@ -43,6 +45,19 @@ _data = click.option(
     "--data", type=click.Path(path_type=Path), envvar="MICRONET_DATA", help="Folder with data sets (or MICRONET_DATA)."
 )
 _ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
+_isolation = click.option(
+    "--isolation",
+    "mode",
+    type=click.Choice(["required", "auto", "none"]),
+    default="auto",
+    show_default=True,
+    help="How a submission's own code is run: by bubblewrap, by what there is, without limits.",
+)
+_limits = click.option(
+    "--limits",
+    default="",
+    help="Limits of that code, for example memory=4G,cpu=60,wall=60,processes=32,files=256,written=64M.",
+)
 _cross_check = click.option(
     "--cross-check", is_flag=True, help="Ask fvcore and FlopCounterMode, too; say what differs."
 )
@@ -64,17 +79,27 @@ def cli() -> None:
 @_data
 @_ruleset
 @_cross_check
+@_isolation
+@_limits
 def evaluate(
-    folders: tuple[Path, ...], layers: bool, style: str, data: Path | None, ruleset: str, cross_check: bool
+    folders: tuple[Path, ...],
+    layers: bool,
+    style: str,
+    data: Path | None,
+    ruleset: str,
+    cross_check: bool,
+    mode: Mode,
+    limits: str,
 ) -> None:
     """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
     from micronet_eval.evaluation import evaluate
 
-    reports, status = [], 0
+    reports, status, isolation = [], 0, Isolation(mode, Limits.parse(limits))
     for folder in folders:
         try:
             with _progress(f"measuring {folder.name}") as progress:
-                reports.append(evaluate(folder, data, progress, ruleset=ruleset, cross_check=cross_check))
+                asked: dict[str, Any] = {"ruleset": ruleset, "cross_check": cross_check, "isolation": isolation}
+                reports.append(evaluate(folder, data, progress, **asked))
         except (InputError, SubmissionError) as error:
             status = max(status, _complain(error))
     if reports:
@@ -368,6 +393,7 @@ def architectures(style: str) -> None:
 
 def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
     try:
         plugins.add_commands(cli)
         cli()
@@ -384,7 +410,7 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _complain(error: Exception) -> int:
-    click.echo(f"micronet-eval: {error}", err=True)
+    click.echo(printable(f"micronet-eval: {error}"), err=True)
     return BAD_INPUT if isinstance(error, InputError) else BROKEN
 
 
