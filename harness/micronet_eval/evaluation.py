@@ -14,16 +14,17 @@ from torch import nn
 from micronet_eval import crosscheck, plugins
 from micronet_eval.accumulators import WhatIf, what_if
 from micronet_eval.activation import Activation, activation_peak
+from micronet_eval.batches import check_batches
 from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
-from micronet_eval.errors import InputError, printable
-from micronet_eval.isolation import AUTO, Isolation, Level
+from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.isolation import AUTO, NO_CODE, Isolation, Level
 from micronet_eval.merge import merged
 from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.paths import mean_account
 from micronet_eval.precision import bit_widths
-from micronet_eval.quality import Progress, Quality, measure, not_measured
+from micronet_eval.quality import BATCH, Progress, Quality, measure, not_measured
 from micronet_eval.rulesets import DEFAULT
 from micronet_eval.rulesets import ruleset as ruleset_of
 from micronet_eval.scoring import Account, Coverage, Layer, Math, Module, Score, Storage, by_module
@@ -123,8 +124,15 @@ def evaluate(
     counted = opened.account(ruleset)  # what cannot be counted is told before anything is measured
     try:
         quality = measure(opened.model, opened.task, root, opened.claimed_quality, progress)
+        if opened.isolation != NO_CODE:
+            sizes = sorted({min(BATCH, quality.examples), quality.examples % BATCH} - {0, 1})
+            check_batches(opened.model, opened.task.input_shape, opened.trace, sizes)
     except InputError as error:
         raise InputError(f"{opened.folder / WEIGHTS}: {error}") from error
+    except (RuntimeError, ArithmeticError, AttributeError, IndexError, TypeError, ValueError, MemoryError) as error:
+        if opened.isolation == NO_CODE:
+            raise
+        raise SubmissionError(f"{opened.folder}: the model of model.py fails on the test data: {error}") from error
     return _report_on(opened, counted, quality, ruleset, cross_check)
 
 

@@ -3,7 +3,7 @@
 The worker calls `build()` and writes the graph of the model as JSON (graph.py) to a file descriptor of its own. Here it
 is validated, built again and evaluated: whatever the code does to its own process, it cannot touch a count.
 
-`python -m micronet_eval.isolation FILE OPTIONS LIMITS DESCRIPTOR` is the worker.
+`python -m micronet_eval.isolation FILE OPTIONS LIMITS LEVEL DESCRIPTOR` is the worker.
 """
 
 from __future__ import annotations
@@ -96,12 +96,29 @@ def bubblewrap() -> str | None:
     found = shutil.which("bwrap")
     if found is None or not sys.platform.startswith("linux"):
         return None
-    tried = [found, *_NAMESPACES, *_system(), "true"]
+    tried = [found, *_namespaces(), *_system(), "true"]
     works = subprocess.run(tried, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=20)
     return found if works.returncode == 0 else None
 
 
-_NAMESPACES = ("--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
+def _namespaces() -> list[str]:
+    """No network, no other processes, no privileges.
+
+    Root keeps its user namespace and just enough to become nobody in the worker: the kernel never limits the number of
+    root's processes.
+    """
+    words = [
+        "--die-with-parent",
+        "--new-session",
+        "--cap-drop",
+        "ALL",
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+    ]
+    if os.geteuid() == 0:
+        return [*words, "--unshare-uts", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return [*words, "--unshare-uts", "--unshare-user"]
 
 
 def _system() -> list[str]:
@@ -116,10 +133,14 @@ def _sandbox(bwrap: str, path: Path, limits: Limits) -> list[str]:
     """Words before a command that show it Python, its packages and one file, and nothing else."""
     own = Path(__file__).resolve().parent
     shown = {sys.prefix, sys.base_prefix, *site.getsitepackages(), str(own)}
-    binds = [word for place in sorted(shown) if Path(place).is_dir() for word in ("--ro-bind", place, place)]
-    scratch = ["--size", str(limits.written), "--tmpfs", "/scratch", "--chdir", "/scratch"]
+    binds = list[str]()
+    for place in sorted(p for p in shown if Path(p).is_dir()):
+        for parent in (*reversed(Path(place).parents[:-1]), Path("/submission")):
+            binds += ["--dir", str(parent)]  # which bubblewrap would make for root alone
+        binds += ["--ro-bind", place, place]
+    scratch = ["--perms", "1777", "--size", str(limits.written), "--tmpfs", "/scratch", "--chdir", "/scratch"]
     file = ["--ro-bind", str(path), "/submission/model.py"]
-    return [bwrap, *_NAMESPACES, *_system(), *binds, *scratch, *file, "--remount-ro", "/"]
+    return [bwrap, *_namespaces(), *_system(), *binds, *scratch, *file, "--remount-ro", "/"]
 
 
 def graph_of_file(path: Path, options: dict[str, Any], isolation: Isolation) -> Graph:
@@ -166,7 +187,7 @@ def _run(path: Path, options: dict[str, Any], isolation: Isolation) -> bytes:
     wrapped = _sandbox(bwrap, path, limits) if level == "bubblewrap" and bwrap else []
     read, write = os.pipe()
     with tempfile.TemporaryDirectory() as scratch:
-        words = [json.dumps(options, default=str), json.dumps(own), str(write)]
+        words = [json.dumps(options, default=str), json.dumps(own), level, str(write)]
         command = (
             [*wrapped, sys.executable, "-P", "-s"] if sys.version_info >= (3, 11) else [*wrapped, sys.executable, "-s"]
         )
@@ -251,26 +272,41 @@ def _family(pid: int) -> dict[int, int]:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Ends a worker and all that it started; with bubblewrap the kernel ends the whole namespace."""
-    for number in _family(process.pid) - {process.pid: 0}.keys() if process.poll() is None else ():
-        with suppress(OSError):
-            os.kill(number, signal.SIGKILL)
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for _ in range(100):  # what has left the session, or is forking just now
+        left = _family(process.pid).keys() - {process.pid}
+        for number in left:
+            with suppress(OSError):
+                os.kill(number, signal.SIGKILL)
+        if not left:
+            break
+        time.sleep(TICK)
 
 
 # --- the worker -------------------------------------------------------------------------------------------------------
 
 
-def _restrict(limits: Limits) -> None:
-    """Sets the limits of this process and its children; zero is no limit."""
+NOBODY = 65534
+
+
+def _restrict(limits: Limits, level: str) -> None:
+    """Sets the limits of this process and its children; zero is no limit. Root in bubblewrap becomes nobody."""
     import resource
 
+    if level == "bubblewrap" and os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    if level != "none":
+        os.nice(10)  # whoever watches comes first
     for name, value in (
         ("RLIMIT_AS", limits.memory),
         ("RLIMIT_CPU", limits.cpu),
         ("RLIMIT_NOFILE", limits.files),
         ("RLIMIT_FSIZE", limits.written),
+        ("RLIMIT_NPROC", limits.processes and _threads() + limits.processes),
         ("RLIMIT_CORE", 0),
     ):
         if (value or name == "RLIMIT_CORE") and hasattr(resource, name):
@@ -278,18 +314,26 @@ def _restrict(limits: Limits) -> None:
                 resource.setrlimit(getattr(resource, name), (value, value + (name == "RLIMIT_CPU")))
 
 
-def _work(file: str, options: str, limits: str, descriptor: str) -> None:
+def _threads() -> int:
+    """How many threads the user has that can be seen: the kernel's limit is one on all of them."""
+    count = 0
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            count += len(list((place / "task").iterdir())) if place.stat().st_uid == os.getuid() else 0
+    return count
+
+
+def _work(file: str, options: str, limits: str, level: str, descriptor: str) -> None:
     """Runs a file's `build` and writes the graph of what it returns, or what went wrong."""
     import runpy
 
-    _restrict(Limits(**json.loads(limits)))
-    answer: str
+    _restrict(Limits(**json.loads(limits)), level)
     try:
-        from micronet_eval.graph import graph_of
-
         build = runpy.run_path(file, run_name="model").get("build")
         if build is None:
             raise LookupError("it has no function build()")
+        from micronet_eval.graph import graph_of
+
         answer = graph_of(build(**json.loads(options))).model_dump_json()
     except BaseException as error:  # somebody's code; SystemExit and KeyboardInterrupt, too
         answer = json.dumps({"error": f"{type(error).__name__}: {error}"})

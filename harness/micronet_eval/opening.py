@@ -97,6 +97,10 @@ def open_submission(folder: str | Path, data: Path | None = None, isolation: Iso
     where = folder / MANIFEST
     task = task_of(manifest, where)
     weights = folder / WEIGHTS
+    if manifest.architecture.file is not None and task.metric == "perplexity":
+        raise InputError(
+            f"{where}: field 'architecture.file': model.py cannot be a language model; register one by name"
+        )
     packed = packing.read(weights)
     model = build(manifest.architecture, where, isolation=isolation)
     _check_manifest(manifest, task, model, where)

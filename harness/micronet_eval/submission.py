@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from micronet_eval.task import Task
 
 MANIFEST, WEIGHTS, RECIPE = "submission.toml", "weights.safetensors", "recipe.toml"
-TABLE_LIMIT = 4 << 20  # bytes of a TOML file
+TABLE_LIMIT = 1 << 20  # bytes of a TOML file
+MOST_DOTS = 100  # in a line, beside those of numbers: time to read a dotted key grows with the square of its length
 LARGEST_EXPONENT = 30  # of a number in a TOML file: an exact fraction of 1e999999999 takes hours
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -161,10 +162,12 @@ def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, An
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     try:
+        if any(re.sub(r"\d\.\d", "", line).count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
         table: dict[str, Any] = tomllib.loads(text, parse_float=lambda digits: number(_bounded(digits)))
+        _check_text(table, path)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid TOML: {error}") from error
-    _check_text(table, path)
     return table
 
 
