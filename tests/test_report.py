@@ -19,7 +19,7 @@ SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "report.schema.json
 
 KEYS = {
     "": {"schema", "submission", "task", "storage", "math", "score", "quality", "claims", "layers", "ruleset",
-         "coverage", "environment", "warnings"},
+         "isolation", "coverage", "environment", "warnings"},
     "storage": {"parameters", "nonzeros", "bits", "value_bits", "mask_bits", "overhead_bits", "params32", "file_bytes"},
     "math": {"mults", "adds", "ops32", "mult_ops32", "add_ops32", "macs"},
     "score": {"storage", "math", "total"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import click
 from click_default_group import DefaultGroup
 
 from micronet_eval import plugins
-from micronet_eval.errors import InputError, SubmissionError
+from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.isolation import Isolation, Limits, Mode
 
 if TYPE_CHECKING:
     from micronet_eval.compare import Row
@@ -45,6 +47,19 @@ _data = click.option(
 )
 _ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
 _html = click.option("--html", type=click.Path(path_type=Path), help="Folder to write web pages to, too.")
+_isolation = click.option(
+    "--isolation",
+    "mode",
+    type=click.Choice(["required", "auto", "none"]),
+    default="auto",
+    show_default=True,
+    help="How a submission's own code is run: by bubblewrap, by what there is, without limits.",
+)
+_limits = click.option(
+    "--limits",
+    default="",
+    help="Limits of that code, for example memory=4G,cpu=60,wall=60,processes=32,files=256,written=64M.",
+)
 _cross_check = click.option(
     "--cross-check", is_flag=True, help="Ask fvcore and FlopCounterMode, too; say what differs."
 )
@@ -67,6 +82,8 @@ def cli() -> None:
 @_ruleset
 @_cross_check
 @_html
+@_isolation
+@_limits
 def evaluate(
     folders: tuple[Path, ...],
     layers: bool,
@@ -75,16 +92,19 @@ def evaluate(
     ruleset: str,
     cross_check: bool,
     html: Path | None,
+    mode: Mode,
+    limits: str,
 ) -> None:
     """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
     from micronet_eval.evaluation import evaluate
 
     outcomes: list[tuple[Path, Report | Exception]] = []
-    status = 0
+    status, isolation = 0, Isolation(mode, Limits.parse(limits))
     for folder in folders:
         try:
             with _progress(f"measuring {folder.name}") as progress:
-                report = evaluate(folder, data, progress, ruleset=ruleset, cross_check=cross_check)
+                asked: dict[str, Any] = {"ruleset": ruleset, "cross_check": cross_check, "isolation": isolation}
+                report = evaluate(folder, data, progress, **asked)
             outcomes.append((folder, report))
         except (InputError, SubmissionError) as error:
             outcomes.append((folder, error))
@@ -452,6 +472,7 @@ def architectures(style: str) -> None:
 
 def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
     try:
         plugins.add_commands(cli)
         cli()
@@ -468,7 +489,7 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _complain(error: Exception) -> int:
-    click.echo(f"micronet-eval: {error}", err=True)
+    click.echo(printable(f"micronet-eval: {error}"), err=True)
     return BAD_INPUT if isinstance(error, InputError) else BROKEN
 
 

@@ -1,4 +1,6 @@
-"""The two ways an evaluation can end without a report."""
+"""The two ways an evaluation can end without a report, and text that is safe to print."""
+
+import unicodedata
 
 
 class InputError(Exception):
@@ -7,3 +9,13 @@ class InputError(Exception):
 
 class SubmissionError(Exception):
     """The submission's own code failed or hit a limit; the command line exits with 3."""
+
+
+def hidden(character: str) -> bool:
+    """Whether a terminal would obey a character, or show nothing: controls, directions, surrogates, private ones."""
+    return character not in "\n\t" and unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+
+
+def printable(text: str) -> str:
+    """Somebody else's text for a terminal: what `hidden` names is written as its escape."""
+    return "".join(ascii(c)[1:-1] if hidden(c) else c for c in text)

@@ -14,15 +14,17 @@ from torch import nn
 from micronet_eval import crosscheck, plugins
 from micronet_eval.accumulators import WhatIf, what_if
 from micronet_eval.activation import Activation, activation_peak
+from micronet_eval.batches import check_batches
 from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
-from micronet_eval.errors import InputError
+from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.isolation import AUTO, NO_CODE, Isolation, Level
 from micronet_eval.merge import merged
 from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.paths import mean_account
 from micronet_eval.precision import bit_widths
-from micronet_eval.quality import Progress, Quality, measure, not_measured
+from micronet_eval.quality import BATCH, Progress, Quality, measure, not_measured
 from micronet_eval.rulesets import DEFAULT
 from micronet_eval.rulesets import ruleset as ruleset_of
 from micronet_eval.scoring import Account, Coverage, Layer, Math, Module, Score, Storage, by_module
@@ -85,6 +87,7 @@ class Report(BaseModel):
     freebie: bool
     coverage: Coverage
     cross_check: CrossCheck | None
+    isolation: Level = "none"
     environment: dict[str, str]
     provenance: str
     warnings: tuple[str, ...]
@@ -107,20 +110,29 @@ def evaluate(
     *,
     ruleset: str = DEFAULT,
     cross_check: bool = False,
+    isolation: Isolation = AUTO,
 ) -> Report:
     """Unpacks a submission, counts what it costs, measures how good it is, and compares that with its claims.
 
-    `data` is the folder with data sets. `cross_check` asks fvcore and FlopCounterMode, too. Raises InputError where
-    the submission is wrong.
+    `data` is the folder with data sets. `cross_check` asks fvcore and FlopCounterMode, too. `isolation`
+    says how the submission's own code is run, where it has any. Raises InputError where the submission is wrong,
+    SubmissionError where its code fails.
     """
     ruleset_of(ruleset)  # an unknown one is told before anything is opened
     root = None if data is None else Path(data)
-    opened = open_submission(folder, root)
+    opened = open_submission(folder, root, isolation)
     counted = opened.account(ruleset)  # what cannot be counted is told before anything is measured
     try:
         quality = measure(opened.model, opened.task, root, opened.claimed_quality, progress)
+        if opened.isolation != NO_CODE:
+            sizes = sorted({min(BATCH, quality.examples), quality.examples % BATCH} - {0, 1})
+            check_batches(opened.model, opened.task.input_shape, opened.trace, sizes)
     except InputError as error:
         raise InputError(f"{opened.folder / WEIGHTS}: {error}") from error
+    except (RuntimeError, ArithmeticError, AttributeError, IndexError, TypeError, ValueError, MemoryError) as error:
+        if opened.isolation == NO_CODE:
+            raise
+        raise SubmissionError(f"{opened.folder}: the model of model.py fails on the test data: {error}") from error
     return _report_on(opened, counted, quality, ruleset, cross_check)
 
 
@@ -138,14 +150,15 @@ def report_on(opened: Opened, ruleset: str = DEFAULT) -> Report:
 def _report_on(opened: Opened, counted: Account, quality: Quality, ruleset: str, cross_check: bool) -> Report:
     if counted.paths:
         counted = opened.account(ruleset, quality)
-    name, claims = opened.folder.resolve().name, opened.manifest.claims
+    name, claims = printable(opened.folder.resolve().name), opened.manifest.claims
     report = _report(name, opened.task, opened.trace, counted, quality, claims, ruleset)
     other = None
     if cross_check:
         other = crosscheck.cross_check(opened.model, opened.example, opened.trace, formulas(ruleset))
     warnings = (*report.warnings, *filter(None, [opened.remark]))
     note = opened.manifest.provenance.note
-    return report.model_copy(update={"provenance": note, "cross_check": other, "warnings": warnings})
+    found = {"provenance": note, "cross_check": other, "warnings": warnings, "isolation": opened.isolation}
+    return report.model_copy(update=found)
 
 
 def score(

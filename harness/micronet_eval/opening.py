@@ -13,6 +13,7 @@ from micronet_eval import packing, plugins
 from micronet_eval.conditional import exact_shares
 from micronet_eval.costs import Formula
 from micronet_eval.errors import InputError
+from micronet_eval.isolation import AUTO, NO_CODE, Isolation, Level
 from micronet_eval.language import Shares, Steps, cutoffs_of, example_input, per_token, shares_of_clusters, steps
 from micronet_eval.merge import merged
 from micronet_eval.paths import mean_account
@@ -40,6 +41,7 @@ class Opened:
     model: nn.Module
     example: Example
     trace: Trace
+    isolation: Level = NO_CODE
     steps: Steps | None = None
     clusters: Shares | None = None
     remark: str = ""
@@ -84,18 +86,23 @@ class Opened:
         return shares
 
 
-def open_submission(folder: str | Path, data: Path | None = None) -> Opened:
-    """Unpacks a submission and traces it. Raises InputError where it is wrong.
+def open_submission(folder: str | Path, data: Path | None = None, isolation: Isolation = AUTO) -> Opened:
+    """Unpacks a submission and traces it. Raises InputError where it is wrong, SubmissionError where its code fails.
 
-    `data` is the folder with data sets; a language model needs it for the frequencies of tokens.
+    `data` is the folder with data sets; a language model needs it for the frequencies of tokens. `isolation` says how
+    the submission's own code is run, where it has any.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     where = folder / MANIFEST
     task = task_of(manifest, where)
     weights = folder / WEIGHTS
+    if manifest.architecture.file is not None and task.metric == "perplexity":
+        raise InputError(
+            f"{where}: field 'architecture.file': model.py cannot be a language model; register one by name"
+        )
     packed = packing.read(weights)
-    model = build(manifest.architecture, where)
+    model = build(manifest.architecture, where, isolation=isolation)
     _check_manifest(manifest, task, model, where)
     try:
         model = packing.unpack(packed, model).eval()
@@ -107,7 +114,8 @@ def open_submission(folder: str | Path, data: Path | None = None) -> Opened:
             raise InputError(f"the file lacks {len(missing)} tensors that the model uses, the first is {missing[0]!r}")
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
-    opened = Opened(folder, manifest, task, model, example, recorded)
+    level = NO_CODE if manifest.architecture.file is None else isolation.level
+    opened = Opened(folder, manifest, task, model, example, recorded, level)
     if each is None:
         return opened
     claimed = None if manifest.frequencies is None else manifest.frequencies.shares

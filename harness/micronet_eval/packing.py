@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
-from micronet_eval.files import write_whole
+from micronet_eval.files import check_file, write_whole
 from micronet_eval.formats import (
     ActivationQuantizer,
     Format,
@@ -54,6 +54,8 @@ from micronet_eval.trace import Example, trace
 _KEY, _KIND = "micronet-packed", {"version": 1}
 _STREAMS = ("values", "masks", "overhead", "structure")
 _STRUCTURE_LIMIT = 64 << 20  # bytes of JSON; more is a decompression bomb
+_FILE_LIMIT = 8 << 30  # bytes; a sparse file may claim any size
+_MOST_ELEMENTS = 1 << 30  # of one tensor: a mask of 1 bit can claim any number of zeros
 
 Layout = Annotated[str, StringConstraints(pattern=r"^(dense|bitmask|blocks:[1-9]\d{0,9}x[1-9]\d{0,9}|overhead|plain)$")]
 
@@ -253,6 +255,8 @@ def _read_tensor(
         raise OffGrid(f"tensor {name!r} has no place in the architecture")
     shape = getattr(owner, name.rpartition(".")[2]).shape
     side = readers["overhead"]
+    if shape.numel() > _MOST_ELEMENTS:
+        raise OffGrid(f"tensor {name!r} has {shape.numel():,} elements; at most {_MOST_ELEMENTS:,} are read")
 
     def read_side(count: int, width: int) -> Tensor:
         return torch.from_numpy(side.read(count, width))
@@ -327,9 +331,8 @@ def write(packed: Packed, path: Path) -> None:
 
 def read(path: Path) -> Packed:
     """Reads a packed file. Raises InputError where it is missing, truncated, changed, or of another kind."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: a submission needs its packed weights")
     try:
+        check_file(path, _FILE_LIMIT)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             if _KEY not in metadata:
@@ -342,7 +345,9 @@ def read(path: Path) -> Packed:
             streams = {name: file.get_tensor(name) for name in _STREAMS}
         with safe_open(path, framework="pt") as file:
             plain = {name: file.get_tensor(name) for name in sorted(names - set(_STREAMS))}
-    except (SafetensorError, OSError) as error:
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: a submission needs its packed weights") from None
+    except (SafetensorError, OSError, MemoryError) as error:
         raise InputError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
     if any(stream.dtype != np.uint8 or stream.ndim != 1 for stream in streams.values()):
         raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes")

@@ -16,7 +16,7 @@ from micronet_eval.opening import Opened
 from micronet_eval.scoring import Account
 from micronet_eval.storage import FREEBIE_BITS
 from micronet_eval.structure import ScaleShift, submodule
-from micronet_eval.submission import build
+from micronet_eval.submission import MANIFEST, build
 from micronet_eval.trace import Op, Value
 
 
@@ -30,7 +30,7 @@ class Evidence:
 
     def norms_that_became(self, kind: type[nn.Module]) -> int:
         """The batch norms of the architecture in whose place the submission has such a module."""
-        architecture = build(self.opened.manifest.architecture, self.opened.folder)
+        architecture = build(self.opened.manifest.architecture, self.opened.folder / MANIFEST)
         paths = [path for path, module in architecture.named_modules() if isinstance(module, _BatchNorm)]
         return sum(isinstance(submodule(self.opened.model, path), kind) for path in paths)
 

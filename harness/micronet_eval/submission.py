@@ -9,14 +9,15 @@ from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from micronet_eval import plugins
-from micronet_eval.errors import InputError
-from micronet_eval.files import write_whole
+from micronet_eval.errors import InputError, SubmissionError, hidden, printable
+from micronet_eval.files import check_file, write_whole
+from micronet_eval.isolation import AUTO, Isolation, graph_of_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from micronet_eval.task import Task
 
 MANIFEST, WEIGHTS, RECIPE = "submission.toml", "weights.safetensors", "recipe.toml"
+TABLE_LIMIT = 1 << 20  # bytes of a TOML file
+MOST_DOTS = 100  # in a line, beside those of numbers: time to read a dotted key grows with the square of its length
+LARGEST_EXPONENT = 30  # of a number in a TOML file: an exact fraction of 1e999999999 takes hours
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -40,10 +44,20 @@ class Table(BaseModel):
 
 
 class Architecture(BaseModel):
-    """A registered architecture by name; every other key is an option of its builder."""
+    """A registered architecture by `name`, or a `file` with `build() -> nn.Module`; other keys are its options."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
+    file: Literal["model.py"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _either(cls, table: Any) -> Any:
+        if not isinstance(table, dict) or table.get("file") is None:
+            return table
+        if table.get("name", table["file"]) != table["file"]:
+            raise ValueError("an architecture has a name or a file, not both")
+        return {**table, "name": table["file"]}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -141,16 +155,39 @@ def read_toml(path: Path, model: type[Model]) -> Model:
 def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, Any]:
     """A TOML file as it is, with fractions as `number`. Raises InputError that names the file."""
     try:
+        check_file(path, TABLE_LIMIT)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     try:
-        table: dict[str, Any] = tomllib.loads(text, parse_float=number)
-        return table
-    except tomllib.TOMLDecodeError as error:
+        if any(re.sub(r"\d\.\d", "", line).count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
+        table: dict[str, Any] = tomllib.loads(text, parse_float=lambda digits: number(_bounded(digits)))
+        _check_text(table, path)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid TOML: {error}") from error
+    return table
+
+
+def _bounded(digits: str) -> str:
+    """A number as it was written. Raises ValueError where it is too large or small to be computed with exactly."""
+    value = Decimal(digits)
+    if value.is_finite() and value and (abs(value.adjusted()) > LARGEST_EXPONENT or len(digits) > 100):
+        raise ValueError(f"the number {digits[:20]} is too large, too small, or too long")
+    return digits
+
+
+def _check_text(item: Any, path: Path) -> None:
+    """Raises InputError where a key or a text has characters that a terminal would obey instead of showing."""
+    if isinstance(item, dict):
+        item = [*item, *item.values()]
+    if isinstance(item, list):
+        for part in item:
+            _check_text(part, path)
+    if isinstance(item, str) and (bad := [character for character in item if hidden(character)]):
+        raise InputError(f"{path}: {printable(item)[:60]!r} has the control character U+{ord(bad[0]):04X}; remove it")
 
 
 def _fault(path: Path, fault: Any) -> str:
@@ -178,17 +215,30 @@ def task_of(manifest: Manifest, source: Path) -> Task:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes submission.toml."""
     data = manifest.model_dump(exclude_none=True, exclude_defaults=True)
-    data["architecture"] = {"name": manifest.architecture.name, **manifest.architecture.options}
+    which = "name" if manifest.architecture.file is None else "file"
+    data["architecture"] = {which: manifest.architecture.name, **manifest.architecture.options}
     write_whole(folder / MANIFEST, tomli_w.dumps(data).encode())
 
 
-def build(architecture: Architecture, source: Path, weights: bool = False) -> nn.Module:
-    """The registered architecture, in evaluation mode; without `weights` its parameters lie on the meta device.
+def build(architecture: Architecture, source: Path, weights: bool = False, isolation: Isolation = AUTO) -> nn.Module:
+    """The architecture, in evaluation mode; without `weights` its parameters lie on the meta device.
 
-    Raises InputError that names `source` where the name or an option is wrong.
+    `source` is the file that names it. Code that lies beside it is run by a worker, as `isolation` says; the module is
+    built here of what the worker gives back. Raises InputError that names `source` where the name or an option is
+    wrong, SubmissionError where that code fails.
     """
-    from micronet_eval.structure import without_weights
+    from micronet_eval.structure import StructureError, without_weights
 
+    if architecture.file is not None:
+        from micronet_eval.graph import model_of
+
+        code = source.parent / architecture.file
+        graph = graph_of_file(code, architecture.options, isolation)
+        try:
+            with nullcontext() if weights else without_weights():
+                return model_of(graph)
+        except StructureError as error:
+            raise SubmissionError(printable(f"{code}: {error}")) from error
     try:
         builder = plugins.lookup("architecture", architecture.name)
         with nullcontext() if weights else without_weights():

@@ -1,0 +1,44 @@
+"""Whether a model does for a batch what it does for one example: what is traced has to be what is measured.
+
+A graph may compute with the size of its batch. One that multiplies by `weight[:, : (batch - 1) * 8]` costs nothing
+where one example is traced, and has all its weights where a hundred are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from micronet_eval.errors import InputError
+from micronet_eval.trace import Op, Trace, trace
+
+
+def check_batches(model: nn.Module, shape: tuple[int, ...], recorded: Trace, sizes: Iterable[int]) -> None:
+    """Traces batches of `sizes` examples of a shape beside `recorded`, the trace of one example.
+
+    Each operation has to be the same, with constants of the same shapes, and with results that are as large, or larger
+    by just the size of the batch. Raises InputError where one is not.
+    """
+    for size in sizes:
+        batched = trace(model, torch.zeros(size, *shape))
+        for one, many in zip_longest(recorded.ops, batched.ops):
+            if one is None or many is None or not _alike(one, many, size):
+                op = one or many
+                raise InputError(
+                    f"the model does something else for {size} examples at once than for one, first in module "
+                    f"{op.module!r}: {op.name}; what is counted has to be what is measured"
+                )
+
+
+def _alike(one: Op, many: Op, size: int) -> bool:
+    constants = [[v.shape for v in op.inputs if v.is_constant] for op in (one, many)]
+    results = zip(one.outputs, many.outputs, strict=False)
+    return (
+        one.name == many.name
+        and constants[0] == constants[1]
+        and len(one.outputs) == len(many.outputs)
+        and all(b.numel in (a.numel, a.numel * size) for a, b in results)
+    )

@@ -1,0 +1,533 @@
+"""Submissions that mean harm, and submissions that are broken in ways that hang or crash a program."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPE
+from pydantic import ValidationError
+
+from micronet_eval import isolation, packing
+from micronet_eval.batches import check_batches
+from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.evaluation import evaluate
+from micronet_eval.files import write_whole
+from micronet_eval.graph import Graph, model_of
+from micronet_eval.importing import import_weights
+from micronet_eval.isolation import NO_CODE, Isolation, Limits, graph_of_file
+from micronet_eval.structure import StructureError
+from micronet_eval.trace import trace
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.act = nn.ReLU()
+        self.gain = nn.Parameter(torch.ones(1, width, 1, 1))
+        self.head = nn.Linear(width * 16, 10)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.act(self.norm(self.conv(x))), 2) * self.gain
+        return self.head(x.view(x.shape[0], -1))
+
+def build(width=4):
+    return Net(width)
+"""
+MANIFEST = 'name = "own"\ntask = "digits"\nauthors = ["x"]\narchitecture = { file = "model.py", width = 3 }\n'
+LEVELS = ["limits only", pytest.param("bubblewrap", marks=pytest.mark.skipif(
+    isolation.bubblewrap() is None, reason="bubblewrap is not installed, or has no namespaces"))]  # fmt: skip
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    if request.param == "limits only":
+        monkeypatch.setattr(isolation, "bubblewrap", lambda: None)
+    return request.param
+
+
+@pytest.fixture
+def sandbox():
+    if isolation.bubblewrap() is None:
+        pytest.skip("bubblewrap is not installed, or has no namespaces")
+
+
+def run_code(folder, code, **limits):
+    """Runs a model.py; gives the message that it ends with."""
+    (folder / "model.py").write_text(code)
+    with pytest.raises(SubmissionError) as end:
+        graph_of_file(folder / "model.py", {}, Isolation(limits=Limits(**{"wall": 20, **limits})))
+    return str(end.value)
+
+
+def own_folder(folder, code=MODEL):
+    """A submission with model.py, whose weights are those that its own build() draws."""
+    folder.mkdir()
+    (folder / "model.py").write_text(code)
+    (folder / "submission.toml").write_text(MANIFEST)
+    namespace = {}
+    exec(code, namespace)
+    torch.manual_seed(0)
+    torch.save(namespace["build"](3).state_dict(), folder / "state.pt")
+    import_weights(folder, folder / "state.pt", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return own_folder(tmp_path_factory.mktemp("own") / "own")
+
+
+FORKS = "import os, time\nfor i in range({}): os.fork() or {}\ntime.sleep(9)"
+
+
+# --- model.py: what it does to the machine ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "limits", "message"),
+    [
+        ("raise SystemExit(0)", {}, "SystemExit: 0"),
+        ("import os; os._exit(0)", {}, "ended without a model, with exit status 0"),
+        ("import ctypes; ctypes.string_at(0)", {}, "ended by SIGSEGV"),
+        ("while True: pass", {"wall": 1}, "ran for more than 1 seconds (--limits wall)"),
+        ("while True: pass", {"cpu": 1}, "(--limits cpu)"),
+        ("x = bytearray(100 << 30)", {}, "MemoryError"),
+        (FORKS.format(9, "[bytearray(b'x') * (90 << 20), time.sleep(9)]"), {"memory": 256 << 20}, "(--limits memory)"),
+        (FORKS.format(40, "time.sleep(9)"), {"processes": 9}, "BlockingIO|proces"),
+        ("x = [open('/dev/null') for i in range(999)]", {"files": 64}, "Too many open files"),
+        ("f = open('big', 'wb')\nfor i in range(99): f.write(bytes(1 << 20))", {"written": 1 << 20}, "OSError|SIGXFSZ"),
+        ("print('{\"score\": 0}')", {}, "no function build()"),
+        ("def build(): return 3", {}, "AttributeError"),
+        ("raise ValueError('\\x1b[2J\\u202eevil')", {}, r"ValueError: \x1b[2J\u202eevil"),
+    ],
+)  # fmt: skip
+def test_code_that_fails_or_hits_a_limit(level, tmp_path, code, limits, message):
+    told = run_code(tmp_path, code, **limits)
+    assert any(part in told for part in message.split("|")), told
+    assert told.startswith(str(tmp_path))
+
+
+def test_a_fork_bomb_leaves_nothing_behind(level, tmp_path):
+    began = time.monotonic()
+    run_code(tmp_path, "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", processes=12, wall=10)
+    assert time.monotonic() - began < 30
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in p.read_bytes()]
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (b'{"score": {"total": 0}}', "no graph"),
+        (pickle.dumps(os.system), "no graph"),
+        (b"[" * 100_000, "no graph"),
+        (b'{"layers": {}, "tensors": {}, "nodes": []}', "no output"),
+    ],
+)
+def test_what_the_code_writes_on_the_workers_descriptor_is_only_data(level, tmp_path, written, message):
+    code = f"""
+import os
+for fd in map(int, os.listdir("/proc/self/fd")):
+    try: os.write(fd, {written!r}) if os.readlink(f"/proc/self/fd/{{fd}}").startswith("pipe:") else None
+    except OSError: pass
+os._exit(0)
+"""
+    (tmp_path / "model.py").write_text(code)
+    with pytest.raises((SubmissionError, StructureError), match=message):
+        model_of(graph_of_file(tmp_path / "model.py", {}, Isolation()))
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "/etc/shadow", "{data}/test_labels", "{folder}/../beside"])
+def test_code_in_bubblewrap_reads_nothing_else(sandbox, tmp_path, place):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (tmp_path / "test_labels", tmp_path / "beside"):
+        path.write_text("secret")
+    told = run_code(folder, f"raise ValueError(open({place.format(data=tmp_path, folder=folder)!r}).read())")
+    assert "FileNotFoundError" in told
+
+
+def test_code_in_bubblewrap_writes_nothing_outside(sandbox, tmp_path):
+    (tmp_path / "there").write_text("before")
+    code = f"""
+for path in ({str(tmp_path / "there")!r}, {str(tmp_path / "new")!r}, {sys.prefix + "/new"!r}, "/submission/model.py"):
+    try:
+        open(path, "w").write("after")
+    except OSError: continue
+    raise ValueError("wrote " + path)
+"""
+    assert "no function build()" in run_code(tmp_path, code)
+    assert (tmp_path / "there").read_text() == "before"
+    assert not (tmp_path / "new").exists()
+    assert not Path(sys.prefix, "new").exists()
+
+
+def test_code_in_bubblewrap_has_no_network(sandbox, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        told = run_code(tmp_path, f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=2)")
+    assert "OSError" in told or "ConnectionRefusedError" in told
+
+
+def test_code_in_bubblewrap_cannot_kill_its_parent(sandbox, tmp_path):
+    code = f"""
+import os
+for pid in (os.getppid(), {os.getpid()}, -1):
+    try: os.kill(pid, 9)
+    except OSError: pass
+"""
+    run_code(tmp_path, code)  # this process is still here to be told
+
+
+def test_the_environment_is_not_shown(level, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hush")
+    assert "hush" not in run_code(tmp_path, "import os; raise ValueError(str(os.environ))")
+
+
+# --- model.py: what it does to the count ------------------------------------------------------------------------------
+
+
+def test_a_model_of_ones_own_is_counted_and_measured(level, own):
+    report = evaluate(own)
+    assert report.isolation == level
+    # Convolution 9 x 3 x 64, batch norm merged into it; relu 3 x 64; gain 3 x 16; linear 48 x 10.
+    assert report.math.mults == 1728 + 192 + 48 + 480
+    assert report.storage.parameters == 27 + 3 + 3 + 480 + 10
+    assert report.quality.examples == 449
+
+
+def test_registered_architectures_run_no_code(submission, monkeypatch):
+    monkeypatch.setattr(isolation, "_run", None)
+    assert evaluate(submission).isolation == NO_CODE
+
+
+def test_patches_of_torch_and_of_the_counter_change_nothing(own, tmp_path):
+    patches = """
+import sys, torch, json
+import micronet_eval.scoring, micronet_eval.evaluation, micronet_eval.graph
+micronet_eval.scoring.score = micronet_eval.evaluation.evaluate = lambda *a, **k: 0
+torch.Tensor.argmax = lambda *a, **k: 0
+torch.nn.Linear.forward = lambda self, x: x
+"""
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").write_text(patches + MODEL)
+    assert evaluate(folder) == evaluate(own)
+
+
+ACROSS = MODEL.replace(
+    "return self.head(x.view(x.shape[0], -1))",
+    """x = x.view(x.shape[0], -1)
+        return self.head(x) + (x @ x.t()).sum(1, keepdim=True)""",
+)
+
+
+def test_a_model_that_costs_more_for_a_batch_than_its_examples(tmp_path):
+    with pytest.raises(InputError, match=r"does something else for 49 examples at once than for one.*aten.mm"):
+        evaluate(own_folder(tmp_path / "own", ACROSS))
+
+
+class BySize(torch.nn.Module):
+    """Knows by the size of its batch that it is traced: all its weights only then have no part in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64, 500))
+
+    def forward(self, x):
+        n = (x.shape[0] - 1) * 500 // 99
+        return x + (x @ self.weight[:, :n]).sum(1, keepdim=True)
+
+
+def test_a_model_that_sees_by_its_batch_that_it_is_traced():
+    one = trace(BySize(), torch.zeros(1, 64))
+    check_batches(BySize(), (64,), one, [1])
+    with pytest.raises(InputError, match="does something else for 100 examples at once than for one"):
+        check_batches(BySize(), (64,), one, [100])
+
+
+def test_a_forward_that_looks_at_values_is_no_graph(tmp_path):
+    code = MODEL.replace("x = nn.func", "if x.sum() > 0: return x\n        x = nn.func")
+    assert "cannot be traced" in run_code(tmp_path, code)
+
+
+def test_constants_in_the_code_have_to_be_in_the_file(own, tmp_path):
+    folder = shutil.copytree(own, tmp_path / "own")
+    hidden = MODEL.replace("-1))", "-1)) + torch.randn(10, generator=torch.Generator().manual_seed(1))")
+    (folder / "model.py").write_text(hidden)
+    with pytest.raises(InputError, match="the file lacks 1 tensors"):
+        evaluate(folder)
+
+
+EVIL = "x=__import__('os').system('true')"
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"op": "call_function", "name": "a", "target": "os.system", "args": ["true"]},
+        {"op": "call_function", "name": "a", "target": "builtins.getattr", "args": [{"node": "x"}, "__class__"]},
+        {"op": "call_method", "name": "a", "target": "__reduce__", "args": [{"node": "x"}]},
+        {"op": "call_method", "name": "a", "target": f"abs(); {EVIL}", "args": [{"node": "x"}]},
+        {"op": "call_method", "name": "a", "target": "abs", "args": [{"node": "x"}], "kwargs": {EVIL: 1}},
+        {"op": "call_method", "name": f"a; {EVIL}", "target": "abs", "args": [{"node": "x"}]},
+        {"op": "call_method", "name": "аbs", "target": "abs", "args": [{"node": "x"}]},  # its first letter is Cyrillic
+        {"op": "placeholder", "name": "y", "target": f"y={EVIL}"},
+        {"op": "get_attr", "name": "a", "target": "__class__.__init__"},
+        {"op": "get_attr", "name": "a", "target": f"w.{EVIL}"},
+        {"op": "call_module", "name": "a", "target": "missing", "args": [{"node": "x"}]},
+        {"op": "call_method", "name": "a", "target": "abs", "args": [{"node": "later"}]},
+        {"op": "call_method", "name": "a", "target": "abs", "args": [{"dtype": "__loader__"}]},
+        {"op": "call_method", "name": "a", "target": "abs", "args": [{"code": "x", "node": "x"}]},
+        {"op": "call_method", "name": "x", "target": "abs", "args": [{"node": "x"}]},
+    ],
+)
+def test_a_graph_that_a_worker_made_up(node):
+    nodes = [{"op": "placeholder", "name": "x", "target": "x"}, node,
+             {"op": "output", "name": "output", "target": "output", "args": [{"node": "x"}]}]  # fmt: skip
+    with pytest.raises((ValidationError, StructureError)):
+        model_of(Graph.model_validate_json(json.dumps({"layers": {}, "tensors": {}, "nodes": nodes})))
+
+
+def test_isolation_that_is_required_and_cannot_be_had(own, run, monkeypatch):
+    monkeypatch.setattr(isolation, "bubblewrap", lambda: None)
+    status, out, err = run(own, "--isolation", "required")
+    assert (status, out) == (2, "")
+    assert "install it" in err
+
+
+@pytest.mark.parametrize("text", ["memory", "memory=", "memory=-1", "memory=4T", "cpu=1e9", "colour=1", "wall=²"])
+def test_limits_that_are_none(own, run, text):
+    status, _, err = run(own, "--limits", text)
+    assert status == 2
+    assert "is no limit" in err
+
+
+def test_exit_status_3_where_the_code_fails(own, run, tmp_path):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").write_text("1 / 0")
+    status, out, err = run(folder)
+    assert (status, out, err.count("\n")) == (3, "", 1)
+    assert "ZeroDivisionError" in err
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "submission.toml", "recipe.toml", "state.pt", "state.safetensors"]
+)
+def test_a_pickle_under_any_name_is_not_loaded(submission, run, tmp_path, name):
+    (submission / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    words = {"recipe.toml": ("compress", submission / name, "-o", tmp_path / "out")}
+    if name.startswith("state"):
+        words[name] = ("import", submission, submission / name, "-o", tmp_path / "out")
+    status, _, err = run(*words.get(name, (submission,)))
+    assert (status, err.count("\n")) == (2, 1)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "submission.toml"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "sparse", "loop"])
+def test_what_is_no_ordinary_file(submission, run, name, kind):
+    path = submission / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("link", ["/etc/passwd", "../model.py"])
+def test_a_model_that_is_a_link(own, run, tmp_path, link):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").rename(tmp_path / "model.py")
+    (folder / "model.py").symlink_to(link)
+    status, _, err = run(folder)
+    assert status == 2
+    assert "no ordinary file" in err
+
+
+@pytest.mark.parametrize("name", ["../model.py", "/etc/passwd", "model.py\\u0000", "other.py"])
+def test_a_model_somewhere_else(own, run, tmp_path, name):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "submission.toml").write_text(MANIFEST.replace("model.py", name))
+    status, _, err = run(folder)
+    assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (90).to_bytes(8, "little")
+        + b'{"values":{"dtype":"U8","shape":[9876543210],"data_offsets":[0,9876543210]}}'.ljust(90),
+        (100_002).to_bytes(8, "little") + b"[" * 100_002,
+        b"",
+    ],
+    ids=["length", "tensor", "nesting", "empty"],
+)  # fmt: skip
+def test_headers_that_promise_too_much(submission, run, data):
+    (submission / "weights.safetensors").write_bytes(data)
+    status, _, err = run(submission)
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_tensor_of_more_elements_than_memory(submission):
+    packed = packing.read(submission / "weights.safetensors")
+    large = {"type": "Linear", "in_features": 1 << 20, "out_features": 1 << 20}
+    structure = packing.Structure(layers={"": large}, tensors=[("0.weight", "fixed-point:4", "bitmask")])
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match="elements; at most"):
+        packing.unpack(packing.Packed(structure.model_copy(update={"layers": {"0": large}}), packed.streams, {}), model)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = " + "[" * 100_000, "no valid TOML"),
+        ("a." * 50_000 + "b = 1", "more than 100 dots"),
+        ("1." * 50_000 + "b = 1", "more than 100 dots"),
+        ("a = " + "1" * 10_000, "no valid TOML"),
+        ("[claims]\nscore = 1e999999999", "too large, too small, or too long"),
+        ("[frequencies]\nclusters = [1e-999999999]", "too large, too small, or too long"),
+        ('note = "\\u001b]0;owned\\u0007"', "control character U+001B"),
+        ('note = "\\u202eevil"', "control character U+202E"),
+        ('"\\u009bkey" = 1', "control character U+009B"),
+    ],
+)
+def test_toml_that_bombs_or_hides(submission, run, text, message):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text() + "\n" + text)
+    status, out, err = run(submission)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err) < 200_000
+
+
+def test_a_name_that_looks_like_another(submission, run):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text().replace("digits", "dіgits"))  # Cyrillic
+    status, _, err = run(submission)
+    assert status == 2
+    assert r"'d\u0456gits'" in err
+
+
+def test_a_folder_whose_name_a_terminal_obeys(submission, run):
+    bad = submission.rename(submission.with_name("\x1b[31mred\u202e"))
+    _, out, _ = run(bad, "--format", "csv")
+    assert out
+    assert "\x1b" not in out
+    (bad / "submission.toml").unlink()
+    _, _, err = run(bad)
+    assert r"\x1b[31mred\u202e" in err
+    assert "\x1b" not in err
+
+
+def test_printable_leaves_the_languages_of_the_world_alone():
+    assert printable("Zoë 李 \n") == "Zoë 李 \n"
+    assert printable("\x1b\x9b\u200e\ud800") == r"\x1b\x9b\u200e\ud800"
+
+
+@pytest.mark.parametrize("bits", [0x7FC01234, 0xFFC00001, 0x7F800000])
+def test_payloads_of_nan(bits):
+    plain = torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        _unpacked(plain)
+
+
+@pytest.mark.parametrize(("bits", "kept"), [(-(1 << 31), 0), (1, 1), (0x807FFF, 0x807FFF)])
+def test_negative_zero_loses_its_sign_and_denormals_are_counted(bits, kept):
+    plain = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert _unpacked(plain).view(torch.int32).item() == kept
+
+
+def _unpacked(plain):
+    structure = packing.Structure(tensors=[("weight", "float32", "plain")])
+    streams = dict.fromkeys(("values", "masks", "overhead"), torch.zeros(0, dtype=torch.uint8).numpy())
+    packed = packing.Packed(structure, streams, {"weight": plain.view(1, 1)})
+    return packing.unpack(packed, torch.nn.Linear(1, 1, bias=False)).weight.detach()
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["fsync", "fdopen"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, function):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, function, full)
+        with pytest.raises(InputError, match="file cannot be written: No space left on device"):
+            write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written():
+    with pytest.raises(InputError, match="/proc/none/file cannot be written"):
+        write_whole(Path("/proc/none/file"), b"")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "submission.toml"])
+def test_a_file_that_vanishes_while_it_is_read(submission, run, monkeypatch, name):
+    def vanish(path, most):
+        if path.name == name:
+            path.unlink()
+
+    for module in ("packing", "submission"):
+        monkeypatch.setattr(f"micronet_eval.{module}.check_file", vanish)
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{name} is missing" in err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path, number, status):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("batches = 1", "batches = 100000"))
+    command = Path(sys.executable).with_name("micronet-eval")
+    words = [command, "compress", tmp_path / "recipe.toml", "-o", tmp_path / "out"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline()  # it is at work
+        time.sleep(0.5)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    left = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    assert not {"weights.safetensors", "submission.toml"} & set(left)
+    assert not [name for name in left if name.startswith((".weights", ".submission"))]
