@@ -1,5 +1,6 @@
 """Submissions that mean harm, and submissions that are broken in ways that hang or crash a program."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -123,10 +124,20 @@ def test_code_that_fails_or_hits_a_limit(level, tmp_path, code, limits, message)
 
 def test_a_fork_bomb_leaves_nothing_behind(level, tmp_path):
     began = time.monotonic()
-    run_code(tmp_path, "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", processes=12, wall=10)
+    (tmp_path / "model.py").write_text("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+    with pytest.raises(SubmissionError):
+        graph_of_file(tmp_path / "model.py", {"mark": str(tmp_path)}, Isolation(limits=Limits(processes=12, wall=10)))
     assert time.monotonic() - began < 30
-    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in p.read_bytes()]
-    assert not left
+    assert not running(str(tmp_path))
+
+
+def running(mark):
+    """The processes that have a text among their words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [path] if mark.encode() in path.read_bytes() else []
+    return found
 
 
 @pytest.mark.parametrize(
@@ -204,6 +215,7 @@ def test_the_environment_is_not_shown(level, tmp_path, monkeypatch):
 def test_a_model_of_ones_own_is_counted_and_measured(level, own):
     report = evaluate(own)
     assert report.isolation == level
+    assert any("limits only" in warning for warning in report.warnings) is (level == "limits only")
     # Convolution 9 x 3 x 64, batch norm merged into it; relu 3 x 64; gain 3 x 16; linear 48 x 10.
     assert report.math.mults == 1728 + 192 + 48 + 480
     assert report.storage.parameters == 27 + 3 + 3 + 480 + 10
@@ -302,6 +314,21 @@ def test_a_graph_that_a_worker_made_up(node):
         model_of(Graph.model_validate_json(json.dumps({"layers": {}, "tensors": {}, "nodes": nodes})))
 
 
+def test_import_copies_the_code_and_a_recipe_refuses_it(own, run, tmp_path):
+    status, _, err = run("import", own, own / "state.pt", "-o", tmp_path / "out")
+    assert status == 0, err
+    assert (tmp_path / "out" / "model.py").read_text() == MODEL
+    assert (tmp_path / "out" / "weights.safetensors").read_bytes() == (own / "weights.safetensors").read_bytes()
+    recipe = (
+        RECIPE[: RECIPE.index("[architecture]")]
+        + '[architecture]\nfile = "model.py"\n[[stages]]\nmerge = "batch-norm"\n'
+    )
+    (tmp_path / "recipe.toml").write_text(recipe)
+    status, _, err = run("compress", tmp_path / "recipe.toml", "-o", tmp_path / "made")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "a registered architecture, by name" in err
+
+
 def test_isolation_that_is_required_and_cannot_be_had(own, run, monkeypatch):
     monkeypatch.setattr(isolation, "bubblewrap", lambda: None)
     status, out, err = run(own, "--isolation", "required")
@@ -325,6 +352,9 @@ def test_exit_status_3_where_the_code_fails(own, run, tmp_path):
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+TOO_LARGE = b'{"values":{"dtype":"U8","shape":[9876543210],"data_offsets":[0,9876543210]}}'
 
 
 class Bomb:
@@ -390,8 +420,7 @@ def test_a_model_somewhere_else(own, run, tmp_path, name):
     "data",
     [
         (1 << 62).to_bytes(8, "little") + b"{}",
-        (90).to_bytes(8, "little")
-        + b'{"values":{"dtype":"U8","shape":[9876543210],"data_offsets":[0,9876543210]}}'.ljust(90),
+        (90).to_bytes(8, "little") + TOO_LARGE.ljust(90),
         (100_002).to_bytes(8, "little") + b"[" * 100_002,
         b"",
     ],
@@ -492,15 +521,40 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, function):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, function, full)
-        with pytest.raises(InputError, match="file cannot be written: No space left on device"):
+        with pytest.raises(OSError, match="No space left on device"):
             write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_written():
-    with pytest.raises(InputError, match="/proc/none/file cannot be written"):
-        write_whole(Path("/proc/none/file"), b"")
+@pytest.mark.parametrize("place", ["/proc/none", "/dev/null/none"])
+def test_a_folder_that_cannot_be_written(own, run, place):
+    status, _, err = run("import", own, own / "state.pt", "-o", place)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{place} cannot be written" in err
+
+
+def test_a_disk_that_fills_up_during_compress(made, run, tmp_path, monkeypatch):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    words = ("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out")
+    room = iter(range(5))
+    sync = os.fsync
+
+    def fills_up(descriptor):
+        if next(room, None) is None:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fills_up)
+        status, _, err = run(*words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cannot be written: No space left on device" in err
+    assert not (tmp_path / "out" / "weights.safetensors").exists()
+    status, _, err = run(*words, "--resume")
+    assert status == 0, err
+    for name in ("weights.safetensors", "submission.toml"):
+        assert (tmp_path / "out" / name).read_bytes() == (made / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "submission.toml"])

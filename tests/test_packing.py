@@ -540,3 +540,15 @@ def test_a_damaged_file_is_refused(tmp_path, change):
         path.write_bytes({"flip": data, "truncate": data[:-9], "empty": b""}[change])
     with pytest.raises(InputError, match=r"weights\.safetensors"):
         packing.read(path)
+
+
+def test_a_single_value_with_a_strange_stride_survives_packing(tmp_path):
+    def net():
+        return nn.Sequential(nn.Linear(1, 1))
+
+    model = net()
+    model[0].weight = nn.Parameter(torch.rand(65).as_strided((1, 1), (1, 65)))
+    x = torch.rand(3, 1)
+    packing.write(packing.pack(model, net(), x), tmp_path / "weights.safetensors")
+    unpacked = packing.unpack(packing.read(tmp_path / "weights.safetensors"), net())
+    assert torch.equal(unpacked(x), model(x))

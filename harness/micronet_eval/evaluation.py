@@ -19,7 +19,7 @@ from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError, SubmissionError, printable
-from micronet_eval.isolation import AUTO, NO_CODE, Isolation, Level
+from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged
 from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.paths import mean_account
@@ -155,7 +155,7 @@ def _report_on(opened: Opened, counted: Account, quality: Quality, ruleset: str,
     other = None
     if cross_check:
         other = crosscheck.cross_check(opened.model, opened.example, opened.trace, formulas(ruleset))
-    warnings = (*report.warnings, *filter(None, [opened.remark]))
+    warnings = (*report.warnings, *filter(None, [opened.remark, REMARKS.get(opened.isolation)]))
     note = opened.manifest.provenance.note
     found = {"provenance": note, "cross_check": other, "warnings": warnings, "isolation": opened.isolation}
     return report.model_copy(update=found)

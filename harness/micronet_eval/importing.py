@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from micronet_eval import packing
 from micronet_eval.errors import InputError
+from micronet_eval.files import write_whole
 from micronet_eval.merge import merged
 from micronet_eval.submission import MANIFEST, WEIGHTS, build, read_manifest, task_of, write_manifest
 
@@ -32,8 +33,13 @@ def import_weights(folder: Path, path: Path, output: Path) -> None:
         packed = packing.pack(merged(model, example), build(architecture, folder / MANIFEST), example)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    packing.write(packed, output / WEIGHTS)
-    write_manifest(output, manifest)
+    try:
+        if architecture.file is not None and output.resolve() != folder.resolve():
+            write_whole(output / architecture.file, (folder / architecture.file).read_bytes())
+        packing.write(packed, output / WEIGHTS)
+        write_manifest(output, manifest)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}; name another folder") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

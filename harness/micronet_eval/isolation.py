@@ -33,6 +33,12 @@ Mode = Literal["required", "auto", "none"]
 Level = Literal["none needed: no code of the submission is run", "bubblewrap", "limits only", "none"]
 NO_CODE: Level = "none needed: no code of the submission is run"
 
+REMARKS: dict[Level, str] = {
+    "limits only": "model.py was run with limits only: it could read and write files and use the network",
+    "none": "model.py was run without isolation: it could do all that you can",
+}
+"""What a report warns of, by level."""
+
 ANSWER_LIMIT = 64 << 20
 """Bytes that a worker may give back."""
 
@@ -96,7 +102,7 @@ def bubblewrap() -> str | None:
     found = shutil.which("bwrap")
     if found is None or not sys.platform.startswith("linux"):
         return None
-    tried = [found, *_namespaces(), *_system(), "true"]
+    tried = [found, *_namespaces(), *_system(), *_scratch(1 << 20), "true"]
     works = subprocess.run(tried, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=20)
     return found if works.returncode == 0 else None
 
@@ -129,6 +135,11 @@ def _system() -> list[str]:
     return [*words, "--proc", "/proc", "--dev", "/dev"]
 
 
+def _scratch(size: int) -> list[str]:
+    """The one folder that can be written, in memory."""
+    return ["--perms", "1777", "--size", str(size), "--tmpfs", "/scratch", "--chdir", "/scratch"]
+
+
 def _sandbox(bwrap: str, path: Path, limits: Limits) -> list[str]:
     """Words before a command that show it Python, its packages and one file, and nothing else."""
     own = Path(__file__).resolve().parent
@@ -138,9 +149,8 @@ def _sandbox(bwrap: str, path: Path, limits: Limits) -> list[str]:
         for parent in (*reversed(Path(place).parents[:-1]), Path("/submission")):
             binds += ["--dir", str(parent)]  # which bubblewrap would make for root alone
         binds += ["--ro-bind", place, place]
-    scratch = ["--perms", "1777", "--size", str(limits.written), "--tmpfs", "/scratch", "--chdir", "/scratch"]
     file = ["--ro-bind", str(path), "/submission/model.py"]
-    return [bwrap, *_namespaces(), *_system(), *binds, *scratch, *file, "--remount-ro", "/"]
+    return [bwrap, *_namespaces(), *_system(), *binds, *_scratch(limits.written), *file, "--remount-ro", "/"]
 
 
 def graph_of_file(path: Path, options: dict[str, Any], isolation: Isolation) -> Graph:

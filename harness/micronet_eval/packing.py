@@ -227,7 +227,9 @@ def _same(parameter: Tensor, used: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    data: NDArray[np.uint8] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    # A copy: the stride of a single element can be anything, and then torch gives no view of its bytes.
+    plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    data: NDArray[np.uint8] = plain.view(torch.uint8).numpy()
     return data
 
 

@@ -256,6 +256,11 @@ class _Run:
             self.training, self.held_out = _data(recipe, self.task, data)
         except (InputError, DataMissing) as error:
             raise InputError(f"{path}: {error}") from error
+        if recipe.architecture.file is not None:
+            raise InputError(
+                f"{path}: field 'architecture.file': a recipe trains a registered architecture, by name; weights for a "
+                "model.py are packed by micronet-eval import"
+            )
         torch.manual_seed(recipe.seed)
         self.model = build(recipe.architecture, path, weights=True)
         self.teacher: nn.Module | None = None
