@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import micronet_eval
-from micronet_eval import packing
+from micronet_eval import evaluate, packing
 from micronet_eval.evaluation import Report
 from micronet_eval.task import DataMissing, Task
 
@@ -286,3 +286,19 @@ def test_the_library_has_no_other_names():
     assert sorted(micronet_eval.__all__) == ["Report", "evaluate", "score"]
     with pytest.raises(AttributeError, match="has no attribute 'evalute'"):
         _ = micronet_eval.evalute
+
+
+def test_a_notebook_shows_the_figures_and_no_markup_of_others(submission):
+    report = evaluate(submission).model_copy(update={"submission": "<script>alert(1)</script>"})
+    html = report._repr_html_()
+    assert "<script>" not in html
+    assert f"{report.score.total:.6g}" in html
+    assert f"{report.quality.measured:.2%}" in html
+
+
+def test_the_operations_as_a_frame(submission):
+    pytest.importorskip("pandas")
+    report = evaluate(submission)
+    frame = report.to_frame()
+    assert len(frame) == len(report.layers)
+    assert frame["ops32"].sum() == pytest.approx(report.math.ops32)

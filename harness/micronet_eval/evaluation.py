@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from decimal import Decimal
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -97,6 +100,30 @@ class Report(BaseModel):
         """Whether no threshold and no claim fails; what was not measured does not fail."""
         quality_fails = self.quality is not None and self.quality.passed is False
         return not quality_fails and all(claim.holds is not False for claim in self.claims)
+
+    def to_frame(self) -> Any:
+        """The priced operations as a pandas DataFrame, a row each. Raises ImportError where pandas is not installed."""
+        import pandas
+
+        return pandas.DataFrame([asdict(layer) for layer in self.layers])
+
+    def _repr_html_(self) -> str:
+        """The main figures, as notebooks show them."""
+        quality = (
+            ""
+            if self.quality is None or self.quality.measured is None
+            else METRICS[self.quality.metric].show(self.quality.measured)
+        )
+        figures = {
+            "score": None if self.score is None else f"{self.score.total:.6g}",
+            "storage": f"{self.storage.params32:,.0f} 32-bit parameters",
+            "math": f"{self.math.ops32:,.0f} 32-bit operations",
+            "MACs": f"{self.math.macs:,.0f}",
+            "quality": quality,
+        }
+        rows = "".join(f"<tr><th>{name}</th><td>{escape(told)}</td></tr>" for name, told in figures.items() if told)
+        about = escape(" · ".join(filter(None, (self.submission, self.task, self.ruleset))))
+        return f"<table><caption>{about}</caption>{rows}</table>"
 
     def to_json(self) -> str:
         """The report as JSON, keys as in docs/report.schema.json."""
