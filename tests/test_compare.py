@@ -3,6 +3,7 @@
 import json
 import re
 import sqlite3
+from contextlib import closing
 
 import pytest
 from pydantic import Field
@@ -159,7 +160,7 @@ def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
     assert second[1] == first[1]
     assert not second[0].error
     assert len(seen) == 2
-    with sqlite3.connect(tmp_path / "results.sqlite") as store:
+    with closing(sqlite3.connect(tmp_path / "results.sqlite")) as store:
         assert store.execute("SELECT count(*) FROM results").fetchone() == (2,)
 
 

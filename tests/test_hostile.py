@@ -572,7 +572,9 @@ def test_a_file_that_vanishes_while_it_is_read(submission, run, monkeypatch, nam
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
 def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path, number, status):
-    (tmp_path / "recipe.toml").write_text(RECIPE.replace("batches = 1", "batches = 100000"))
+    endless = RECIPE.replace("statistics = { batches = 1 }", "train = { epochs = 100000, learning_rate = 0.001 }")
+    assert endless != RECIPE
+    (tmp_path / "recipe.toml").write_text(endless)
     command = Path(sys.executable).with_name("micronet-eval")
     words = [command, "compress", tmp_path / "recipe.toml", "-o", tmp_path / "out"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
