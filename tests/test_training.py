@@ -215,6 +215,23 @@ def test_a_round_that_costs_too_much_quality_is_undone(tmp_path, monkeypatch):
     assert steps[-1].nonzeros == pytest.approx(steps[3].nonzeros, rel=0.02)  # as after the first round, norms merged
 
 
+def test_rounds_may_hold_rounds(tmp_path):
+    inner = """
+[[stages.rounds.stages]]
+[stages.rounds.stages.rounds]
+times = 2
+[[stages.rounds.stages.rounds.stages]]
+statistics = { batches = 1 }
+"""
+    text = ROUNDS.replace("RULE", "").replace("times = 4", "times = 2")
+    text = text[: text.index("[[stages.rounds.stages]]")] + inner + text[text.index("[[stages]]\nmerge") :]
+    (tmp_path / "recipe.toml").write_text(text)
+    compress(tmp_path / "recipe.toml", tmp_path / "small")
+    names = [step.stage for step in read_manifest(tmp_path / "small").provenance.steps]
+    inside = [f"round {outer}: round {within}: statistics" for outer in (1, 2) for within in (1, 2)]
+    assert names == ["architecture", "train", *inside, "merge batch-norm"]
+
+
 def test_targets_are_all_to_be_reached():
     step = Step(stage="", parameters=10, nonzeros=5, mults=3, adds=2, score=0.5)
     assert Target(parameters=10, operations=5).reached(step)

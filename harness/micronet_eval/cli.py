@@ -347,14 +347,11 @@ def rules(folders: tuple[Path, ...], style: str) -> None:
     from micronet_eval.rules import RULES, evidence_on
 
     submissions = [(folder.resolve().name, evidence_on(open_submission(folder))) for folder in folders]
-    rows: list[dict[str, object]] = [{"id": rule.id, "rule": rule.says} for rule in RULES]
-    if submissions:
-        for row, rule in zip(rows, RULES, strict=True):
-            by = [name for name, evidence in submissions if rule.exercised and rule.exercised(evidence)]
-            row["exercised by"] = ", ".join(by)
-    else:
-        for row, rule in zip(rows, RULES, strict=True):
-            row["code"] = ", ".join(rule.code)
+    rows: list[dict[str, object]] = []
+    for rule in RULES:
+        by = ", ".join(name for name, evidence in submissions if rule.exercised and rule.exercised(evidence))
+        more = {"exercised by": by} if submissions else {"code": ", ".join(rule.code)}
+        rows.append({"id": rule.id, "rule": rule.says, **more})
     _show_rows(rows, style)
 
 
@@ -555,12 +552,8 @@ def _show_comparison(rows: list[Row], style: str) -> None:
 
         console = Console()
         console.print(reporting.render_comparison(rows, console.width))
-        return
-    flat = [reporting.comparison_row(row) for row in rows]
-    if style == "json":
-        click.echo(json.dumps(flat, indent=2))
     else:
-        click.echo(reporting.to_csv(flat) if style == "csv" else reporting.to_markdown(flat))
+        _show_rows([reporting.comparison_row(row) for row in rows], style)
 
 
 def _write_pages(found: list[Judged], html: Path | None) -> None:

@@ -237,12 +237,13 @@ def _made(job: Job, folder: Path, data: Path | None) -> Path:
 
     (folder / "recipe.toml").write_text(job.recipe, encoding="utf-8")
     made = folder / "made"
-    resume = bool(job.base) and _resumed(job, made, data)
-    compress(folder / "recipe.toml", made, data, resume=resume)
+    if job.base:
+        _lay(job, made, data)
+    compress(folder / "recipe.toml", made, data, resume=bool(job.base))
     return made
 
 
-def _resumed(job: Job, made: Path, data: Path | None) -> bool:
+def _lay(job: Job, made: Path, data: Path | None) -> None:
     """Lays what the base of a job came to where its recipe will resume from."""
     from micronet_eval.recipe import KEPT, Kept, trained
 
@@ -251,7 +252,6 @@ def _resumed(job: Job, made: Path, data: Path | None) -> bool:
         trained(job.base, base, data)
     shutil.copytree(base, made / KEPT)
     Kept.mark(made / KEPT, job.recipe.encode())
-    return True
 
 
 def compare(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from micronet_eval import plugins
-from micronet_eval.costs import ADDENDS, FREE, Cost, Formula, cost_of
+from micronet_eval.costs import ADDENDS, FREE, Cost, Formula
 from micronet_eval.errors import InputError
 from micronet_eval.opening import Opened, formulas
-from micronet_eval.scoring import Account, Priced, dense, weighted
+from micronet_eval.scoring import Account, Priced, dense_cost, weighted
 from micronet_eval.storage import FREEBIE_BITS, Stored
 from micronet_eval.trace import Op
 
@@ -53,7 +53,7 @@ def _explain(op: Op, priced: Priced | None, counted: Account, known: Mapping[str
     if priced is None:
         return Explanation(op.module, op.name, f"free: {FREE[op.name]}", tuple(stored), 0, 0, 0.0, bits)
     cost = priced.cost
-    lines = _dot_products(priced, cost_of(dense(op), known) or cost) or _elements(priced)
+    lines = _dot_products(priced, dense_cost(priced, known)) or _elements(priced)
     lines += [("bits", _bits(priced, counted.freebie)), ("ops32", _ops32(priced, counted.freebie))]
     rule = " ".join((known[op.name].__doc__ or "").strip().partition("\n\n")[0].split())
     return Explanation(

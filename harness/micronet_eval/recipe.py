@@ -277,19 +277,22 @@ class _Run:
     def all(self, kept: Kept) -> None:
         """Runs all stages, and keeps what they come to."""
         self.kept = kept
-        for name, stage in enumerate(self.recipe.stages):
-            if stage.rounds is None:
-                self.one(f"stages.{name}", stage)
-            else:
-                self.rounds(f"stages.{name}.rounds.stages", stage.rounds)
+        self.stages("stages", self.recipe.stages)
 
-    def rounds(self, name: str, rounds: Rounds) -> None:
+    def stages(self, name: str, stages: Sequence[Stage], prefix: str = "") -> None:
+        """Runs stages one after the other, rounds among them."""
+        for i, stage in enumerate(stages):
+            if stage.rounds is None:
+                self.one(f"{name}.{i}", stage, prefix)
+            else:
+                self.rounds(f"{name}.{i}.rounds.stages", stage.rounds, prefix)
+
+    def rounds(self, name: str, rounds: Rounds, prefix: str = "") -> None:
         for number in range(1, rounds.times + 1):
-            before, here = copied(self.model), len(self.steps)
-            for i, stage in enumerate(rounds.stages):
-                self.one(f"{name}.{i}", stage, f"round {number}: ")
+            before, here = copied(self.model) if rounds.quality is not None else None, len(self.steps)
+            self.stages(name, rounds.stages, f"{prefix}round {number}: ")
             last = self.steps[-1]
-            if rounds.quality is not None and last.quality is not None:
+            if rounds.quality is not None and before is not None and last.quality is not None:
                 lower_is_better = METRICS[self.task.metric].lower_is_better
                 if last.quality > rounds.quality if lower_is_better else last.quality < rounds.quality:
                     self.model = before

@@ -240,7 +240,7 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
     for p in account.operations:
         steps: list[tuple[dict[str, Fraction], Fraction | int]] = [(ops32, p.ops32)]
         if p.op.name != SCALE_OP:
-            whole = cost_of(dense(p.op), formulas) or p.cost
+            whole = dense_cost(p, formulas)
             steps += [(dense_ops, whole.mults + whole.all_adds), (sparse_ops, p.cost.mults + p.cost.all_adds)]
         for sums, cost in steps:
             sums[p.op.module] = sums.get(p.op.module, Fraction(0)) + cost * p.share
@@ -263,6 +263,13 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
         for m in dict.fromkeys((*(op.module for op in account.trace.ops), *bits))
         if m in ops32 or m in bits
     )
+
+
+def dense_cost(priced: Priced, formulas: Mapping[str, Formula]) -> Cost:
+    """What an operation costs with every weight counted; nothing is priced again where it has none."""
+    if not any(value.is_constant for value in priced.op.inputs):
+        return priced.cost
+    return cost_of(dense(priced.op), formulas) or priced.cost
 
 
 def dense(op: Op) -> Op:

@@ -8,11 +8,11 @@ from itertools import chain, repeat
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import Mask, copied
+from micronet_eval.training import loader
 from micronet_plugins.magnitude import LIMIT, SPARSITY, set_mask, zero_smallest, zeros_by_layer
 from micronet_plugins.weights import dot_products, parametrizations_of, weight_of
 
@@ -112,17 +112,12 @@ def _exchange(layer: nn.Module, mask: Mask) -> None:
 
 def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator[float]:
     """Trains `model` in place with cross entropy; yields the share that is done, a hundred times at most."""
-    loader = DataLoader(
-        context.training_data.dataset,
-        options.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(context.seed),
-    )
+    batches = loader(context.training_data.dataset, options.batch_size, context.seed)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
-    steps = options.epochs * len(loader)
+    steps = options.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
-    for step, (inputs, labels) in enumerate(chain.from_iterable(repeat(loader, options.epochs)), 1):
+    for step, (inputs, labels) in enumerate(chain.from_iterable(repeat(batches, options.epochs)), 1):
         optimizer.zero_grad()
         logits = model(inputs)
         if (largest := int(labels.max())) >= logits.shape[1]:
