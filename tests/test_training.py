@@ -19,7 +19,8 @@ from torch.utils.data import TensorDataset
 
 from micronet_eval import evaluate, plugins
 from micronet_eval.errors import InputError
-from micronet_eval.recipe import KEPT, Recipe, Target, compress, named_stages, strategy_of
+from micronet_eval.kept import KEPT
+from micronet_eval.recipe import Recipe, Target, compress, named_stages, strategy_of
 from micronet_eval.strategy import Context
 from micronet_eval.submission import Step, read_manifest, read_toml
 from micronet_eval.training import Distillation, Training, distillation, loader, mix, orthonormality, rate, train

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -355,18 +357,44 @@ def rules(folders: tuple[Path, ...], style: str) -> None:
     _show_rows(rows, style)
 
 
+_recipe = click.argument("recipe", type=click.Path(path_type=Path))
+_output = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+_resume = click.option(
+    "--resume", is_flag=True, help="Go on where a run of the same recipe into the same folder ended."
+)
+
+
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--resume", is_flag=True, help="Go on where a run of the same recipe into the same folder ended.")
+@_recipe
+@_output
+@_resume
 @_data
 def compress(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
     """Run a recipe and write the submission that comes out of it."""
     from micronet_eval.recipe import compress
 
-    with _progress("training, at most") as progress:
-        compress(recipe, output, data, click.echo, resume, progress or (lambda done, total: None))
+    with _training() as (log, progress):
+        compress(recipe, output, data, log, resume, progress)
     click.echo(f"wrote {output}")
+
+
+@cli.command()
+@_recipe
+@_output
+@_resume
+@_data
+def train(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
+    """Run a recipe that only trains; write weights that recipes can start from, and the submission they are.
+
+    It takes a GPU where there is one; `accelerate launch -m micronet_eval train ...` takes several.
+    """
+    from micronet_eval.parallel import team
+    from micronet_eval.recipe import train_only
+
+    with _training() as (log, progress):
+        train_only(recipe, output, data, log, resume, progress)
+    if team().first:
+        click.echo(f"wrote {output}")
 
 
 @cli.command()
@@ -520,6 +548,29 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _training() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """How a recipe tells what it does: lines, with the time left behind each epoch; on a terminal a bar, too."""
+    seen: list[tuple[int, int, float]] = []
+
+    with _progress("training, at most") as bar:
+
+        def progress(done: int, total: int) -> None:
+            now = done, total, time.monotonic()
+            seen[:] = [seen[0] if seen else now, now]
+            if bar is not None:
+                bar(done, total)
+
+        def log(line: str) -> None:
+            if line.startswith("  epoch") and len(seen) > 1:
+                (first, _, start), (done, total, now) = seen
+                left = round((total - done) * (now - start) / max(1, done - first))
+                line += f"; {timedelta(seconds=left)} left at most"
+            click.echo(line)
+
+        yield log, progress
 
 
 @contextmanager

@@ -245,7 +245,8 @@ def _made(job: Job, folder: Path, data: Path | None) -> Path:
 
 def _lay(job: Job, made: Path, data: Path | None) -> None:
     """Lays what the base of a job came to where its recipe will resume from."""
-    from micronet_eval.recipe import KEPT, Kept, trained
+    from micronet_eval.kept import KEPT, Kept
+    from micronet_eval.recipe import trained
 
     base = Path(job.kept) / hashlib.sha256(job.base.encode()).hexdigest()[:32]
     if not base.exists():

@@ -27,7 +27,7 @@ def import_weights(folder: Path, path: Path, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder; name another one to write")
     model = build(architecture, folder / MANIFEST, weights=True)
-    _load(model, read_state_dict(path), path, architecture.name)
+    load_state(model, read_state_dict(path), path, architecture.name)
     example = torch.zeros(1, *task.input_shape)
     try:
         packed = packing.pack(merged(model, example), build(architecture, folder / MANIFEST), example)
@@ -62,7 +62,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+def load_state(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+    """Loads a state dict. Raises InputError that names its `path` where it does not fit the architecture."""
     try:
         keys = model.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError, KeyError) as error:  # shapes, or what an architecture's translation raises

@@ -24,8 +24,6 @@ train = { epochs = 2, learning_rate = 0.001 }
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors.torch import save as safetensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset, TensorDataset
@@ -41,8 +40,12 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
+from micronet_eval.importing import load_state, read_state_dict
+from micronet_eval.kept import KEPT, Kept
 from micronet_eval.language import example_input
 from micronet_eval.merge import BOTH, merged, without_batch_norm
+from micronet_eval.opening import open_submission
+from micronet_eval.parallel import team
 from micronet_eval.paths import mean_account
 from micronet_eval.quality import measure
 from micronet_eval.scoring import score as score_of
@@ -64,13 +67,13 @@ from micronet_eval.submission import (
 )
 from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import trace
-from micronet_eval.training import Log, Training, loader, save, train
+from micronet_eval.training import Log, Training, loader, train
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
 
-KEPT = ".kept"
-"""The folder, inside of the one that is written, with what a run needs to go on after it was killed."""
+TRAINED = "trained.safetensors"
+"""The state dict of the architecture, as `train` writes it beside the submission."""
 
 
 class Statistics(Table):
@@ -154,7 +157,8 @@ class Recipe(Table):
     """recipe.toml. `data = "noise"` trains and calibrates on seeded normal noise, where the real data cannot be had.
 
     `validation` is the share of the training data that is held out: nothing is trained or calibrated on it, and quality
-    is measured on it after every stage. Test data is never looked at.
+    is measured on it after every stage. Test data is never looked at. `start` is a folder that `train` wrote: the
+    weights there are those that the stages begin with.
     """
 
     task: str
@@ -162,6 +166,7 @@ class Recipe(Table):
     data: Literal["task", "noise"] = "task"
     validation: float = Field(0.0, ge=0, lt=1)
     batch_size: int = Field(32, gt=0)
+    start: str = ""
     architecture: Architecture
     stages: list[Stage] = Field(min_length=1)
     submission: About
@@ -173,26 +178,57 @@ class Recipe(Table):
         return self
 
 
+Told = Callable[[int, int], None]
+"""Called with the batches that are trained so far, and all that the recipe can take at most."""
+
+
 def compress(
     path: Path,
     folder: Path,
     data: Path | None = None,
     log: Log = lambda line: None,
     resume: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Told = lambda done, total: None,
 ) -> None:
     """Runs a recipe and writes the submission that comes out of it. The same recipe gives the same files.
 
     What it has done is kept in `folder` until it ends; `resume` goes on from there, and ends with the same files.
-    `progress` is called with the batches trained so far and all that the recipe can take at most. Raises InputError
-    where the recipe is wrong, the training data is missing, or there is nothing to resume.
+    Raises InputError where the recipe is wrong, the training data is missing, or there is nothing to resume.
     """
+    _make(path, folder, resume, lambda: _Run(path, data, log, progress))
+
+
+def train_only(
+    path: Path,
+    folder: Path,
+    data: Path | None = None,
+    log: Log = lambda line: None,
+    resume: bool = False,
+    progress: Told = lambda done, total: None,
+) -> None:
+    """Runs a recipe that only trains; writes the submission, unquantized, and beside it the state dict.
+
+    The latter is what other recipes `start` from. Else as `compress`.
+    """
+
+    def run() -> _Run:
+        made = _Run(path, data, log, progress)
+        for name, stage in named_stages(made.recipe.stages):
+            if stage.strategy_kind is not None or stage.merge is not None:
+                raise InputError(f"{path}: field '{name}': {stage} does not train; micronet-eval compress runs it")
+        return made
+
+    _make(path, folder, resume, run, TRAINED)
+
+
+def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], state_dict: str = "") -> None:
+    """Runs a recipe and writes what comes out of it; the `state_dict`, too, where it has a name."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is no folder; name another one to write")
     if not next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()).is_dir():
         raise InputError(f"{folder} cannot be made: a part of its path is a file; name another folder")
-    run = _Run(path, data, log, progress)
-    recipe, text = run.recipe, path.read_bytes()
+    run = begin()
+    text = path.read_bytes()
     try:
         kept = Kept(folder / KEPT, text, resume)
         try:
@@ -200,24 +236,19 @@ def compress(
         except InputError:  # it would fail again
             kept.remove()
             raise
-        architecture = build(recipe.architecture, path)
-        packed = packing.pack(merged(run.model, run.example), architecture, run.example)
-        about = recipe.submission
-        manifest = Manifest(
-            name=about.name,
-            task=recipe.task,
-            authors=about.authors,
-            architecture=recipe.architecture,
-            claims=about.claims,
-            paths=about.paths,
-            provenance=Provenance(note=about.note, data=recipe.data, steps=run.steps),
-        )
-        packing.write(packed, folder / WEIGHTS)
-        write_manifest(folder, manifest)
-        write_whole(folder / RECIPE, text)
-        kept.remove()
+        if team().first:
+            if state_dict:
+                write_whole(folder / state_dict, safetensors(_contiguous(run.model)))
+            run.write(folder)
+            write_whole(folder / RECIPE, text)
+            kept.remove()
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+    team().wait()
+
+
+def _contiguous(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in model.state_dict().items()}
 
 
 def trained(recipe: str, folder: Path, data: Path | None = None) -> None:
@@ -245,15 +276,17 @@ class _Run:
         path: Path,
         data: Path | None,
         log: Log = lambda line: None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Told = lambda done, total: None,
     ) -> None:
-        self.path, self.log, self.progress = path, log, progress
+        self.path, self.progress = path, progress
+        self.log = log if team().first else lambda line: None
         self.recipe = recipe = read_toml(path, Recipe)
         try:
             self.task: Task = plugins.lookup("task", recipe.task)
             for name, stage in named_stages(recipe.stages):
                 strategy_of(stage, name)
             self.training, self.held_out = _data(recipe, self.task, data)
+            self.teachers = {folder: _teacher(folder, self.task) for folder in _teachers(recipe)}
         except (InputError, DataMissing) as error:
             raise InputError(f"{path}: {error}") from error
         if recipe.architecture.file is not None:
@@ -263,7 +296,12 @@ class _Run:
             )
         torch.manual_seed(recipe.seed)
         self.model = build(recipe.architecture, path, weights=True)
-        self.teacher: nn.Module | None = None
+        if recipe.start:
+            try:
+                _start(self.model, recipe)
+            except InputError as error:
+                raise InputError(f"{path}: field 'start': {error}") from error
+        self.teacher: nn.Module | None = None  # the uncompressed model
         self.distills = any(s.train and s.train.distill for _, s in named_stages(recipe.stages))
         self.trained = 0
         self.batches = batches_of(recipe.stages, len(self.training))  # type: ignore[arg-type]
@@ -272,7 +310,7 @@ class _Run:
             self.steps = [self._step("architecture")]
         except InputError as error:
             raise InputError(f"{path}: field 'architecture': {error}") from error
-        log(_told(self.steps[0]))
+        self.log(_told(self.steps[0]))
 
     def all(self, kept: Kept) -> None:
         """Runs all stages, and keeps what they come to."""
@@ -334,14 +372,45 @@ class _Run:
         if strategy is not None:
             return strategy.apply(self.model, context)
         if stage.train is not None:
-            teacher = self.teacher if stage.train.distill is not None else None
-            if stage.train.distill is not None and teacher is None:
-                raise InputError("train: distill learns from the uncompressed model; compress it first")
             epochs = self.kept.epochs(len(self.steps))
-            return train(self.model, stage.train, context, self.log, teacher, epochs, self._done)
+            return train(
+                self.model,
+                stage.train,
+                context,
+                self.log,
+                self._teacher(stage.train),
+                epochs,
+                self._done,
+                self.held_out,
+            )
         if stage.statistics is not None:
             return estimate_statistics(self.model, stage.statistics, context)
         return merged(self.model, context.example_input, BOTH if stage.merge == "batch-norm" else ("backward",))
+
+    def _teacher(self, training: Training) -> nn.Module | None:
+        if training.distill is None:
+            return None
+        teacher = self.teachers[training.distill.teacher] if training.distill.teacher else self.teacher
+        if teacher is None:
+            raise InputError("train: distill learns from the uncompressed model; compress it first, or name a teacher")
+        return teacher
+
+    def write(self, folder: Path) -> None:
+        """Writes the submission."""
+        about = self.recipe.submission
+        architecture = build(self.recipe.architecture, self.path)
+        packed = packing.pack(merged(self.model, self.example), architecture, self.example)
+        manifest = Manifest(
+            name=about.name,
+            task=self.recipe.task,
+            authors=about.authors,
+            architecture=self.recipe.architecture,
+            claims=about.claims,
+            paths=about.paths,
+            provenance=Provenance(note=about.note, data=self.recipe.data, steps=self.steps),
+        )
+        packing.write(packed, folder / WEIGHTS)
+        write_manifest(folder, manifest)
 
     def _done(self, batches: int) -> None:
         self.trained += batches
@@ -368,51 +437,29 @@ class _Run:
         )
 
 
-class Kept:
-    """What a run keeps of what it has done: for each stage the weights and the step, and the last epoch of training."""
+def _teachers(recipe: Recipe) -> set[str]:
+    """The folders of submissions that some stage learns from."""
+    each = (stage.train.distill for _, stage in named_stages(recipe.stages) if stage.train is not None)
+    return {distill.teacher for distill in each if distill is not None and distill.teacher}
 
-    def __init__(self, folder: Path, recipe: bytes, resume: bool) -> None:
-        self.folder = folder
-        digest = hashlib.sha256(recipe).hexdigest()
-        mark = folder / "recipe.sha256"
-        if resume and not mark.exists():
-            raise InputError(f"{folder} is not there: nothing was kept that could be resumed; run without --resume")
-        if resume and mark.read_text() != digest:
-            raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
-        if not resume:
-            self.remove()
-            self.mark(folder, recipe)
 
-    @staticmethod
-    def mark(folder: Path, recipe: bytes) -> None:
-        """Says which recipe may resume from `folder`."""
-        write_whole(folder / "recipe.sha256", hashlib.sha256(recipe).hexdigest().encode())
+def _teacher(folder: str, task: Task) -> nn.Module:
+    opened = open_submission(folder)
+    if opened.task.name != task.name:
+        raise InputError(f"the teacher in {folder} was trained for the task {opened.task.name}, not {task.name}")
+    return opened.model
 
-    def step(self, number: int) -> Step | None:
-        """The step that a stage came to, if it was run before."""
-        path = self.folder / f"{number}.json"
-        return Step.model_validate_json(path.read_text()) if path.exists() else None
 
-    def weights(self, number: int) -> dict[str, Tensor]:
-        """All parameters and buffers after a stage."""
-        saved: dict[str, Tensor] = torch.load(self.folder / f"{number}.pt", weights_only=True)
-        return saved
-
-    def epochs(self, number: int) -> Path:
-        """Where training writes after each epoch."""
-        return self.folder / f"{number}.epoch.pt"
-
-    def keep(self, number: int, model: nn.Module, step: Step) -> None:
-        save(self.folder / f"{number}.pt", model.state_dict())
-        write_whole(self.folder / f"{number}.json", step.model_dump_json().encode())
-        self.epochs(number).unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Removes it, and the folder around it if nothing else is there."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        if self.folder.parent.exists() and not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
+def _start(model: nn.Module, recipe: Recipe) -> None:
+    """Loads what `train` wrote. What is held out here must not have been trained on there."""
+    folder = Path(recipe.start)
+    load_state(model, read_state_dict(folder / TRAINED), folder / TRAINED, recipe.architecture.name)
+    there = read_toml(folder / RECIPE, Recipe)
+    if recipe.validation and (there.seed != recipe.seed or there.validation < recipe.validation):
+        raise InputError(
+            f"{folder} was trained on examples that are held out here; hold them out there, too: "
+            f"seed = {recipe.seed} and validation = {recipe.validation} in both recipes"
+        )
 
 
 def named_stages(stages: Sequence[Stage], prefix: str = "stages") -> Iterator[tuple[str, Stage]]:

@@ -1,7 +1,8 @@
 """Training and fine-tuning: optimizer, schedule, the losses around cross entropy; stopped and resumed at any epoch.
 
-Everything random comes from torch's generator, seeded by the recipe, and from the loader's: both are part of a
-checkpoint, so that a run that was killed ends with the same weights.
+Everything random comes from torch's generators, seeded by the recipe, and from the loader's: all are part of a
+checkpoint, so that a run that was killed ends with the same weights. Where several processes train together, each takes
+its share of every batch: the batches, the schedule and the epochs are those of one process.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils import parametrize
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, Subset, TensorDataset
 
+from micronet_eval.augmentation import Augmentation, augmenter
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
+from micronet_eval.parallel import Team, team
 from micronet_eval.strategy import Context
 from micronet_eval.submission import Table
+from micronet_eval.trace import Example
+
+SMALL = 16
+"""Edge of images below which the order of the channels does not matter for the speed."""
 
 Log = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -30,23 +38,26 @@ Progress = Callable[[int], None]
 
 
 class Distillation(Table):
-    """Learns from the outputs of the uncompressed model, too (Hinton et al. 2015, arXiv 1503.02531).
+    """Learns from the outputs of a teacher, too (Hinton et al. 2015, arXiv 1503.02531).
 
     loss = (1 - weight) * loss + weight * temperature^2 * KL(teacher's softmax || own softmax), both at `temperature`.
+    The teacher is the submission in a folder, or else the uncompressed model.
     """
 
     weight: float = Field(0.5, gt=0, le=1)
     temperature: float = Field(4.0, gt=0)
+    teacher: str = ""
 
 
-class Training(Table):
+class Training(Augmentation):
     """Cross entropy on training data.
 
     `schedule` falls to zero by a cosine, or by 10 at a half and at three quarters of the epochs, after `warmup` epochs
     in which the rate rises linearly. `mixup` and `cutmix` are the alphas of their Beta distributions (arXiv 1710.09412,
     1905.04899), 0 for none; with both each batch draws one. `orthonormal` weighs the squared distance of each weight
     matrix' rows (or columns, where they are fewer) from an orthonormal set. `average` is the decay of an exponential
-    moving average of the weights, which is what comes out; 0 for none.
+    moving average of the weights, which is what comes out; 0 for none. `precision = "bf16"` multiplies in bfloat16;
+    weights stay at 32 bits.
     """
 
     epochs: int = Field(gt=0)
@@ -62,6 +73,7 @@ class Training(Table):
     cutmix: float = Field(0.0, ge=0)
     orthonormal: float = Field(0.0, ge=0)
     average: float = Field(0.0, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
     distill: Distillation | None = None
 
     @model_validator(mode="after")
@@ -71,9 +83,62 @@ class Training(Table):
         return self
 
 
-def loader(dataset: Dataset[Any], batch_size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of a data set, shuffled by the seed."""
-    return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+class Gathered(Dataset[Any]):
+    """A data set of tensors, or a subset of one, that takes a whole batch out of them at once."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.indices: Tensor | None = None
+        while isinstance(dataset, Subset):
+            indices = torch.as_tensor(dataset.indices)
+            self.indices = indices if self.indices is None else indices[self.indices]
+            dataset = dataset.dataset
+        assert isinstance(dataset, TensorDataset)
+        self.tensors = dataset.tensors
+
+    @staticmethod
+    def takes(dataset: Dataset[Any]) -> bool:
+        """Whether it is such a data set."""
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        return type(dataset) is TensorDataset
+
+    def __len__(self) -> int:
+        return len(self.tensors[0] if self.indices is None else self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[i if self.indices is None else self.indices[i]] for tensor in self.tensors)
+
+    def __getitems__(self, batch: list[int]) -> tuple[Tensor, ...]:
+        chosen = torch.as_tensor(batch)
+        chosen = chosen if self.indices is None else self.indices[chosen]
+        return tuple(tensor[chosen] for tensor in self.tensors)
+
+
+class Shares(BatchSampler):
+    """Of every batch the part that one of several processes takes; what cannot be split evenly is filled up."""
+
+    def __init__(self, order: Sampler[int], batch_size: int, team: Team) -> None:
+        super().__init__(order, batch_size, drop_last=False)
+        self.team = team
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            fill = -len(batch) % self.team.size
+            yield (batch + (batch * fill)[:fill])[self.team.rank :: self.team.size]
+
+
+def loader(
+    dataset: Dataset[Any], batch_size: int, seed: int, team: Team | None = None
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of a data set, shuffled by the seed; of each the share of this process, where a team is given."""
+    order = torch.Generator().manual_seed(seed)
+    if isinstance(dataset, Gathered) or Gathered.takes(dataset):
+        dataset = dataset if isinstance(dataset, Gathered) else Gathered(dataset)
+        collate: Any = lambda batch: batch  # noqa: E731
+    else:
+        collate = None
+    shares = Shares(RandomSampler(dataset, generator=order), batch_size, team or Team(torch.device("cpu")))  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_sampler=shares, generator=order, collate_fn=collate)
 
 
 def train(
@@ -84,86 +149,190 @@ def train(
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     progress: Progress = lambda batches: None,
+    held_out: Dataset[Any] | None = None,
 ) -> nn.Module:
-    """Trains `model` in place on the context's training data and returns it in evaluation mode.
+    """Trains `model` in place on the context's training data and returns it in evaluation mode, on the CPU.
 
     After each epoch all that goes on from there is written to `checkpoint`; where that file is there already, training
-    goes on from it. Raises InputError where the data has labels that the model has no outputs for.
+    goes on from it. `log` is told how each epoch went, and how many of `held_out` are right after it. Raises InputError
+    where the data has labels that the model has no outputs for.
     """
-    batches = loader(context.training_data.dataset, training.batch_size, context.seed)
-    optimizer = _optimizer(model, training)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(training, len(batches)))
-    average = {name: value.clone() for name, value in model.state_dict().items()} if training.average else {}
-    done = 0
-    if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        average, done = saved["average"], saved["epochs"]
-        batches.generator.set_state(saved["order"])
-        torch.set_rng_state(saved["random"])
-    model.train()
-    if teacher is not None:
-        teacher.eval()
+    group = team()
+    batches = loader(context.training_data.dataset, training.batch_size, context.seed, group)
+    fit = _Fit(model, training, context, len(batches), teacher, group)
+    done = fit.resume(checkpoint, batches) if checkpoint is not None and checkpoint.exists() else 0
+    fit.join(context.seed, drawn=done > 0)
     for epoch in range(done, training.epochs):
-        told = _epoch(model, training, batches, optimizer, schedule, average, teacher, progress)
+        told = fit.epoch(batches, progress)
+        if held_out is not None:
+            told += f", {fit.right(held_out):.2%} held out"
         log(f"  epoch {epoch + 1} of {training.epochs}: {told}")
         if checkpoint is not None and epoch + 1 < training.epochs:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "average": average,
-                "epochs": epoch + 1,
-                "order": batches.generator.get_state(),
-                "random": torch.get_rng_state(),
-            }
-            save(checkpoint, state)
-    if average:
-        model.load_state_dict(average)
-    return model.eval()
+            fit.save(checkpoint, epoch + 1, batches)
+    return fit.end()
 
 
-def _epoch(
-    model: nn.Module,
-    training: Training,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    average: dict[str, Tensor],
-    teacher: nn.Module | None,
-    progress: Progress,
-) -> str:
-    """One pass over the data; says how it went."""
-    loss_sum, correct, examples = 0.0, 0, 0
-    for inputs, labels in batches:
-        optimizer.zero_grad()
-        inputs, other, share = mix(inputs, training)
-        outputs = _outputs(model, inputs)
-        if (largest := int(labels.max())) >= outputs.shape[-1]:
+class _Fit:
+    """A model while it is trained: what an epoch changes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        context: Context,
+        batches: int,
+        teacher: nn.Module | None,
+        group: Team,
+    ) -> None:
+        self.training, self.team = training, group
+        self.channels_last = takes_channels_last(model, context.example_input)
+        self.model = model.to(group.device)
+        self.whole = self.model
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.teacher = None if teacher is None else teacher.to(group.device).eval()
+        self.augment = augmenter(training)
+        self.optimizer = _optimizer(model, training)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate(training, batches))
+        self.average = {name: v.clone() for name, v in model.state_dict().items()} if training.average else {}
+
+    def join(self, seed: int, drawn: bool) -> None:
+        """Lets the processes train together, each with random numbers of its own, if those are not `drawn` yet."""
+        if self.team.rank and not drawn:
+            torch.manual_seed(seed + 7919 * self.team.rank)
+        self.whole = self.team.joined(self.model)
+
+    def epoch(self, batches: Iterable[tuple[Tensor, Tensor]], progress: Progress) -> str:
+        """One pass over the data; says how it went."""
+        loss, right, examples = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64), 0
+        loss, right = loss.to(self.team.device), right.to(self.team.device)
+        self.model.train()
+        for inputs, labels in batches:
+            step_loss, step_right = self.step(inputs, labels)
+            loss += step_loss.double() * labels.numel()
+            right += step_right
+            examples += labels.numel()
+            progress(1)
+        self.team.agree(self.model.state_dict().values())  # batch norm's statistics differ
+        total, correct, count = self.team.sums(loss, right, examples)
+        return f"loss {total / count:.4f}, {correct / count:.2%} right"
+
+    def step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer: the loss, and how many examples the model had right."""
+        training, largest = self.training, int(labels.max())
+        inputs, labels = self.placed(inputs), labels.to(self.team.device)
+        inputs, other, share = mix(self.augment(inputs), training)
+        inputs = self.placed(inputs)
+        self.optimizer.zero_grad()
+        with self.precision():
+            outputs = _outputs(self.whole, inputs).float()
+        if largest >= outputs.shape[-1]:
             raise InputError(f"train: label {largest} has no output; the model has {outputs.shape[-1]}")
         loss = _loss(outputs, labels, other, share, training)
-        if teacher is not None and training.distill is not None:
-            with torch.no_grad():
-                taught = _outputs(teacher, inputs)
+        if self.teacher is not None and training.distill is not None:
+            with torch.no_grad(), self.precision():
+                taught = _outputs(self.teacher, inputs).float()
             loss = (1 - training.distill.weight) * loss + distillation(outputs, taught, training.distill)
         if training.orthonormal:
-            loss = loss + training.orthonormal * orthonormality(model)
+            loss = loss + training.orthonormal * orthonormality(self.model)
         loss.backward()  # type: ignore[no-untyped-call]
-        with learning_rate_factors(model):
-            optimizer.step()
-        schedule.step()
-        for name, value in (model.state_dict() if average else {}).items():
+        with learning_rate_factors(self.model):
+            self.optimizer.step()
+        self.schedule.step()
+        for name, value in (self.model.state_dict() if self.average else {}).items():
             if value.is_floating_point():
-                average[name].lerp_(value, 1 - training.average)
+                self.average[name].lerp_(value, 1 - training.average)
             else:
-                average[name].copy_(value)
-        loss_sum += loss.item() * labels.numel()
-        correct += int((outputs.argmax(-1) == labels).sum())
-        examples += labels.numel()
-        progress(1)
-    return f"loss {loss_sum / examples:.4f}, {correct / examples:.2%} right"
+                self.average[name].copy_(value)
+        return loss.detach(), (outputs.argmax(-1) == labels).sum()
+
+    def placed(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self.team.device)
+        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
+
+    def right(self, dataset: Dataset[Any]) -> float:
+        """The share of a data set that the model, or the average of its weights, has right."""
+        right = examples = 0
+        trained = {name: v.clone() for name, v in self.model.state_dict().items()} if self.average else {}
+        if self.average:
+            self.model.load_state_dict(self.average)
+        self.model.eval()
+        with torch.no_grad(), self.precision(), parametrize.cached():
+            for inputs, labels in loader(dataset, 256, 0, self.team):
+                outputs = _outputs(self.model, self.placed(inputs))
+                right += int((outputs.argmax(-1) == labels.to(self.team.device)).sum())
+                examples += labels.numel()
+        if trained:
+            self.model.load_state_dict(trained)
+        correct, count = self.team.sums(right, examples)
+        return correct / count
+
+    def save(self, path: Path, epochs: int, batches: DataLoader[tuple[Tensor, Tensor]]) -> None:
+        """Writes all that training goes on from."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average,
+            "epochs": epochs,
+            "order": batches.generator.get_state(),
+            "random": self.team.each(_random_state(self.team.device)),
+        }
+        if self.team.first:
+            save(path, state)
+
+    def resume(self, path: Path, batches: DataLoader[tuple[Tensor, Tensor]]) -> int:
+        """Goes on from what was written; returns the epochs that are done."""
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.average = {name: value.to(self.team.device) for name, value in saved["average"].items()}
+        batches.generator.set_state(saved["order"])
+        if len(saved["random"]) != self.team.size:
+            raise InputError(f"train: {path} was written by {len(saved['random'])} processes; resume with as many")
+        on_cpu, *on_gpu = saved["random"][self.team.rank]
+        torch.set_rng_state(on_cpu)
+        for state in on_gpu:
+            torch.cuda.set_rng_state(state, self.team.device)
+        return int(saved["epochs"])
+
+    def end(self) -> nn.Module:
+        """The trained model."""
+        if self.average:
+            self.model.load_state_dict(self.average)
+            self.team.agree(self.model.state_dict().values())
+        for module in (self.model, self.teacher):
+            if module is not None:
+                module.to("cpu")
+        if self.channels_last:
+            self.model.to(memory_format=torch.contiguous_format)
+        return self.model.eval()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def takes_channels_last(model: nn.Module, example: Example) -> bool:
+    """Whether a network of images is trained faster with its channels last, and can be.
+
+    Small images are not worth it; a network that views its activations as other shapes cannot.
+    """
+    if not isinstance(example, Tensor) or example.dim() != 4 or min(example.shape[-2:]) < SMALL:
+        return False
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return False
+    finally:
+        model.train(training)
+    return True
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
@@ -254,10 +423,11 @@ def distillation(outputs: Tensor, taught: Tensor, how: Distillation) -> Tensor:
 
 def orthonormality(model: nn.Module) -> Tensor:
     """The sum over layers of || W W^T - 1 ||^2, W being the weight as a matrix, the smaller side first."""
-    total = torch.zeros(())
+    total: Tensor | None = None
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             matrix = layer.weight.flatten(1)
             matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-            total = total + (matrix @ matrix.T - torch.eye(len(matrix))).square().sum()
-    return total
+            distance = (matrix @ matrix.T - torch.eye(len(matrix), device=matrix.device)).square().sum()
+            total = distance if total is None else total + distance
+    return torch.zeros(()) if total is None else total

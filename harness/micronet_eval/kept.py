@@ -1,0 +1,69 @@
+"""What a run of a recipe keeps of what it has done, so that it goes on after it was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from micronet_eval.errors import InputError
+from micronet_eval.files import write_whole
+from micronet_eval.parallel import team
+from micronet_eval.submission import Step
+from micronet_eval.training import save
+
+KEPT = ".kept"
+"""The folder, inside of the one that is written, with what a run needs to go on after it was killed."""
+
+
+class Kept:
+    """For each stage the weights and the step, and the last epoch of training. Of several processes one writes."""
+
+    def __init__(self, folder: Path, recipe: bytes, resume: bool) -> None:
+        self.folder = folder
+        digest = hashlib.sha256(recipe).hexdigest()
+        mark = folder / "recipe.sha256"
+        if resume and not mark.exists():
+            raise InputError(f"{folder} is not there: nothing was kept that could be resumed; run without --resume")
+        if resume and mark.read_text() != digest:
+            raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
+        if not resume and team().first:
+            self.remove()
+            self.mark(folder, recipe)
+        team().wait()
+
+    @staticmethod
+    def mark(folder: Path, recipe: bytes) -> None:
+        """Says which recipe may resume from `folder`."""
+        write_whole(folder / "recipe.sha256", hashlib.sha256(recipe).hexdigest().encode())
+
+    def step(self, number: int) -> Step | None:
+        """The step that a stage came to, if it was run before."""
+        path = self.folder / f"{number}.json"
+        return Step.model_validate_json(path.read_text()) if path.exists() else None
+
+    def weights(self, number: int) -> dict[str, Tensor]:
+        """All parameters and buffers after a stage."""
+        saved: dict[str, Tensor] = torch.load(self.folder / f"{number}.pt", weights_only=True)
+        return saved
+
+    def epochs(self, number: int) -> Path:
+        """Where training writes after each epoch."""
+        return self.folder / f"{number}.epoch.pt"
+
+    def keep(self, number: int, model: nn.Module, step: Step) -> None:
+        if not team().first:
+            return
+        save(self.folder / f"{number}.pt", model.state_dict())
+        write_whole(self.folder / f"{number}.json", step.model_dump_json().encode())
+        self.epochs(number).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes it, and the folder around it if nothing else is there."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        if self.folder.parent.exists() and not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
