@@ -107,7 +107,11 @@ def test_a_manifest_that_is_no_text(refused, submission):
         ("[provenance]", "[claims]\nquality = 80\n[provenance]", "field 'claims.quality': Input should be less than"),
         ("[provenance]", "[claims]\nmaths = 1\n[provenance]", "field 'claims.maths': Extra inputs are not permitted"),
         ('task = "digits"', 'task = "digit"', "field 'task': unknown task 'digit'; nearest: digits"),
-        ('task = "digits"', 'task = "?"', "field 'task': unknown task '?'; known: cifar100, digits, imagenet"),
+        (
+            'task = "digits"',
+            'task = "?"',
+            "field 'task': unknown task '?'; known: cifar100, digits, fashion-mnist, imagenet",
+        ),
         ('"wide-resnet"', '"wide-resnets"', "field 'architecture': unknown architecture 'wide-resnets'; nearest: wide"),
         ("depth = 10", "depth = 11", "field 'architecture': depth 11: a wide residual network has 6 n + 4 layers"),
         ("depth = 10", "deep = 10", "field 'architecture': wide_resnet() got an unexpected keyword argument 'deep'"),

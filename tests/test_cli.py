@@ -264,7 +264,7 @@ QUANTIZERS = ("fixed-point", "affine", "lsq", "binary", "ternary", "codebook", "
     ("command", "names"),
     [
         ("strategies", {"low-rank": "pruner", "magnitude": "sparsifier", "fixed-point": "quantizer"}),
-        ("tasks", {"cifar100": None, "imagenet": None, "digits": None, "wikitext103": None}),
+        ("tasks", {"cifar100": None, "imagenet": None, "digits": None, "fashion-mnist": None, "wikitext103": None}),
         (
             "architectures",
             dict.fromkeys(

@@ -151,6 +151,17 @@ def test_digits_baseline_scores_exactly_two():
     assert score(result, digits.storage, digits.math).total == 2.0
 
 
+def test_the_baseline_of_fashion_mnist_is_wide_resnet_40_4():
+    task = lookup("task", "fashion-mnist")
+    result = counted(fill(wide_resnet(40, 4, 10, 1)), 1, 1, 28, 28)
+    assert task.storage == 8_948_922 == sum(p.numel() for p in wide_resnet(40, 4, 10, 1).parameters())
+    # Counted by hand: the stem, three stages of six blocks, the classifier.
+    stem, classifier = 9 * 16 * 784, 256 * 10
+    stages = [(16, 64, 784), (64, 128, 196), (128, 256, 49)]
+    macs = sum((9 * i * o + 11 * 9 * o * o + i * o) * pixels for i, o, pixels in stages)
+    assert task.math == 2 * (stem + macs + classifier) == 2 * result.math.macs
+
+
 def test_vit_b_16_macs_include_attention():
     with without_weights():
         model = get_model("vit_b_16")

@@ -1,7 +1,9 @@
-"""The tasks of the challenge that classify images, and one on scikit-learn's digits that needs no download."""
+"""The tasks of the challenge that classify images, and two whose data everybody can have: digits, Fashion-MNIST."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,18 @@ HERE = Path("data")
 ELSEWHERE = ", or name another folder than data by --data or MICRONET_DATA"
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FASHION_FOLDERS = (Path("FashionMNIST/raw"), Path())  # torchvision's folder under a root, or the root itself
+FASHION_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
+FASHION_FILES = {  # sha256 of what is inside the files: they are packed anew wherever they are published
+    "train": (
+        ("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+        ("train-labels-idx1-ubyte", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+    ),
+    "test": (
+        ("t10k-images-idx3-ubyte", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+        ("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+    ),
+}
 
 
 def digits(root: Path | None, split: Split) -> Dataset[Any]:
@@ -26,6 +40,47 @@ def digits(root: Path | None, split: Split) -> Dataset[Any]:
     is_test = torch.arange(len(labels)) % 4 == 3
     chosen = is_test if split == "test" else ~is_test
     return TensorDataset(images[chosen], labels[chosen])
+
+
+def fashion_mnist(root: Path | None, split: Split) -> Dataset[Any]:
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 60,000 and 10,000 images of 28x28, 256 grey levels, 0 ... 1.
+
+    The four IDX files, packed by gzip or not, as Debian's package dataset-fashion-mnist installs them, or under `root`
+    as torchvision downloads them; checksums are checked.
+    """
+    folders = [FASHION_SYSTEM] if root is None else []
+    folders += [(root or HERE) / folder for folder in FASHION_FOLDERS]
+    how = f"install Debian's package dataset-fashion-mnist, or put the four files of Fashion-MNIST there{ELSEWHERE}"
+    for folder in folders:
+        paths = [_packed_or_not(folder / name) for name, _ in FASHION_FILES[split]]
+        if all(paths):
+            break
+    else:
+        raise DataMissing(f"Fashion-MNIST not found in {', '.join(map(str, folders))}; {how}")
+    tensors = []
+    for path, (_, checksum) in zip(paths, FASHION_FILES[split], strict=True):
+        assert path is not None
+        try:
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        except (OSError, EOFError) as error:
+            raise DataMissing(f"{path} cannot be read ({error}); {how}") from None
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise DataMissing(f"{path} is damaged: its checksum is another than Fashion-MNIST's; {how}")
+        tensors.append(idx(content))
+    images, labels = tensors
+    return TensorDataset(images.unsqueeze(1).float() / 255, labels.to(torch.int64))
+
+
+def _packed_or_not(path: Path) -> Path | None:
+    return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
+
+
+def idx(content: bytes) -> torch.Tensor:
+    """The uint8 tensor in a file of MNIST's format IDX: two zeros, type 8, dimensions, sizes as big-endian int32."""
+    dimensions = content[3]
+    sizes = [int.from_bytes(content[at : at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4)]
+    return torch.frombuffer(bytearray(content[4 + 4 * dimensions :]), dtype=torch.uint8).reshape(sizes)
 
 
 def cifar100(root: Path | None, split: Split) -> Dataset[Any]:
@@ -97,5 +152,17 @@ TASKS = (
         threshold=0.97,
         input_shape=(1, 8, 8),
         dataset=digits,
+    ),
+    # Math is 2 x the MACs of the network, as for the baselines of the challenge.
+    Task(
+        name="fashion-mnist",
+        description="Fashion-MNIST, 10 classes of 1x28x28 images; 60,000 for training, 10,000 for testing",
+        baseline="WideResNet-40-4",
+        storage=8_948_922,
+        math=1_988_003_328,
+        metric="top-1",
+        threshold=0.94,
+        input_shape=(1, 28, 28),
+        dataset=fashion_mnist,
     ),
 )
