@@ -92,6 +92,7 @@ def micronet_register_architectures(register: Any) -> None:
 
     register("pyramidnet", architectures.pyramidnet)
     register("wide-resnet", architectures.wide_resnet)
+    register("resnet", architectures.resnet)
     register("mobilenet-v2", architectures.mobilenet_v2)
     register("osi-ai", osi_ai.osi_ai)
     register("torchvision", architectures.torchvision_model)
