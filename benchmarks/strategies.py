@@ -4,7 +4,7 @@ python -m benchmarks.strategies              all; writes results/strategies.json
 python -m benchmarks.strategies magnitude    only strategies whose name has this in it, to look at; writes nothing
 
 The network is trained on scikit-learn's digits, once for each seed; every strategy is applied once, with its default
-options, and followed by the same fine-tuning. All is counted and tested by `micronet_eval.compare`.
+options, and followed by the same fine-tuning. All is counted and tested by `micronet_eval.comparing`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from micronet_eval.compare import Cell, Result, compare, jobs_of, rows, title
+from micronet_eval.comparing import Cell, Result, jobs_of, results_of, rows, title
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "strategies.json"
@@ -114,7 +114,7 @@ def main() -> None:
         base = Path(folder) / "base.toml"
         base.write_text(BASE, encoding="utf-8")
         jobs = jobs_of(chosen, base, SEEDS, FINE_TUNE, None, KEPT.with_suffix(".kept"))
-        results = compare(jobs, KEPT, workers=2, seen=lambda result: print(result, flush=True))
+        results = results_of(jobs, KEPT, workers=2, watch=lambda found, running: print(found[-1:], flush=True))
     if only:
         return
     RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")

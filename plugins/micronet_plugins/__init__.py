@@ -69,10 +69,11 @@ def micronet_register_quantizers(register: Any) -> None:
 @hookimpl
 def micronet_register_executors(register: Any) -> None:
     """The bundled executors."""
-    from micronet_plugins import executors
+    from micronet_plugins import executors, ray_executor
 
     register("here", executors.here)
     register("local", executors.local)
+    register("ray", ray_executor.on_ray)
 
 
 @hookimpl
