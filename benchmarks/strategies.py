@@ -1,10 +1,10 @@
 """Every bundled strategy on the same trained network, at 2, 4, 8 and 16 times fewer parameters, weights or bits.
 
 python -m benchmarks.strategies              all; writes results/strategies.json and docs/strategies-compared.md
-python -m benchmarks.strategies magnitude    only strategies whose name has this in it, to look at; writes nothing
+python -m benchmarks.strategies brevitas     only strategies whose name has this in it; the others stay as they are
 
 The network is trained on scikit-learn's digits, once for each seed; every strategy is applied once, with its default
-options, and followed by the same fine-tuning. All is counted and tested by `micronet_eval.compare`.
+options, and followed by the same fine-tuning. All is counted and tested by `micronet_eval.comparing`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from micronet_eval.compare import Cell, Result, compare, jobs_of, rows, title
+from micronet_eval.comparing import Cell, Result, jobs_of, results_of, rows, title
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "strategies.json"
@@ -68,6 +68,11 @@ def cells() -> dict[tuple[str, str, int], Cell]:
         if bits <= 8:
             add("quantizer", "mixed", x, bits=max(bits, 2.5), activation_bits=8)
             add("quantizer", "codebook", x, values=2**bits)
+        add("pruner", "torch-pruning", x, ratio=1 - x**-0.5, limit=0.99)  # its ratio is one of channels
+    add("quantizer", "torchao", 4, config="int8", activation_bits=8)
+    add("quantizer", "torchao", 8, config="int4", activation_bits=4)
+    for bits in (8, 4, 2):
+        add("quantizer", "brevitas", 32 // bits, weight_bits=bits, activation_bits=max(bits, 4))
     add("quantizer", "ternary", 16)
     add("quantizer", "binary", 16)
     return found
@@ -114,9 +119,11 @@ def main() -> None:
         base = Path(folder) / "base.toml"
         base.write_text(BASE, encoding="utf-8")
         jobs = jobs_of(chosen, base, SEEDS, FINE_TUNE, None, KEPT.with_suffix(".kept"))
-        results = compare(jobs, KEPT, workers=2, seen=lambda result: print(result, flush=True))
+        results = results_of(jobs, KEPT, workers=2, watch=lambda found, running: print(found[-1:], flush=True))
     if only:
-        return
+        new = {result.name for result in results}
+        before = [Result(**result) for result in json.loads(RESULTS.read_text(encoding="utf-8"))]
+        results = [result for result in before if result.name not in new] + results
     RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(results), encoding="utf-8")
 

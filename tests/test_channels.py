@@ -434,3 +434,36 @@ def test_labels_without_an_output_are_told():
     wrong = DataLoader(TensorDataset(inputs(8), torch.full((8,), 9)), 8)
     with pytest.raises(InputError, match="label 9 has no output; the model has 5"):
         strategy("taylor").apply(net("residual"), Context(c.example_input, wrong, 0, c.formulas))
+
+
+# --- torch-pruning's own pruner ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"importance": "taylor", "across": "network"}, {"importance": "lamp"}])
+def test_torch_pruning_removes_what_its_users_would_see_removed(options):
+    import torch_pruning as tp
+
+    model, c = net("residual"), context()
+    found = plugins.lookup("pruner", "torch-pruning")(ratio=0.25, batches=1, **options).apply(model, c)
+    theirs = copy.deepcopy(model)
+    kinds = {"taylor": tp.importance.GroupTaylorImportance, "lamp": tp.importance.LAMPImportance}
+    importance = kinds.get(options.get("importance"), tp.importance.GroupMagnitudeImportance)()
+    pruner = tp.pruner.BasePruner(
+        theirs, c.example_input, importance, pruning_ratio=0.25, max_pruning_ratio=0.9,
+        global_pruning="across" in options, ignored_layers=[theirs.head],
+    )  # fmt: skip
+    examples, labels = next(iter(c.training_data))
+    nn.functional.cross_entropy(theirs(examples), labels).backward()
+    pruner.step()
+    assert [tuple(p.shape) for p in found.parameters()] == [tuple(p.shape) for p in theirs.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), theirs.parameters(), strict=True))
+    assert sum(p.numel() for p in found.parameters()) < sum(p.numel() for p in model.parameters())
+    whole = merged(found, c.example_input)
+    packed = packing.pack(whole, Residual(), c.example_input)
+    assert torch.equal(packing.unpack(packed, Residual()).eval()(examples), whole(examples))
+
+
+def test_torch_pruning_comes_before_sparsifiers():
+    sparse = Magnitude(sparsity=0.5).apply(net("residual"), context())
+    with pytest.raises(InputError, match="put it before sparsifiers"):
+        plugins.lookup("pruner", "torch-pruning")().apply(sparse, context())

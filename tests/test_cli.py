@@ -257,7 +257,7 @@ def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch
 
 # --- lists ------------------------------------------------------------------------------------------------------------
 
-QUANTIZERS = ("fixed-point", "affine", "lsq", "binary", "ternary", "codebook", "gptq", "mixed", "torchao")
+QUANTIZERS = ("fixed-point", "affine", "lsq", "binary", "ternary", "codebook", "gptq", "mixed", "torchao", "brevitas")
 
 
 @pytest.mark.parametrize(

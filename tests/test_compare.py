@@ -1,29 +1,34 @@
 """Strategies side by side: the grid, the same numbers as a submission's, results that last, the table."""
 
+import io
 import json
 import re
 import sqlite3
+import sys
+import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from pydantic import Field
+from rich.console import Console
 
-from micronet_eval import compare as comparing
-from micronet_eval import evaluate
-from micronet_eval.compare import (
+from micronet_eval import comparing, evaluate
+from micronet_eval.comparing import (
     Job,
     Result,
     Row,
-    compare,
     grid,
-    job_of,
+    jobs_at,
     jobs_of,
     options,
     parse,
+    results_of,
     rows,
     run,
     sorted_rows,
 )
+from micronet_eval.comparing.showing import LiveView
 from micronet_eval.errors import InputError
 from micronet_eval.recipe import compress
 from micronet_eval.strategy import Sparsifier
@@ -75,7 +80,7 @@ def test_every_combination_of_the_values_is_a_cell():
     [
         ("magnitud", "nearest: magnitude"),
         ("magnitude:sparsit=0.5", "unknown option 'sparsit'; nearest: sparsity"),
-        ("magnitude:0.5", "write its options like magnitude:option=value"),
+        ("magnitude:0.5", "'0.5' has no value; write options like option=value"),
     ],
 )
 def test_what_is_no_strategy(text, message):
@@ -128,7 +133,7 @@ def test_the_base_is_trained_once_for_each_seed(base, tmp_path, monkeypatch):
         ("magnitude:sparsity=0.5", 0), ("magnitude:sparsity=0.5", 1),
         ("magnitude:sparsity=0.9", 0), ("magnitude:sparsity=0.9", 1),
     ]  # fmt: skip
-    found = compare(jobs, tmp_path / "results.sqlite", "here")
+    found = results_of(jobs, tmp_path / "results.sqlite", "here")
     assert len(trainings) == 2
     assert all(not result.error for result in found)
     assert found[0].score > found[2].score
@@ -152,35 +157,82 @@ def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
     calls = []
     register(sparsifiers={"moody": Moody})
     jobs = jobs_of(parse("sparsifier", "moody:sparsity=0.5,0.6"), base, 1, None, None, tmp_path / "kept")
-    first = compare(jobs, tmp_path / "results.sqlite", "here")
+    first = results_of(jobs, tmp_path / "results.sqlite", "here")
     assert [result.error for result in first] == ["ZeroDivisionError: moody", ""]
     seen = []
-    second = compare(jobs, tmp_path / "results.sqlite", "here", seen=seen.append)
+    second = results_of(
+        jobs, tmp_path / "results.sqlite", "here", watch=lambda found, running: seen.append((len(found), running))
+    )
     assert calls == [0.5, 0.6, 0.5]
     assert second[1] == first[1]
     assert not second[0].error
-    assert len(seen) == 2
+    assert seen == [(1, 1), (2, 0)]
     with closing(sqlite3.connect(tmp_path / "results.sqlite")) as store:
         assert store.execute("SELECT count(*) FROM results").fetchone() == (2,)
 
 
 def test_processes_give_the_same_numbers(base, tmp_path):
     jobs = jobs_of(parse("sparsifier", "random:sparsity=0.3,0.6"), base, 1, None, None, tmp_path / "kept")
-    here = compare(jobs, tmp_path / "here.sqlite", "here")
-    local = compare(jobs, tmp_path / "local.sqlite", "local", workers=2)
+    here = results_of(jobs, tmp_path / "here.sqlite", "here")
+    local = results_of(jobs, tmp_path / "local.sqlite", "local", workers=2)
     assert [(r.score, r.quality, r.error) for r in here] == [(r.score, r.quality, r.error) for r in local]
 
 
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+def test_ray_gives_the_same_numbers(base, tmp_path):
+    pytest.importorskip("ray")
+    cells = parse("sparsifier", "random:sparsity=0.3,0.6") + parse("sparsifier", "n-m:n=3,m=2")
+    jobs = jobs_of(cells, base, 1, None, None, tmp_path / "kept")
+    here = results_of(jobs, tmp_path / "here.sqlite", "here")
+    ray = results_of(jobs, tmp_path / "ray.sqlite", "ray", workers=2)
+    assert [replace(r, seconds=0) for r in here] == [replace(r, seconds=0) for r in ray]
+    assert [bool(r.error) for r in ray] == [False, False, True]
+    with pytest.raises(InputError, match="a job asks for 99 GPUs, and the cluster has"):
+        results_of([Job("x")], tmp_path / "none.sqlite", "ray:gpus=99", workers=1)
+
+
+def test_ray_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'micronet-eval\[ray\]'"):
+        results_of([Job("x")], tmp_path / "results.sqlite", "ray")
+
+
+def test_executors_have_options(register):
+    def slow(run, jobs, workers, *, pause: float = 0.0, where: str = ""):
+        """Says what it was given."""
+        yield from [(pause, where)]
+
+    register(executors={"slow": slow})
+    assert [*comparing.executor_of("slow:pause=2,where=ray://head:10001")(run, [], 1)] == [(2, "ray://head:10001")]
+    for text, message in [
+        ("slow:pauses=2", "executor slow: unknown option 'pauses'; nearest: pause"),
+        ("slow:pause=long", "executor slow: option 'pause': Input should be a valid number"),
+        ("slow:pause=1,2", "'pause' has several values; give one"),
+        ("slow:jobs=2", "unknown option 'jobs'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            comparing.executor_of(text)
+
+
+def test_a_recipe_is_run_with_each_seed(base, submission):
+    jobs = jobs_at(base, 3, None)
+    assert [(job.name, job.seed, f"seed = {5 + job.seed}\n" in job.recipe) for job in jobs] == [
+        ("base", seed, True) for seed in range(3)
+    ]
+    assert len({job.key for job in jobs}) == 3
+    assert len(jobs_at(submission, 3, None)) == 1
+
+
 def test_submissions_and_recipes_are_rows(submission, base, tmp_path):
-    results = compare([job_of(submission, None), job_of(base, None)], tmp_path / "results.sqlite", "here")
+    results = results_of([*jobs_at(submission, 1, None), *jobs_at(base, 1, None)], tmp_path / "results.sqlite", "here")
     assert [result.name for result in results] == ["small", "base"]
     assert results[0].score == evaluate(submission).score.total
     with pytest.raises(InputError, match="no submission's folder and no recipe"):
-        job_of(tmp_path / "nothing", None)
+        jobs_at(tmp_path / "nothing", 1, None)
 
 
 def test_a_changed_submission_is_evaluated_again(submission, tmp_path):
-    job = job_of(submission, None)
+    (job,) = jobs_at(submission, 1, None)
     before = job.key
     (submission / "submission.toml").write_text((submission / "submission.toml").read_text() + "\n")
     assert job.key != before
@@ -211,9 +263,71 @@ def test_lower_is_better_where_the_task_says_so():
     def row(name, score, quality):
         return Row(name, "wikitext103", 1, 0.1, 0.1, score, quality)
 
-    assert comparing._beats(row("a", 1, 30), row("b", 1, 35))
-    assert not comparing._beats(row("a", 1, 35), row("b", 1, 30))
+    assert comparing.table._beats(row("a", 1, 30), row("b", 1, 35))
+    assert not comparing.table._beats(row("a", 1, 35), row("b", 1, 30))
     assert [r.name for r in sorted_rows([row("a", 1, 35), row("b", 2, 30)], "quality")] == ["b", "a"]
+
+
+@pytest.fixture
+def table():
+    """Two rows with spread, one of them Pareto-optimal, and one that failed."""
+    several = [
+        Result("good_1", 0, "digits", 1000, 5000, 0.1, 0.1, 0.2, 0.9, True, 3),
+        Result("good_1", 1, "digits", 1000, 5000, 0.1, 0.3, 0.4, 1.0, True, 3),
+        Result("worse & more", 0, "digits", 2000, 5000, 0.2, 0.3, 0.5, 0.8, False, 3),
+        Result("broken", 0, error="why"),
+    ]
+    return comparing.Comparison(tuple(rows(several)), tuple(several))
+
+
+def test_columns_for_people_and_programs(table):
+    chosen = replace(table, columns=("score", "quality"))
+    assert chosen.to_markdown().splitlines() == [
+        "|  | strategy | score | quality |",
+        "| --- | --- | --- | --- |",
+        "| * | good_1 | 0.30000 ±0.14 | 95.00% ±7.07% |",
+        "|  | worse & more | 0.50000 | 80.00% |",
+        "|  | broken | failed |  |",
+    ]
+    assert chosen.to_latex().splitlines() == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"strategy & score & quality \\",
+        r"\midrule",
+        r"\textbf{good\_1} & 0.30000 $\pm$0.14 & 95.00\% $\pm$7.07\% \\",
+        r"worse \& more & 0.50000 & 80.00\% \\",
+        r"broken & failed &  \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert chosen.to_csv().splitlines()[0] == "strategy,score,score_deviation,quality,quality_deviation"
+    whole = json.loads(table.to_json())
+    assert whole[0]["params32"] == 1000 and whole[0]["pareto"] is True and whole[2]["errors"] == "why"
+    assert "<td>good_1</td>" in table._repr_html_() and "worse &amp; more" in table._repr_html_()
+    assert [row.name for row in sorted_rows(table.rows, "params32")] == ["good_1", "worse & more", "broken"]
+
+
+def test_wide_terminals_show_more(table):
+    def head(width):
+        console = Console(width=width, file=io.StringIO())
+        console.print(table)
+        return console.file.getvalue().splitlines()[1].split()
+
+    assert head(60) == ["strategy", "score", "quality", "time"]
+    assert head(100) == ["strategy", "storage", "math", "score", "quality", "time"]
+    assert head(200) == ["strategy", "params32", "ops32", "storage", "math", "score", "quality", "time"]
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_the_live_view_says_how_far_it_is(table, width):
+    console = Console(width=width, height=24, file=io.StringIO())
+    view = LiveView(total=10, clock=time.monotonic() - 20)
+    view.watch(table.results[:2], 2)
+    view.watch(table.results, 3)
+    console.print(view)
+    shown = " ".join(console.file.getvalue().split())
+    assert "4 of 10 done, 3 running, 1 failed, 20 s so far, about 1 min 0 s left; 2 from before" in shown
+    assert "good_1" in shown and "broken: why" in shown
 
 
 @pytest.mark.parametrize("width", [60, 160])
@@ -227,6 +341,10 @@ def test_the_command(run, base, tmp_path, monkeypatch, width):
     assert ("storage" in out) == (width > 72)
     code, out, _ = run(*words, "--format", "json", "--sort", "score")
     flat = json.loads(out)
+    assert run(*words, "--format", "latex", "--columns", "score,time")[1].count(r"\\") == 3
+    status, _, err = run(*words, "--html", tmp_path / "site")
+    assert status == 0 and "index.html" in err
+    assert json.loads((tmp_path / "site" / "index.json").read_text())[0]["score"] == flat[1]["score"]
     assert [row["strategy"] for row in flat] == ["magnitude:sparsity=0.9", "magnitude:sparsity=0.5"]
     assert "…" not in out
 
@@ -238,6 +356,11 @@ def test_the_command(run, base, tmp_path, monkeypatch, width):
         (["compare", "--pruner", "random"], "give the recipe that trains it by --on"),
         (["compare", "--on", "BASE", "--pruner", "nope"], "unknown pruner 'nope'"),
         (["compare", "--on", "BASE", "--pruner", "random", "--executor", "cloud"], "unknown executor 'cloud'"),
+        (
+            ["compare", "--on", "BASE", "--pruner", "random", "--columns", "scor"],
+            "unknown column 'scor'; nearest: score",
+        ),
+        (["compare", "--on", "BASE", "--pruner", "random", "--sort", "scor"], "unknown order 'scor'; nearest: score"),
     ],
 )
 def test_bad_words(run, base, tmp_path, monkeypatch, words, message):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import micronet_eval
-from micronet_eval.diff import diff, report_of
+from micronet_eval.diffing import diff, report_of
 from micronet_eval.errors import InputError
-from micronet_eval.explain import explain
+from micronet_eval.explaining import explain
 from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.opening import open_submission
 

@@ -11,7 +11,8 @@ import pytest
 from micronet_eval import evaluate
 from micronet_eval.errors import InputError
 from micronet_eval.evaluation import PathCost
-from micronet_eval.leaderboard import (
+from micronet_eval.quality import Quality
+from micronet_eval.ranking import (
     Entry,
     Judged,
     Told,
@@ -24,7 +25,6 @@ from micronet_eval.leaderboard import (
     source,
     top_tenth,
 )
-from micronet_eval.quality import Quality
 from micronet_eval.scoring import Score
 from micronet_eval.submission import Frequencies, read_manifest
 

@@ -10,8 +10,8 @@ import pytest
 
 from micronet_eval import evaluate, pages
 from micronet_eval.errors import InputError
-from micronet_eval.leaderboard import Judged, as_json, boards, judged
 from micronet_eval.pages.plots import Axis, Point, front, path_plot, score_plot
+from micronet_eval.ranking import Judged, as_json, boards, judged
 from micronet_eval.scoring import Layer, Module
 from micronet_eval.submission import Provenance, Step
 from micronet_eval.task import METRICS

@@ -44,6 +44,8 @@ CASES = [
     ("mixed", {"weigh": "math", "bits": 4}),
     ("torchao", {}),
     ("torchao", {"config": "int4"}),
+    ("brevitas", {}),
+    ("brevitas", {"scheme": "ShiftedUint8WeightPerChannelFloat", "weight_bits": 4}),
 ]
 EACH = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n} {', '.join(map(str, o))}" for n, o in CASES])
 
@@ -82,8 +84,8 @@ def context(x):
 
 
 def strategy(name, **options):
-    if name == "torchao":
-        pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    if name in ("torchao", "brevitas"):
+        pytest.importorskip({"torchao": "torchao.quantization", "brevitas": "brevitas.nn"}[name], exc_type=ImportError)
     return plugins.lookup("quantizer", name)(**options)
 
 
@@ -524,6 +526,30 @@ def test_torchao_says_that_it_is_missing(net, x, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(InputError, match="pip install torchao"):
         plugins.lookup("quantizer", "torchao")().apply(net, context(x))
+
+
+def test_brevitas_says_that_it_is_missing(net, x, monkeypatch):
+    monkeypatch.setitem(sys.modules, "brevitas.nn", None)
+    with pytest.raises(InputError, match="pip install brevitas"):
+        plugins.lookup("quantizer", "brevitas")().apply(net, context(x))
+
+
+@pytest.mark.parametrize("scheme", ["Int8WeightPerTensorFixedPointMSE", "ShiftedUint8WeightPerChannelFloat"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_brevitas_chooses_the_values(scheme, transposed):
+    """As if Brevitas' own layer stood there."""
+    layers = pytest.importorskip("brevitas.nn", exc_type=ImportError)
+    torch.manual_seed(3)
+    kind = "ConvTranspose2d" if transposed else "Conv2d"
+    plain = getattr(nn, kind)(1, 4, 3, bias=False).eval()
+    x = torch.randn(16, 1, 8, 8)
+    model = strategy("brevitas", scheme=scheme, weight_bits=3, activation_bits=0).apply(plain, context(x))
+    scheme = getattr(__import__("brevitas.quant").quant, scheme)
+    theirs = getattr(layers, f"Quant{kind}")(1, 4, 3, bias=False, weight_quant=scheme, weight_bit_width=3).eval()
+    theirs.weight.data.copy_(plain.weight)
+    with torch.no_grad():
+        assert torch.equal(model(x), theirs(x))
+    assert len(model.weight.unique()) <= 8 * 4
 
 
 def test_torchao_groups_must_divide(net, x):

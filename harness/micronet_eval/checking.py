@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from xml.etree import ElementTree
 
-from micronet_eval.evaluation import Report
+from micronet_eval.evaluation import Report, evaluate
 from micronet_eval.task import METRICS
 
 
@@ -17,6 +18,13 @@ class Check:
     name: str
     holds: bool | None
     figures: str
+
+
+def check(
+    folder: str | Path, max_score: float | None = None, min_quality: float | None = None, data: str | Path | None = None
+) -> list[Check]:
+    """Evaluates a submission and checks it; as `checks`. Raises what `evaluate` raises."""
+    return checks(evaluate(folder, data), max_score, min_quality)
 
 
 def checks(report: Report, max_score: float | None = None, min_quality: float | None = None) -> list[Check]:

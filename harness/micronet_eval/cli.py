@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +20,9 @@ from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.isolation import Isolation, Limits, Mode
 
 if TYPE_CHECKING:
-    from micronet_eval.compare import Row
+    from micronet_eval.comparing import Watch
     from micronet_eval.evaluation import Report
-    from micronet_eval.leaderboard import Judged
+    from micronet_eval.ranking import Judged
     from micronet_eval.task import Task
 
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
@@ -113,7 +113,7 @@ def evaluate(
             status = max(status, _complain(error))
     reports = [outcome for _, outcome in outcomes if not isinstance(outcome, Exception)]
     if html is not None:
-        from micronet_eval.leaderboard import judged
+        from micronet_eval.ranking import judged
 
         _write_pages([judged(folder.resolve().name, folder, outcome) for folder, outcome in outcomes], html)
     if reports:
@@ -156,13 +156,10 @@ def count(
     TARGET is torchvision:NAME, timm:NAME, transformers:CLASS (its default configuration), or package.module:FUNCTION
     that returns a module.
     """
-    from micronet_eval.evaluation import score
-    from micronet_eval.targets import build, example
+    from micronet_eval.targets import count
 
-    shaped = example(inputs)
-    report = score(
-        build(target), shaped, task, dict(map(_share, shares)), ruleset=ruleset, cross_check=cross_check
-    ).model_copy(update={"submission": target})
+    asked: dict[str, Any] = {"shares": dict(map(_share, shares)), "ruleset": ruleset, "cross_check": cross_check}
+    report = count(target, *inputs, task=task, **asked)
     if depth is None:
         _show([report], style, layers)
     else:
@@ -226,16 +223,24 @@ def check(
     show_default=True,
     help="File that keeps results; what is in there is not run again.",
 )
-@click.option("--executor", default="local", show_default=True, help="Where to run.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Jobs at a time; by default one a processor.")
 @click.option(
-    "--sort",
-    type=click.Choice(["given", "score", "storage", "math", "quality"]),
-    default="given",
+    "--executor",
+    default="local",
     show_default=True,
-    help="Order of the rows.",
+    help="Where to run: here, local, ray, or one of a plugin; with options, for example ray:address=auto,gpus=0.5.",
 )
-@_format
+@click.option("--jobs", type=click.IntRange(min=1), help="Jobs at a time; by default one a processor.")
+@click.option("--sort", default="given", show_default=True, help="Order of the rows: a column, or as they are given.")
+@click.option("--columns", help="Columns of the table, for example score,quality,time; by default those that fit.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "json", "csv", "markdown", "latex"]),
+    default="table",
+    show_default=True,
+    help="How to print the table.",
+)
+@_html
 @_data
 def compare(
     paths: tuple[Path, ...],
@@ -249,31 +254,45 @@ def compare(
     executor: str,
     jobs: int | None,
     sort: str,
+    columns: str | None,
     style: str,
+    html: Path | None,
     data: Path | None,
 ) -> None:
     """Lay strategies side by side: a grid of them on one trained network, recipes, submissions.
 
     PATHS are recipes and submissions' folders, a row each.
     """
-    from micronet_eval import compare as comparing
+    from micronet_eval import comparing
 
-    todo = [comparing.job_of(path, data) for path in paths]
-    kinds: tuple[tuple[plugins.Kind, tuple[str, ...]], ...] = (
-        ("pruner", pruners), ("sparsifier", sparsifiers), ("quantizer", quantizers),
-    )  # fmt: skip
-    cells = comparing.grid([[c for text in texts for c in comparing.parse(kind, text)] for kind, texts in kinds])
-    if cells and on is None:
-        raise InputError("strategies are compared on a trained network: give the recipe that trains it by --on")
-    if on is not None:
-        tuning = comparing.options(fine_tune) if fine_tune else None
-        todo += comparing.jobs_of(cells, on, seeds, tuning, data, results.with_suffix(".kept"))
-    if not todo:
-        raise InputError("nothing to compare; give recipes, submissions, or strategies with --on RECIPE")
-    with _live(len(todo)) as seen:
-        found = comparing.compare(todo, results, executor, jobs, seen)
-    _show_comparison(comparing.sorted_rows(comparing.rows(found), sort), style)
-    sys.exit(FAILED if any(result.error for result in found) else 0)
+    found = comparing.compare(
+        *paths,
+        on=on,
+        pruners=pruners,
+        sparsifiers=sparsifiers,
+        quantizers=quantizers,
+        fine_tune=comparing.options(fine_tune) if fine_tune else None,
+        seeds=seeds,
+        results=results,
+        executor=executor,
+        workers=jobs,
+        data=data,
+        sort=sort,
+        columns=columns,
+        live=_live,
+    )
+    if html is not None:
+        from micronet_eval.pages import write_comparison
+
+        write_comparison(found, html)
+        click.echo(f"wrote {html / 'index.html'}", err=True)
+    if style == "table":
+        from rich.console import Console
+
+        Console().print(found)
+    else:
+        click.echo(getattr(found, f"to_{style}")())
+    sys.exit(FAILED if found.failed else 0)
 
 
 @cli.command()
@@ -286,7 +305,7 @@ def leaderboard(folders: tuple[Path, ...], html: Path | None, style: str, data: 
 
     FOLDERS are submissions, or folders that hold some.
     """
-    from micronet_eval import leaderboard as ranking
+    from micronet_eval import ranking
 
     found = []
     for name, folder in ranking.named(folders).items():
@@ -314,10 +333,9 @@ def explain(folder: Path, module: str, ruleset: str, style: str) -> None:
     """Show the formula of every operation of a submission's module, with its numbers."""
     from dataclasses import asdict
 
-    from micronet_eval.explain import explain
-    from micronet_eval.opening import open_submission
+    from micronet_eval.explaining import explain
 
-    explanations = explain(open_submission(folder), module, ruleset)
+    explanations = explain(folder, module, ruleset)
     if style == "json":
         click.echo(json.dumps([{**asdict(e), "lines": [*map(list, e.lines)]} for e in explanations], indent=2))
     else:
@@ -331,9 +349,9 @@ def explain(folder: Path, module: str, ruleset: str, style: str) -> None:
 @_either
 def diff(before: Path, after: Path, layers: bool, style: str) -> None:
     """Split the change of the score between two submissions, or two JSON reports, into its causes."""
-    from micronet_eval.diff import diff, report_of
+    from micronet_eval.diffing import diff
 
-    found = diff(report_of(before), report_of(after))
+    found = diff(before, after)
     if style == "json":
         click.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -403,10 +421,10 @@ def train(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; by default NAME.")
 def new(kind: plugins.Kind, name: str, output: Path | None) -> None:
     """Write a plugin package to begin with: one strategy, its tests, ready to pip install."""
-    from micronet_eval.new import new
+    from micronet_eval.new import new_plugin
 
     folder = output or Path(name)
-    new(kind, name, folder)
+    new_plugin(kind, name, folder)
     click.echo(f"wrote {folder}; next: pip install -e {folder}, micronet-eval strategies {name}, pytest {folder}")
 
 
@@ -574,37 +592,19 @@ def _training() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
 
 
 @contextmanager
-def _live(total: int) -> Iterator[Callable[[Any], None]]:
-    """On a terminal: jobs done, failed, to do, and the time left; elsewhere nothing."""
+def _live(total: int) -> Iterator[Watch]:
+    """On a terminal: jobs done, running, failed, the time left, the best rows; elsewhere nothing."""
     if not sys.stdout.isatty():
-        yield lambda result: None
+        yield lambda results, running: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.live import Live
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task, failed = bar.add_task("comparing", total=total), 0
+    from micronet_eval.comparing.showing import LiveView
 
-        def seen(result: Any) -> None:
-            nonlocal failed
-            failed += bool(result.error)
-            told = f"comparing, {failed} failed" if failed else "comparing"
-            bar.update(task, advance=1, description=told)
-
-        yield seen
-
-
-def _show_comparison(rows: list[Row], style: str) -> None:
-    from micronet_eval import report as reporting
-
-    if style == "table":
-        from rich.console import Console
-
-        console = Console()
-        console.print(reporting.render_comparison(rows, console.width))
-    else:
-        _show_rows([reporting.comparison_row(row) for row in rows], style)
+    view = LiveView(total)
+    with Live(view, console=Console(stderr=True), transient=True, vertical_overflow="crop"):
+        yield view.watch
 
 
 def _write_pages(found: list[Judged], html: Path | None) -> None:
@@ -635,7 +635,7 @@ def _show(reports: list[Report], style: str, layers: bool, several: bool = False
         reporting.print_report(reports, Console(), layers)
     else:
         table = reporting.rows(reports)
-        click.echo(reporting.to_csv(table) if style == "csv" else reporting.to_markdown(table))
+        _print_rows(table, style)
 
 
 def _show_modules(report: Report, depth: int, style: str) -> None:
@@ -652,20 +652,22 @@ def _show_modules(report: Report, depth: int, style: str) -> None:
         console = Console()
         console.print(reporting.render_modules(report, modules, console.width))
     else:
-        click.echo(reporting.to_csv(rows) if style == "csv" else reporting.to_markdown(rows))
+        _print_rows(rows, style)
+
+
+def _print_rows(rows: Sequence[Mapping[str, object]], style: str) -> None:
+    from micronet_eval import tables
+
+    click.echo(tables.to_csv(rows) if style == "csv" else tables.to_markdown(rows))
 
 
 def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
-    from micronet_eval import report as reporting
-
     if style == "json":
         click.echo(json.dumps(rows, indent=2, default=str))
     elif not rows:
         click.echo("none")
-    elif style == "csv":
-        click.echo(reporting.to_csv(rows))
-    elif style == "markdown":
-        click.echo(reporting.to_markdown(rows))
+    elif style != "table":
+        _print_rows(rows, style)
     else:
         from rich.console import Console
         from rich.table import Table

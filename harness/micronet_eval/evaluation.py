@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import nn
 
 from micronet_eval import crosscheck, plugins
@@ -22,6 +22,7 @@ from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.explaining import Explanation, explanations
 from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged
 from micronet_eval.opening import Opened, formulas, open_submission
@@ -94,12 +95,30 @@ class Report(BaseModel):
     environment: dict[str, str]
     provenance: str
     warnings: tuple[str, ...]
+    _counted: Account | None = PrivateAttr(None)
+
+    def __eq__(self, other: object) -> bool:
+        """By the figures; what they were counted from is not compared."""
+        return isinstance(other, Report) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def passed(self) -> bool:
         """Whether no threshold and no claim fails; what was not measured does not fail."""
         quality_fails = self.quality is not None and self.quality.passed is False
         return not quality_fails and all(claim.holds is not False for claim in self.claims)
+
+    def explain(self, module: str = "") -> tuple[Explanation, ...]:
+        """The formula of every operation of a module (of all, without one), with its numbers.
+
+        Raises InputError where there is no such module, or where the report was read from a file.
+        """
+        if self._counted is None:
+            raise InputError(
+                f"the report on {self.submission} was read from a file; evaluate again to have it explained"
+            )
+        return explanations(self._counted, module, self.ruleset)
 
     def to_frame(self) -> Any:
         """The priced operations as a pandas DataFrame, a row each. Raises ImportError where pandas is not installed."""
@@ -231,7 +250,7 @@ def _report(
     total = None if task is None else score_of(counted, task.storage, task.math)
     taken = {p.op.path for p in counted.operations if p.share}
     peaks = [activation_peak(part, bit_widths(part)) for path, part in recorded.by_path().items() if path in taken]
-    return Report(
+    report = Report(
         submission=name,
         task=task.name if task else None,
         storage=counted.storage,
@@ -253,6 +272,8 @@ def _report(
         provenance="",
         warnings=_wide(counted),
     )
+    report._counted = counted
+    return report
 
 
 def _wide(counted: Account) -> tuple[str, ...]:

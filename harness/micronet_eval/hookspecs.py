@@ -10,7 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
-    from micronet_eval.compare import Executor
+    from micronet_eval.comparing import Executor
     from micronet_eval.costs import Formula
     from micronet_eval.strategy import Pruner, Quantizer, Sparsifier
     from micronet_eval.task import Task
@@ -53,7 +53,7 @@ def micronet_register_costs(register: Callable[[str, Formula], None]) -> None:
 
 @hookspec
 def micronet_register_executors(register: Callable[[str, Executor], None]) -> None:
-    """register(name, executor): where compare runs its jobs; see micronet_eval.compare.Executor."""
+    """register(name, executor): where compare runs its jobs; see micronet_eval.comparing.Executor."""
 
 
 @hookspec

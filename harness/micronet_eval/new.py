@@ -14,7 +14,7 @@ from micronet_eval import plugins
 from micronet_eval.errors import InputError
 
 
-def new(kind: plugins.Kind, name: str, folder: Path) -> None:
+def new_plugin(kind: plugins.Kind, name: str, folder: Path) -> None:
     """Writes a package with the strategy `name`, its tests and its README into `folder`, which must not exist yet.
 
     Raises InputError where the name cannot be used or the folder cannot be written.

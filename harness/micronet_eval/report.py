@@ -1,9 +1,7 @@
-"""Reports for people: rich tables, and the same rows as CSV and Markdown."""
+"""Reports for people: rich tables, and the same figures as flat rows."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -15,11 +13,10 @@ from rich.text import Text
 
 from micronet_eval.accumulators import Figure
 from micronet_eval.breakdown import ModuleCost
-from micronet_eval.compare import Row
 from micronet_eval.crosscheck import CrossCheck
-from micronet_eval.diff import Change, Diff
+from micronet_eval.diffing import Change, Diff
 from micronet_eval.evaluation import Claim, Report
-from micronet_eval.explain import Explanation
+from micronet_eval.explaining import Explanation
 from micronet_eval.quality import Quality
 from micronet_eval.scoring import Layer
 from micronet_eval.task import METRICS
@@ -83,26 +80,6 @@ def rows(reports: Sequence[Report]) -> list[dict[str, object]]:
         }
         for r in reports
     ]
-
-
-def to_csv(table: Sequence[dict[str, object]]) -> str:
-    """Rows as comma-separated values with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue().rstrip("\n")
-
-
-def to_markdown(table: Sequence[dict[str, object]]) -> str:
-    """Rows as a Markdown table."""
-    head = list(table[0])
-    lines = [head, ["---"] * len(head), *([_cell(row[name]) for name in head] for row in table)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _summary(report: Report) -> Table:
@@ -395,54 +372,3 @@ def _cells(change: Change) -> tuple[str, ...]:
 def print_report(reports: Sequence[Report], console: Console, all_layers: bool = False) -> None:
     """Prints one report in full, several as a table."""
     console.print(render(reports[0], all_layers, console.width) if len(reports) == 1 else render_many(reports))
-
-
-def render_comparison(rows: Sequence[Row], width: int = 80) -> RenderableType:
-    """A row for each strategy; those that no other beats in score and quality are marked, and lead the eye.
-
-    Narrow terminals show less of each.
-    """
-    figures = ("storage", "math", "score") if width >= NARROW else ("score",)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("strategy", overflow="fold", min_width=16)
-    for name in (*figures, "quality", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        if row.score is None and row.errors:
-            blank = [""] * (len(figures) - 1)
-            table.add_row("", Text(row.name), *blank, Text("failed", "bold red"), "", _seconds(row.seconds))
-            continue
-        shown = [_spread(row, name, ".5f") for name in figures]
-        quality = Text(_spread(row, "quality", ".4f"), "" if row.passed is not False else "red")
-        style = "bold" if row.best else ""
-        table.add_row("*" if row.best else "", Text(row.name, style), *shown, quality, _seconds(row.seconds))
-    seeds = max((row.seeds for row in rows), default=0)
-    notes = [f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "", "* no other row is better in both"]
-    failed = [Text(f"{row.name}: {error}", "red") for row in rows for error in row.errors]
-    return Group(table, *failed, Text("; ".join(filter(None, notes)), "dim"))
-
-
-def comparison_row(row: Row) -> dict[str, object]:
-    """The figures of a row, flat, for CSV, Markdown and JSON."""
-    figures = ("storage", "math", "score", "quality")
-    spread = {f"{name}_deviation": row.spread.get(name) for name in figures}
-    flat: dict[str, object] = {"strategy": row.name, "task": row.task, "seeds": row.seeds}
-    flat |= {name: getattr(row, name) for name in figures} | spread
-    return flat | {
-        "passed": row.passed,
-        "pareto": row.best,
-        "seconds": round(row.seconds, 1),
-        "errors": "; ".join(row.errors),
-    }
-
-
-def _spread(row: Row, name: str, style: str) -> str:
-    value = getattr(row, name)
-    if value is None:
-        return "-"
-    return format(value, style) + (f" ±{row.spread[name]:.2g}" if row.spread.get(name) else "")
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

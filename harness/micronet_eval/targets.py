@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from micronet_eval.errors import InputError, SubmissionError
+from micronet_eval.evaluation import Report, score
 from micronet_eval.plugins import unknown
+from micronet_eval.rulesets import DEFAULT
 from micronet_eval.structure import without_weights
 from micronet_eval.trace import Example
+
+
+def count(
+    target: str,
+    *inputs: str,
+    task: str | None = None,
+    shares: Mapping[str, float] | None = None,
+    ruleset: str = DEFAULT,
+    cross_check: bool = False,
+) -> Report:
+    """What a model costs that `target` names (`build`), for one example of the `inputs` (`example`); as `score`."""
+    report = score(build(target), example(inputs), task, shares, ruleset=ruleset, cross_check=cross_check)
+    return report.model_copy(update={"submission": target})
+
 
 # --- models -----------------------------------------------------------------------------------------------------------
 

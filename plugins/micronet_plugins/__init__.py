@@ -16,6 +16,7 @@ def micronet_register_pruners(register: Any) -> None:
     from micronet_plugins import channels
     from micronet_plugins.eigendamage import EigenDamage
     from micronet_plugins.low_rank import LowRank
+    from micronet_plugins.torch_pruning_adapter import TorchPruning
 
     register("low-rank", LowRank)
     register("eigendamage", EigenDamage)
@@ -25,6 +26,7 @@ def micronet_register_pruners(register: Any) -> None:
     register("fpgm", channels.FPGM)
     register("hrank", channels.HRank)
     register("random", channels.RandomChannels)
+    register("torch-pruning", TorchPruning)
 
 
 @hookimpl
@@ -47,6 +49,7 @@ def micronet_register_sparsifiers(register: Any) -> None:
 def micronet_register_quantizers(register: Any) -> None:
     """The bundled quantizers."""
     from micronet_plugins.affine import AffineStrategy
+    from micronet_plugins.brevitas_adapter import Brevitas
     from micronet_plugins.codebook import CodebookStrategy
     from micronet_plugins.fixed_point import FixedPointStrategy
     from micronet_plugins.gptq import GPTQ
@@ -64,15 +67,17 @@ def micronet_register_quantizers(register: Any) -> None:
     register("gptq", GPTQ)
     register("mixed", Mixed)
     register("torchao", TorchAO)
+    register("brevitas", Brevitas)
 
 
 @hookimpl
 def micronet_register_executors(register: Any) -> None:
     """The bundled executors."""
-    from micronet_plugins import executors
+    from micronet_plugins import executors, ray_executor
 
     register("here", executors.here)
     register("local", executors.local)
+    register("ray", ray_executor.on_ray)
 
 
 @hookimpl

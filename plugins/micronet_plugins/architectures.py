@@ -113,7 +113,8 @@ def wide_resnet(depth: int = 28, width: int = 10, classes: int = 100, channels: 
 class BasicBlock(nn.Module):
     """Basic block of a residual network (He et al. 2016, arXiv 1512.03385): 3x3 BN ReLU 3x3 BN, plus shortcut, ReLU.
 
-    Where the block widens or strides the shortcut is averaged, then widened by a 1x1 (He et al. 2019, arXiv 1812.01187).
+    Where the block strides or widens the shortcut is averaged, then widened by a 1x1 (He et al. 2019, arXiv
+    1812.01187).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -141,10 +142,10 @@ def resnet(
     classes: int = 10,
     channels: int = 1,
 ) -> nn.Module:
-    """A residual network for small images: a stem of `stem` filters of `kernel` x `kernel`, then stages of basic blocks.
+    """A residual network for small images: a convolution with `stem` filters, then stages of basic blocks.
 
-    Each stage after the first halves the image; its blocks have so many channels. The default has 96,570 parameters, and
-    3.5 M MACs on 1x28x28.
+    `kernel` and `stride` are the stem's. Each stage after the first halves the image; its blocks have so many channels.
+    The default has 96,570 parameters, and 3.5 M MACs on 1x28x28.
     """
     if len(widths) != len(blocks):
         raise ValueError(f"widths and blocks: one of each for a stage, not {len(widths)} and {len(blocks)}")

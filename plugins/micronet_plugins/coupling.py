@@ -101,14 +101,14 @@ def dependency_graph(model: nn.Module, example_input: Tensor) -> Any:
 
 def groups_of(graph: Any, model: nn.Module, example_input: Tensor, keep: Sequence[str] = ()) -> list[Group]:
     """All that can be removed. The model's own outputs stay, and those of layers at paths that match `keep`."""
-    kept = [*_output_layers(model, example_input), *keep]
+    kept = [*output_layers(model, example_input), *keep]
     ignored = [layer for path, layer in dot_products(model).items() if any(fnmatch(path, name) for name in kept)]
     layers = set(model.modules())
     found = graph.get_all_groups(ignored_layers=ignored, root_module_types=DOT_PRODUCTS)
     return [group for each in found if (group := _group(graph, layers, each)) is not None]
 
 
-def _output_layers(model: nn.Module, example_input: Tensor) -> set[str]:
+def output_layers(model: nn.Module, example_input: Tensor) -> set[str]:
     """The paths of the layers whose outputs become the model's without another such layer between them."""
     found, seen = set(), set()
     waiting = list(trace(model, example_input).outputs)

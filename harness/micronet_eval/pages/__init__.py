@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from micronet_eval import breakdown
-from micronet_eval.errors import InputError
 from micronet_eval.evaluation import Report
-from micronet_eval.leaderboard import Board, Entry, Judged, as_json, boards, source
+from micronet_eval.pages.comparison import write_comparison
 from micronet_eval.pages.plots import Plot, Point, path_plot, score_plot
+from micronet_eval.pages.site import templates, whole
+from micronet_eval.ranking import Board, Entry, Judged, as_json, boards, judge, named, source
 from micronet_eval.task import METRICS
-
-GENERATOR = "micronet-eval"
-ASSETS = ("style.css", "site.js")
 
 Node = list[Any]
 """A module of the treemap: [name, stored bits, ops32, [modules in it]]. The two figures include those within."""
@@ -41,45 +35,28 @@ class Weighted:
     ops32: float
 
 
+def write_pages(*folders: str | Path, html: str | Path, data: str | Path | None = None) -> None:
+    """Evaluates the submissions in `folders` and writes their pages, as `write`, into the folder `html`."""
+    root = None if data is None else Path(data)
+    write([judge(name, path, root) for name, path in named(map(Path, folders)).items()], Path(html))
+
+
 def write(found: Sequence[Judged], folder: Path) -> None:
     """Writes index.html, a page for each submission, and the same data as JSON beside each into `folder`.
 
-    The folder is written whole or not at all; one that holds such pages already is replaced. Raises InputError where
-    it holds anything else, or cannot be written.
+    Raises InputError where the folder holds anything but such pages, or cannot be written (`site.whole`).
     """
-    if folder.exists() and not _is_site(folder):
-        raise InputError(f"{folder} exists and holds no pages of this program; name another folder by --html")
-    place = folder.absolute().parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
-            made = Path(temporary) / "made"
-            _build(found, made)
-            if folder.exists():
-                folder.replace(Path(temporary) / "before")
-            made.replace(folder)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder by --html") from error
-
-
-def _is_site(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
-    index = folder / "index.html"
-    return index.is_file() and f'<meta name="generator" content="{GENERATOR}">' in index.read_text("utf-8", "replace")
+    with whole(folder) as site:
+        _build(found, site)
 
 
 def _build(found: Sequence[Judged], site: Path) -> None:
-    templates = _environment()
+    pages = templates()
     standings = boards(found)
     slugs = _slugs([judged.name for judged in found])
     entries = _entries(standings, found)
-    (site / "submissions").mkdir(parents=True)
-    for name in ASSETS:
-        (site / name).write_bytes((files("micronet_eval.pages") / name).read_bytes())
-    index = templates.get_template("index.html").render(
+    (site / "submissions").mkdir()
+    index = pages.get_template("index.html").render(
         root="",
         boards=standings,
         page_of=lambda entry: next(s for e, s in zip(entries, slugs, strict=True) if e is entry),
@@ -88,25 +65,11 @@ def _build(found: Sequence[Judged], site: Path) -> None:
     )
     (site / "index.html").write_text(index, encoding="utf-8")
     (site / "index.json").write_text(json.dumps(as_json(standings), indent=1), encoding="utf-8")
-    page = templates.get_template("submission.html")
+    page = pages.get_template("submission.html")
     for judged, entry, slug in zip(found, entries, slugs, strict=True):
         text = page.render(root="../", judged=judged, entry=entry, slug=slug, **_details(judged))
         (site / "submissions" / f"{slug}.html").write_text(text, encoding="utf-8")
         (site / "submissions" / f"{slug}.json").write_text(_json(judged), encoding="utf-8")
-
-
-def _environment() -> Environment:
-    templates = Environment(
-        loader=PackageLoader("micronet_eval.pages", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.globals["generator"] = GENERATOR
-    templates.filters["quality"] = lambda value, metric: METRICS[metric].show(value) if metric else f"{value:.4g}"
-    templates.filters["count"] = lambda value: f"{value:,.0f}"
-    return templates
 
 
 def _slugs(names: Sequence[str]) -> list[str]:
@@ -207,3 +170,6 @@ def _json(judged: Judged) -> str:
     if judged.report is None:
         return json.dumps({"submission": judged.name, "error": judged.error})
     return judged.report.model_dump_json(by_alias=True)
+
+
+__all__ = ["write", "write_comparison", "write_pages"]

@@ -22,14 +22,38 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-// Only what belongs to the chosen task.
-const task = document.getElementById("task");
-if (task) {
-  const filter = () => document.querySelectorAll("[data-task]").forEach((part) => {
-    part.hidden = task.value !== "" && part.dataset.task !== task.value;
-  });
-  task.addEventListener("change", filter);
+// Only what belongs to the chosen task; of a comparison also only what was asked for by name, or none beats.
+const task = document.getElementById("task"), named = document.getElementById("named"), best = document.getElementById("best");
+if (task || named) {
+  const filter = () => {
+    const wanted = (part) => !task?.value || part.dataset.task === task.value;
+    document.querySelectorAll("[data-task]").forEach((part) => { part.hidden = !wanted(part); });
+    const rows = [...document.querySelectorAll("tr[data-row]")];
+    for (const row of rows) {
+      const fits = row.cells[0].textContent.toLowerCase().includes(named.value.trim().toLowerCase());
+      row.hidden = !wanted(row) || !fits || (best.checked && !("best" in row.dataset));
+      document.querySelectorAll(`path[data-row="${row.dataset.row}"]`).forEach((way) => { way.style.display = row.hidden ? "none" : ""; });
+    }
+    if (named) document.getElementById("left").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
+  };
+  for (const choice of [task, named, best]) choice?.addEventListener("input", filter);
+  document.getElementById("choice")?.addEventListener("submit", (event) => event.preventDefault());
   filter();
+}
+
+// A comparison: its lines and rows light up together, while they are pointed at, or for as long as one is pressed.
+for (const part of document.querySelectorAll("[data-row]")) {
+  const both = [...document.querySelectorAll(`[data-row="${part.dataset.row}"]`)];
+  const button = both.map((one) => one.querySelector("button")).find(Boolean);
+  const light = (lit) => both.forEach((one) => one.classList.toggle("lit", lit || button?.getAttribute("aria-pressed") === "true"));
+  for (const [event, lit] of [["pointerenter", true], ["pointerleave", false], ["focusin", true], ["focusout", false]])
+    part.addEventListener(event, () => light(lit));
+  const press = () => {
+    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
+    light(true);
+  };
+  if (part.tagName === "TR") button?.addEventListener("click", press);
+  else if (button) part.addEventListener("click", press);
 }
 
 // Treemap: squarified rows (Bruls, Huizing, van Wijk 2000) of buttons, so that the keyboard reaches each of them.

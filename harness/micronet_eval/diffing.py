@@ -59,8 +59,12 @@ class Diff:
         }
 
 
-def diff(before: Report, after: Report) -> Diff:
-    """Splits the change of the score. Raises InputError where the two scores cannot be compared."""
+def diff(before: Report | str | Path, after: Report | str | Path) -> Diff:
+    """Splits the change of the score between two reports, or what `report_of` makes one of.
+
+    Raises InputError where the two scores cannot be compared.
+    """
+    before, after = report_of(before), report_of(after)
     for name in ("task", "ruleset"):
         if (one := getattr(before, name)) != (other := getattr(after, name)):
             raise InputError(f"{before.submission} and {after.submission} differ in {name}: {one!r} and {other!r}")
@@ -89,12 +93,14 @@ def diff(before: Report, after: Report) -> Diff:
     )
 
 
-def report_of(path: str | Path) -> Report:
+def report_of(source: Report | str | Path) -> Report:
     """The report on a submission's folder, its quality not measured, or the one in a JSON file.
 
     Raises InputError that names the file.
     """
-    path = Path(path)
+    if isinstance(source, Report):
+        return source
+    path = Path(source)
     if path.is_dir() or path.suffix != ".json":
         return evaluation.costs(path)
     try:

@@ -126,6 +126,12 @@ def named(folders: Iterable[Path]) -> dict[str, Path]:
     return {path.name if short.count(path.name) == 1 else str(given): given for path, given in found.items()}
 
 
+def leaderboard(*folders: str | Path, data: str | Path | None = None) -> list[Board]:
+    """Evaluates the submissions in `folders` and ranks them by task. Raises InputError where a folder holds none."""
+    root = None if data is None else Path(data)
+    return boards([judge(name, path, root) for name, path in named(map(Path, folders)).items()])
+
+
 def judge(name: str, folder: Path, data: Path | None = None, progress: Progress | None = None) -> Judged:
     """Evaluates a submission; what is wrong with it is part of the result, and never ends the leaderboard."""
     try:

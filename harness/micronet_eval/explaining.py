@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 
 from micronet_eval import plugins
 from micronet_eval.costs import ADDENDS, FREE, Cost, Formula
 from micronet_eval.errors import InputError
-from micronet_eval.opening import Opened, formulas
+from micronet_eval.opening import Opened, formulas, open_submission
+from micronet_eval.rulesets import DEFAULT
 from micronet_eval.scoring import Account, Priced, dense_cost, weighted
 from micronet_eval.storage import FREEBIE_BITS, Stored
 from micronet_eval.trace import Op
@@ -32,15 +34,26 @@ class Explanation:
     storage_bits: int
 
 
-def explain(opened: Opened, module: str, ruleset: str) -> tuple[Explanation, ...]:
-    """All operations of a module and of the modules in it, in order. Raises InputError where there are none."""
-    counted, known = opened.account(ruleset), formulas(ruleset)
-    ops = [op for op in counted.trace.ops if op.module == module or op.module.startswith(f"{module}.")]
-    if not ops:
-        modules = dict.fromkeys(op.module for op in opened.trace.ops if op.module)
-        raise InputError(f"{opened.folder}: {plugins.unknown('module', module, modules)}")
+def explain(submission: str | Path | Opened, module: str = "", ruleset: str = DEFAULT) -> tuple[Explanation, ...]:
+    """All operations of a submission's module, as `explanations`. Raises InputError that names the submission."""
+    opened = submission if isinstance(submission, Opened) else open_submission(submission)
+    try:
+        return explanations(opened.account(ruleset), module, ruleset)
+    except InputError as error:
+        raise InputError(f"{opened.folder}: {error}") from error
+
+
+def explanations(counted: Account, module: str = "", ruleset: str = DEFAULT) -> tuple[Explanation, ...]:
+    """All operations of a module and of the modules in it, in order; without a module all of the model.
+
+    Raises InputError where there are none.
+    """
+    known, ops = formulas(ruleset), counted.trace.ops
+    chosen = [op for op in ops if not module or op.module == module or op.module.startswith(f"{module}.")]
+    if not chosen:
+        raise InputError(plugins.unknown("module", module, dict.fromkeys(op.module for op in ops if op.module)))
     priced = {p.op: p for p in counted.operations}
-    return tuple(_explain(op, priced.get(op), counted, known) for op in ops)
+    return tuple(_explain(op, priced.get(op), counted, known) for op in chosen)
 
 
 def _explain(op: Op, priced: Priced | None, counted: Account, known: Mapping[str, Formula]) -> Explanation:

@@ -1,0 +1,125 @@
+"""What is compared: a grid of strategies on one trained network, recipes, submissions; each cell and seed is a job."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from micronet_eval import plugins
+from micronet_eval.comparing.jobs import Job
+from micronet_eval.errors import InputError
+from micronet_eval.submission import read_table
+
+Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
+"""What is applied one after the other: kind, name, options of each strategy."""
+
+
+def parse(kind: plugins.Kind, text: str) -> list[Cell]:
+    """`name:option=value,value,option=value` as every combination of the values, each a cell of one strategy.
+
+    Raises InputError where there is no such strategy, or no such option.
+    """
+    name, _, rest = text.partition(":")
+    strategy = plugins.lookup(kind, name)
+    values = _values(f"{kind} {name}", rest, strategy.model_fields)
+    return [((kind, name, dict(zip(values, chosen, strict=True))),) for chosen in itertools.product(*values.values())]
+
+
+def options(text: str, what: str = "--fine-tune", known: Iterable[str] | None = None) -> dict[str, Any]:
+    """`epochs=2,learning_rate=0.001` as a table. Raises InputError where an option is not `known`, or has no value."""
+    values = _values(what, text, known)
+    if several := [option for option, found in values.items() if len(found) > 1]:
+        raise InputError(f"{what} {text!r}: {several[0]!r} has several values; give one")
+    return {option: found[0] for option, found in values.items()}
+
+
+def _values(what: str, text: str, known: Iterable[str] | None) -> dict[str, list[Any]]:
+    """The values of each option; one without a name before it belongs to the option before."""
+    values: dict[str, list[Any]] = {}
+    option = ""
+    for item in filter(None, text.split(",")):
+        before, equals, after = item.partition("=")
+        if equals:
+            option = before.strip().replace("-", "_")
+            if known is not None and option not in known:
+                raise InputError(f"{what}: {plugins.unknown('option', option, known)}")
+        elif not option:
+            raise InputError(f"{what} {text!r}: {item!r} has no value; write options like option=value,option=value")
+        values.setdefault(option, []).append(_value(after if equals else item))
+    return values
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, or else the text itself."""
+    try:
+        return json.loads(text.replace("_", ""))
+    except json.JSONDecodeError:
+        return text.strip()
+
+
+def grid(alternatives: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """Every combination of one cell out of each group: the groups are kinds, their cells alternatives."""
+    groups = [group for group in alternatives if group]
+    return [tuple(itertools.chain.from_iterable(chosen)) for chosen in itertools.product(*groups)] if groups else []
+
+
+def title(cell: Cell) -> str:
+    """How a cell is called: `magnitude:ratio=0.5 + fixed-point:weight_bits=4`."""
+    parts = []
+    for _, name, options in cell:
+        told = ",".join(f"{option}={value}" for option, value in options.items())
+        parts.append(f"{name}:{told}" if told else name)
+    return " + ".join(parts)
+
+
+def jobs_of(
+    cells: Sequence[Cell], base: Path, seeds: int, fine_tune: Mapping[str, Any] | None, data: Path | None, kept: Path
+) -> list[Job]:
+    """A job for each cell and seed, on the network that the recipe `base` trains. Raises InputError if that is none.
+
+    Behind each strategy comes `fine_tune`, the options of a training stage; quantizers come behind merged batch norm.
+    """
+    found: list[Job] = []
+    recipe = read_table(base)
+    stages = recipe.get("stages", [])
+    for cell, seed in itertools.product(cells, range(seeds)):
+        more: list[dict[str, Any]] = []
+        for kind, name, options in cell:
+            more += [{"merge": "batch-norm"}] if kind == "quantizer" else []
+            more += [{kind: name, **options}] + ([{"train": dict(fine_tune)}] if fine_tune else [])
+        seeded = _seeded(recipe, seed)
+        seeded["submission"] = {"name": title(cell), "authors": ["micronet-eval compare"]}
+        found.append(
+            Job(
+                name=title(cell),
+                seed=seed,
+                recipe=tomli_w.dumps({**seeded, "stages": [*stages, *more]}),
+                base=tomli_w.dumps({**seeded, "submission": {"name": "base", "authors": ["micronet-eval"]}}),
+                data=None if data is None else str(data),
+                kept=str(kept),
+            )
+        )
+    return found
+
+
+def jobs_at(path: Path, seeds: int, data: Path | None) -> list[Job]:
+    """A job for each seed of a recipe, or one for a submission's folder. Raises InputError where it is neither."""
+    root = None if data is None else str(data)
+    if path.is_dir():
+        return [Job(name=path.resolve().name, folder=str(path), data=root)]
+    try:
+        recipe = read_table(path)
+    except InputError as error:
+        raise InputError(f"{path} is no submission's folder and no recipe: {error}") from error
+    name = path.stem if path.stem != "recipe" else path.resolve().parent.name
+    return [Job(name, seed, tomli_w.dumps(_seeded(recipe, seed)), data=root) for seed in range(seeds)]
+
+
+def _seeded(recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    first = recipe.get("seed", 0)
+    return {**recipe, "seed": first + seed if isinstance(first, int) else first}

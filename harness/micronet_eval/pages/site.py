@@ -1,0 +1,65 @@
+"""A folder of static pages: their templates and assets, and that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from micronet_eval.errors import InputError
+from micronet_eval.task import METRICS
+
+GENERATOR = "micronet-eval"
+ASSETS = ("style.css", "site.js")
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder with the assets in it, to write pages to, that takes the place of `folder` when all went well.
+
+    One that holds such pages already is replaced. Raises InputError where it holds anything else, or cannot be written.
+    """
+    if folder.exists() and not _is_site(folder):
+        raise InputError(f"{folder} exists and holds no pages of this program; name another folder by --html")
+    place = folder.absolute().parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            for name in ASSETS:
+                (made / name).write_bytes((files("micronet_eval.pages") / name).read_bytes())
+            yield made
+            if folder.exists():
+                folder.replace(Path(temporary) / "before")
+            made.replace(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder by --html") from error
+
+
+def _is_site(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    index = folder / "index.html"
+    return index.is_file() and f'<meta name="generator" content="{GENERATOR}">' in index.read_text("utf-8", "replace")
+
+
+def templates() -> Environment:
+    """The templates of this package; what they are given is text, never markup."""
+    found = Environment(
+        loader=PackageLoader("micronet_eval.pages", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.globals["generator"] = GENERATOR
+    found.filters["quality"] = lambda value, metric: METRICS[metric].show(value) if metric else f"{value:.4g}"
+    found.filters["count"] = lambda value: f"{value:,.0f}"
+    return found
