@@ -317,9 +317,25 @@ def test_steps_begin_as_in_the_paper():
         layer.weight.copy_(torch.tensor([[1.0, -2.0, 3.0, -6.0]]))
     quantizer = LSQ(weight_bits=3).quantizer(layer, "weight")
     assert quantizer.scale.item() == pytest.approx(2 * 3 / 3**0.5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, -2.0, 0.0, -6.0]]))  # sparse weights: zeros fit any step
+    assert LSQ(weight_bits=3).quantizer(layer, "weight").scale.item() == pytest.approx(2 * 4 / 3**0.5)
     of_activation = LSQ(activation_bits=4).activation_format(Observed.of(torch.tensor([0.0, 1.0, 2.0])))
     assert (of_activation.low, of_activation.high) == (0, 15)
     assert of_activation.scales.item() == pytest.approx(2 * 1 / 15**0.5)
+
+
+def test_a_step_that_fell_below_zero_is_packed_as_it_computes(x):
+    """An optimizer may take a step below zero; the forward bounds it, and so does what is packed."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Sequential(nn.Linear(8, 4)), x.flatten(1)[:, :8]
+    model = strategy("lsq").apply(layer, context(inputs)).train()
+    scale = model.get_submodule("0").parametrizations.weight[0].scale
+    with torch.no_grad():
+        scale.fill_(-0.1)
+    packed = packing.pack(model.eval(), layer, inputs[:1])
+    assert scale.item() > 0
+    assert torch.equal(packing.unpack(packed, layer)(inputs), model(inputs))
 
 
 # --- binary, ternary, tables ------------------------------------------------------------------------------------------

@@ -17,15 +17,16 @@ from micronet_plugins.layerwise import blocks_of
 class LSQ(ScaledQuantizer):
     """Learned step sizes: integers whose scales, of weights and of activations, are trained with the weights.
 
-    Each step s begins at 2 mean|v| / sqrt(Q), Q the largest code. Its gradient is that of the rounded value,
-    round(v / s) - v / s, times 1 / sqrt(N Q). It needs fine-tuning behind it: before, it is worse than `affine`. Use it
-    for 2 to 4 bits. Steps are no powers of two, so there is one more multiplication an output.
+    Each step s begins at 2 mean|v| / sqrt(Q), Q the largest code, of a weight over what is not zero. Its gradient is
+    that of the rounded value, round(v / s) - v / s, times 1 / sqrt(N Q). It needs fine-tuning behind it: before, it is worse
+    than `affine`. Use it for 2 to 4 bits; at more than 8 there is nothing to learn, and steps are so small that an
+    optimizer overshoots them. Steps are no powers of two, so there is one more multiplication an output.
     """
 
     learned: ClassVar[bool] = True
-    weight_bits: int = Field(4, ge=2, le=16, description="bits of a weight")
+    weight_bits: int = Field(4, ge=2, le=8, description="bits of a weight")
     activation_bits: int = Field(
-        4, ge=0, le=16, description="bits of an activation that is multiplied; 0 leaves activations as they are"
+        4, ge=0, le=8, description="bits of an activation that is multiplied; 0 leaves activations as they are"
     )
     granularity: Literal["tensor", "channel"] = Field("tensor", description="what shares a step: tensor or channel")
 
@@ -33,8 +34,9 @@ class LSQ(ScaledQuantizer):
         weight = getattr(layer, name).detach()
         blocks = blocks_of(layer, weight, self.granularity)
         where = block_indices(weight.shape, blocks).flatten()
-        counts = torch.bincount(where)
-        means = torch.zeros(len(counts)).index_add_(0, where, weight.abs().flatten().float()) / counts
+        size = weight.abs().flatten().float()
+        kept = torch.zeros(int(where.max()) + 1).index_add_(0, where, (size > 0).float())  # zeros fit any step
+        means = torch.zeros(len(kept)).index_add_(0, where, size) / kept.clamp(min=1)
         half = 2 ** (self.weight_bits - 1)
         return AffineQuantizer(Affine(-half, half - 1, blocks, first_step(means, half - 1)), learned=True)
 

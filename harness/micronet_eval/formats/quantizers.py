@@ -212,6 +212,13 @@ class AffineQuantizer(ActivationQuantizer):
         quantized: Tensor = affine(x, scale, self.zero_point, *self.range, blocks, self._factor(x))
         return quantized
 
+    def train(self, mode: bool = True) -> AffineQuantizer:
+        """Sets the mode. A learned scale that a step took below the smallest is that one: what is packed computes."""
+        if self.learned:
+            with torch.no_grad():
+                self.scale.clamp_(min=_SMALLEST_SCALE)
+        return super().train(mode)
+
     def _factor(self, x: Tensor) -> float:
         """LSQ's gradient scale, 1 / sqrt(N Q): N weights that share the step, or features of one example."""
         shared = x.numel() / self.scale.numel() if self.blocks else x.numel() / max(1, x.shape[0])
