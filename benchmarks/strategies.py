@@ -1,9 +1,10 @@
 """Every bundled strategy on the same trained network, at 2, 4, 8 and 16 times fewer parameters, weights or bits.
 
-python -m benchmarks.strategies              all; writes results/strategies.json and docs/strategies-compared.md
-python -m benchmarks.strategies brevitas     only strategies whose name has this in it; the others stay as they are
+python -m benchmarks.strategies                          on digits and on Fashion-MNIST; writes results and the page
+python -m benchmarks.strategies fashion-mnist            on one of them; the page shows what is there for the other
+python -m benchmarks.strategies fashion-mnist brevitas   only strategies whose name has this in it; others stay
 
-The network is trained on scikit-learn's digits, once for each seed; every strategy is applied once, with its default
+The network is trained on the task's data, once for each seed; every strategy is applied once, with its default
 options, and followed by the same fine-tuning. All is counted and tested by `micronet_eval.comparing`.
 """
 
@@ -13,7 +14,8 @@ import json
 import platform
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,41 @@ from typing import Any
 from micronet_eval.comparing import Cell, Result, jobs_of, results_of, rows, title
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "strategies.json"
 PAGE = ROOT / "docs" / "strategies-compared.md"
-KEPT = ROOT / "compare.sqlite"
 FACTORS, SEEDS = (2, 4, 8, 16), 3
-FINE_TUNE = {"epochs": 3, "learning_rate": 0.002}
-BASE = """
-task = "digits"
-seed = 11
+SHARED = """
 [submission]
 name = "base"
 authors = ["micronet-eval"]
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network trained on a task, its parameters, the fine-tuning behind a strategy, and that in words."""
+
+    task: str
+    recipe: str
+    parameters: int
+    fine_tune: dict[str, Any]
+    told: str
+    scheduled: dict[str, Any] = field(default_factory=dict)
+    """Options of the sparsifiers that train by themselves."""
+
+    @property
+    def results(self) -> Path:
+        return ROOT / "benchmarks" / "results" / f"strategies-{self.task}.json"
+
+    @property
+    def kept(self) -> Path:
+        return ROOT / f"compare-{self.task}.sqlite"
+
+
+DIGITS = Setting(
+    "digits",
+    """
+task = "digits"
+seed = 11
 [architecture]
 name = "wide-resnet"
 depth = 10
@@ -40,11 +66,40 @@ classes = 10
 channels = 1
 [[stages]]
 train = { epochs = 12, learning_rate = 0.005, weight_decay = 0.02 }
-"""
-PARAMETERS = 77_562  # of that network
+""",
+    77_562,
+    {"epochs": 3, "learning_rate": 0.002},
+    "WideResNet-10-1 on scikit-learn's digits; 3 epochs of fine-tuning, accuracy on the 449 test images.",
+)
+FASHION = Setting(
+    "fashion-mnist",
+    """
+task = "fashion-mnist"
+seed = 11
+batch_size = 128
+[architecture]
+name = "resnet"
+widths = [8, 16, 32]
+blocks = [1, 1, 1]
+stem = 8
+[[stages]]
+[stages.train]
+epochs = 6
+batch_size = 256
+learning_rate = 0.01
+weight_decay = 0.02
+precision = "bf16"
+""",
+    19_938,
+    {"epochs": 1, "batch_size": 256, "learning_rate": 0.003, "precision": "bf16"},
+    "A residual network of 19,938 parameters on Fashion-MNIST; 1 epoch of fine-tuning, accuracy on the 10,000 test "
+    "images. `gradual` and `movement` train for 1 epoch themselves.",
+    {"epochs": 1, "batch_size": 256, "learning_rate": 0.003},
+)
+SETTINGS = (DIGITS, FASHION)
 
 
-def cells() -> dict[tuple[str, str, int], Cell]:
+def cells(setting: Setting) -> dict[tuple[str, str, int], Cell]:
     """Kind, name and factor of a strategy -> the strategy with its options. Bits are those of 32-bit weights."""
     found: dict[tuple[str, str, int], Cell] = {}
 
@@ -53,17 +108,19 @@ def cells() -> dict[tuple[str, str, int], Cell]:
 
     for x in FACTORS:
         share, bits = 1 - 1 / x, 32 // x
-        add("pruner", "low-rank", x, parameters=PARAMETERS // x)
+        add("pruner", "low-rank", x, parameters=setting.parameters // x)
         add("pruner", "eigendamage", x, ratio=share, limit=0.99)
         for name in ("magnitude", "taylor", "bn-scale", "fpgm", "hrank", "random"):
             add("pruner", name, x, ratio=share, limit=0.99)
-        for name in ("magnitude", "block", "gradual", "movement", "random"):
+        for name in ("magnitude", "block", "random"):
             add("sparsifier", name, x, sparsity=share, limit=0.99)
+        for name in ("gradual", "movement"):
+            add("sparsifier", name, x, sparsity=share, limit=0.99, **setting.scheduled)
         for name in ("wanda", "obs"):
             add("sparsifier", name, x, sparsity=share)
         add("sparsifier", "n-m", x, n=1, m=x)
         for name in ("fixed-point", "affine", "lsq", "gptq"):
-            if bits <= 16:
+            if bits <= (8 if name == "lsq" else 16):
                 add("quantizer", name, x, weight_bits=bits, activation_bits=max(bits, 4))
         if bits <= 8:
             add("quantizer", "mixed", x, bits=max(bits, 2.5), activation_bits=8)
@@ -78,30 +135,36 @@ def cells() -> dict[tuple[str, str, int], Cell]:
     return found
 
 
-def page(results: list[Result]) -> str:
-    """The table as a page."""
-    table = {row.name: row for row in rows(results)}
+def page() -> str:
+    """The tables as a page, out of the results that are there."""
     lines = [
         "# Every strategy on the same network",
         "",
-        "Written by `python -m benchmarks.strategies`. WideResNet-10-1 is trained on scikit-learn's digits; each",
-        "strategy is applied once, with default options otherwise, and fine-tuned for 3 epochs behind it. The columns",
-        "are 2, 4, 8 and 16 times fewer parameters (pruners), weights that are not zero (sparsifiers) or bits a weight",
-        "(quantizers, from 32). A cell is the score relative to the task's baseline, lower is better, and the accuracy",
-        f"on the 449 test images; both the mean of {SEEDS} trained networks, the accuracy with its standard deviation.",
-        "Recipes with rounds, and strategies combined, do better than any of these alone: this compares single steps.",
-        "",
-        "| kind | strategy | 2x | 4x | 8x | 16x |",
-        "|---|---|---|---|---|---|",
+        "Written by `python -m benchmarks.strategies`. Each strategy is applied once to a trained network, with default",
+        "options otherwise, and fine-tuned. The columns are 2, 4, 8 and 16 times fewer parameters (pruners), weights that",
+        "are not zero (sparsifiers) or bits a weight (quantizers, from 32). A cell is the score relative to the task's",
+        f"baseline, lower is better, and the accuracy; both the mean of {SEEDS} trained networks, the accuracy with its",
+        "standard deviation. Recipes with rounds, and strategies combined, do better than any of these alone: this",
+        "compares single steps.",
     ]
+    for setting in SETTINGS:
+        if setting.results.exists():
+            kept = json.loads(setting.results.read_text(encoding="utf-8"))
+            lines += ["", f"## {setting.task}", "", setting.told, "", *_table(setting, kept["results"])]
+            lines += ["", f"{kept['environment']}."]
+    return "\n".join([*lines, ""])
+
+
+def _table(setting: Setting, results: list[dict[str, Any]]) -> list[str]:
+    table = {row.name: row for row in rows(Result(**result) for result in results)}
     names: dict[tuple[str, str], dict[int, str]] = {}
-    for (kind, name, factor), cell in cells().items():
+    for (kind, name, factor), cell in cells(setting).items():
         row = table.get(title(cell))
         names.setdefault((kind, name), {})[factor] = "" if row is None else _cell(row)
+    lines = ["| kind | strategy | 2x | 4x | 8x | 16x |", "|---|---|---|---|---|---|"]
     for (kind, name), by_factor in names.items():
         lines.append(f"| {kind} | `{name}` | " + " | ".join(by_factor.get(x, "") for x in FACTORS) + " |")
-    environment = ", ".join(f"{package} {version(package)}" for package in ("torch", "micronet-eval"))
-    return "\n".join([*lines, "", f"Python {platform.python_version()}, {environment}, CPU.", ""])
+    return lines
 
 
 def _cell(row: Any) -> str:
@@ -111,21 +174,33 @@ def _cell(row: Any) -> str:
     return f"{row.score:.4f}, {row.quality:.1%} ± {spread:.1%}"
 
 
-def main() -> None:
-    """Runs what is missing and writes the page."""
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [cell for (_, name, _), cell in cells().items() if only in name]
+def run(setting: Setting, only: str) -> None:
+    """Runs what is missing in a setting; strategies whose name does not have `only` in it stay as they are."""
+    chosen = [cell for (_, name, _), cell in cells(setting).items() if only in name]
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base.toml"
-        base.write_text(BASE, encoding="utf-8")
-        jobs = jobs_of(chosen, base, SEEDS, FINE_TUNE, None, KEPT.with_suffix(".kept"))
-        results = results_of(jobs, KEPT, workers=2, watch=lambda found, running: print(found[-1:], flush=True))
+        base.write_text(setting.recipe + SHARED, encoding="utf-8")
+        jobs = jobs_of(chosen, base, SEEDS, setting.fine_tune, None, setting.kept.with_suffix(".kept"))
+        results = results_of(jobs, setting.kept, workers=2, watch=lambda found, running: print(found[-1:], flush=True))
     if only:
         new = {result.name for result in results}
-        before = [Result(**result) for result in json.loads(RESULTS.read_text(encoding="utf-8"))]
-        results = [result for result in before if result.name not in new] + results
-    RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(results), encoding="utf-8")
+        before = json.loads(setting.results.read_text(encoding="utf-8"))["results"]
+        results = [result for result in map(lambda r: Result(**r), before) if result.name not in new] + results
+    told = ", ".join(f"{package} {version(package)}" for package in ("torch", "micronet-eval"))
+    kept = {
+        "environment": f"Python {platform.python_version()}, {told}, {date.today()}, CPU",
+        "results": [asdict(result) for result in results],
+    }
+    setting.results.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Runs what is missing and writes the page."""
+    words = sys.argv[1:]
+    chosen = [setting for setting in SETTINGS if not words or setting.task == words[0]]
+    for setting in chosen:
+        run(setting, words[1] if len(words) > 1 else "")
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

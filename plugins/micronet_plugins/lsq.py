@@ -18,9 +18,10 @@ class LSQ(ScaledQuantizer):
     """Learned step sizes: integers whose scales, of weights and of activations, are trained with the weights.
 
     Each step s begins at 2 mean|v| / sqrt(Q), Q the largest code, of a weight over what is not zero. Its gradient is
-    that of the rounded value, round(v / s) - v / s, times 1 / sqrt(N Q). It needs fine-tuning behind it: before, it is worse
-    than `affine`. Use it for 2 to 4 bits; at more than 8 there is nothing to learn, and steps are so small that an
-    optimizer overshoots them. Steps are no powers of two, so there is one more multiplication an output.
+    that of the rounded value, round(v / s) - v / s, times 1 / sqrt(N Q). It needs fine-tuning behind it: before, it is
+    worse than `affine`. Use it for 2 to 4 bits; at more than 8 there is nothing to learn, and steps are so small that
+    an optimizer overshoots them. Steps are no powers of two, so there is one more multiplication an
+    output.
     """
 
     learned: ClassVar[bool] = True
