@@ -128,7 +128,6 @@ class Policy(Table):
     black and white.
     """
 
-    task: str
     low: list[float] = Field(min_length=1)
     high: list[float] = Field(min_length=1)
     sub_policies: list[list[Operation]] = Field(min_length=1)

@@ -416,6 +416,36 @@ def train(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
 
 
 @cli.command()
+@_recipe
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write the policy to.")
+@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Networks to train.")
+@click.option("--trials", type=click.IntRange(min=1), default=100, show_default=True, help="Policies to try a fold.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many of them are taken.")
+@click.option(
+    "--examples", type=click.IntRange(min=1), default=2000, show_default=True, help="Examples to try them on."
+)
+@_data
+def augment(recipe: Path, output: Path, folds: int, trials: int, top: int, examples: int, data: Path | None) -> None:
+    """Search a policy of augmentations for a recipe's network and training data, by Fast AutoAugment.
+
+    Training that says augment = "OUTPUT" applies it.
+    """
+    import tomli_w
+
+    from micronet_eval.files import write_whole
+    from micronet_eval.policy_search import Search, search
+
+    how = Search(folds=folds, trials=trials, top=top, examples=examples)
+    with _training() as (log, progress):
+        policy = search(recipe, how, data, log, progress)
+    try:
+        write_whole(output, tomli_w.dumps(policy.model_dump()).encode())
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}; name another file") from error
+    click.echo(f"wrote {output}: {len(policy.sub_policies)} sub-policies")
+
+
+@cli.command()
 @click.argument("kind", type=click.Choice(["pruner", "sparsifier", "quantizer"]))
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; by default NAME.")

@@ -6,6 +6,7 @@ writes files and tells what happens.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,20 +70,24 @@ class Team:
 def team() -> Team:
     """The processes that `accelerate launch` (or torchrun) started; else this one, on a GPU where there is one.
 
-    Raises InputError where there are several, and accelerate is not installed.
+    Raises InputError where there are several, and accelerate is not installed or does not find them.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
+    on_cpu = told_cpu or not torch.cuda.is_available()
+    found = Team(torch.device("cpu" if on_cpu else "cuda"))
+    if started > 1:
         try:
             from accelerate import PartialState
         except ImportError as error:
             raise InputError(
                 "several processes train through accelerate; pip install 'micronet-eval[train]'"
             ) from error
-        state = PartialState()
+        state = PartialState(cpu=on_cpu)
         found = Team(state.device, state.process_index, state.num_processes)
-    else:
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
-        found = Team(torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu"))
+        if found.size != started:
+            raise InputError(f"WORLD_SIZE says {started} processes, accelerate finds {found.size}; start as it says")
+        atexit.register(distributed.destroy_process_group)
     if found.device.type == "cuda":  # so that a run that goes on comes to the same weights
         torch.backends.cudnn.deterministic = True
     return found

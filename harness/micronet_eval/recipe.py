@@ -285,7 +285,7 @@ class _Run:
             self.task: Task = plugins.lookup("task", recipe.task)
             for name, stage in named_stages(recipe.stages):
                 strategy_of(stage, name)
-            self.training, self.held_out = _data(recipe, self.task, data)
+            self.training, self.held_out = data_of(recipe, self.task, data)
             self.teachers = {folder: _teacher(folder, self.task) for folder in _teachers(recipe)}
         except (InputError, DataMissing) as error:
             raise InputError(f"{path}: {error}") from error
@@ -509,7 +509,7 @@ def _told(step: Step) -> str:
     return told
 
 
-def _data(recipe: Recipe, task: Task, root: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
+def data_of(recipe: Recipe, task: Task, root: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """Training data, and the part of it that is held out: drawn by the seed; of a stream of text its end."""
     whole = _training_data(recipe, task, root)
     examples = len(whole)  # type: ignore[arg-type]

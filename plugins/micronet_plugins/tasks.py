@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from micronet_eval.errors import InputError
 from micronet_eval.task import DataMissing, Split, Task
 
 HERE = Path("data")
@@ -85,24 +88,56 @@ def idx(content: bytes) -> torch.Tensor:
 
 def cifar100(root: Path | None, split: Split) -> Dataset[Any]:
     """CIFAR-100 in the folder `cifar-100-python` under `root`, as its authors distribute it; checksums are checked."""
-    from torchvision import transforms
     from torchvision.datasets import CIFAR100
 
     root = root or HERE
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(CIFAR100_MEAN, CIFAR100_STD)])
-    try:
-        return CIFAR100(str(root), train=split == "train", transform=transform)
-    except RuntimeError:
-        how = "unpack cifar-100-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there"
-        raise DataMissing(f"CIFAR-100 not found in {root / 'cifar-100-python'}, or damaged; {how}{ELSEWHERE}") from None
+    folder, archive = root / "cifar-100-python", root / CIFAR100.filename
+    how = f"unpack {CIFAR100.filename} of https://www.cs.toronto.edu/~kriz/cifar.html there{ELSEWHERE}"
+    if not folder.is_dir() and archive.is_file():
+        state = (
+            "is not unpacked yet" if _md5(archive) == CIFAR100.tgz_md5 else "is damaged: get it again, and unpack it"
+        )
+        raise DataMissing(f"CIFAR-100 not found in {folder}; {archive} {state}")
+    for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])):
+        if not (folder / name).is_file():
+            raise DataMissing(f"CIFAR-100 not found in {folder}: it has no file {name}; {how}")
+        if _md5(folder / name) != md5:
+            raise DataMissing(f"{folder / name} is damaged: its checksum is another than CIFAR-100's; {how}")
+    data = CIFAR100(str(root), train=split == "train")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CIFAR100_MEAN, CIFAR100_STD))
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(mean).div_(std)
+    return TensorDataset(images, torch.tensor(data.targets))
 
 
-def imagenet(root: Path | None, split: Split) -> Dataset[Any]:
-    """ImageNet's `train` and `val` under `root`/imagenet, one folder a class; 224x224 from the centre of 256."""
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        checksum = hashlib.md5(usedforsecurity=False)
+        while part := file.read(1 << 20):
+            checksum.update(part)
+    return checksum.hexdigest()
+
+
+def imagenet(
+    root: Path | None,
+    split: Split,
+    classes: int = 1000,
+    counts: Mapping[str, int] = MappingProxyType({"train": 1_281_167, "test": 50_000}),
+) -> Dataset[Any]:
+    """ImageNet's `train` and `val` under `root`/imagenet, one folder a class; 224x224 from the centre of 256.
+
+    That is what torchvision unpacks the published archives to, whose checksums it checks. `classes` and `counts` are
+    what a complete set has: a class that is missing would shift the labels of all behind it.
+    """
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    folder = (root or HERE) / "imagenet" / ("train" if split == "train" else "val")
+    part = "train" if split == "train" else "val"
+    folder = (root or HERE) / "imagenet" / part
+    unpack = f"from torchvision.datasets import ImageNet; ImageNet('{folder.parent}', '{part}')"
+    how = (
+        f"put ILSVRC2012_img_{part}.tar and ILSVRC2012_devkit_t12.tar.gz of https://image-net.org into {folder.parent} "
+        f'and unpack them by python -c "{unpack}"{ELSEWHERE}'
+    )
     transform = transforms.Compose(
         [
             transforms.Resize(256),
@@ -112,10 +147,25 @@ def imagenet(root: Path | None, split: Split) -> Dataset[Any]:
         ]
     )
     try:
-        return ImageFolder(str(folder), transform)
+        images = ImageFolder(str(folder), transform, loader=_open_image)
     except OSError:
-        how = "put the images there, one folder a class"
-        raise DataMissing(f"ImageNet not found in {folder}; {how}{ELSEWHERE}") from None
+        raise DataMissing(f"ImageNet not found in {folder}, as one folder a class; {how}") from None
+    found = len(images.classes), len(images)
+    if found != (classes, counts[split]):
+        raise DataMissing(
+            f"ImageNet in {folder} is damaged: {found[0]:,} classes and {found[1]:,} images, not {classes:,} and "
+            f"{counts[split]:,}; {how}"
+        )
+    return images
+
+
+def _open_image(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except OSError as error:
+        raise InputError(f"{path} is damaged: {error}; unpack ImageNet again") from error
 
 
 TASKS = (
