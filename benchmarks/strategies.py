@@ -140,12 +140,12 @@ def page() -> str:
     lines = [
         "# Every strategy on the same network",
         "",
-        "Written by `python -m benchmarks.strategies`. Each strategy is applied once to a trained network, with default",
-        "options otherwise, and fine-tuned. The columns are 2, 4, 8 and 16 times fewer parameters (pruners), weights that",
-        "are not zero (sparsifiers) or bits a weight (quantizers, from 32). A cell is the score relative to the task's",
-        f"baseline, lower is better, and the accuracy; both the mean of {SEEDS} trained networks, the accuracy with its",
-        "standard deviation. Recipes with rounds, and strategies combined, do better than any of these alone: this",
-        "compares single steps.",
+        "Written by `python -m benchmarks.strategies`. Each strategy is applied once to a trained network, with",
+        "default options otherwise, and fine-tuned. The columns are 2, 4, 8 and 16 times fewer parameters (pruners),",
+        "weights that are not zero (sparsifiers) or bits a weight (quantizers, from 32). A cell is the score relative",
+        "to the task's baseline, lower is better, and the accuracy; both the mean of",
+        f"{SEEDS} trained networks, the accuracy with its standard deviation. Recipes with rounds, and strategies",
+        "combined, do better than any of these alone: this compares single steps.",
     ]
     for setting in SETTINGS:
         if setting.results.exists():
@@ -185,7 +185,7 @@ def run(setting: Setting, only: str) -> None:
     if only:
         new = {result.name for result in results}
         before = json.loads(setting.results.read_text(encoding="utf-8"))["results"]
-        results = [result for result in map(lambda r: Result(**r), before) if result.name not in new] + results
+        results = [result for result in (Result(**r) for r in before) if result.name not in new] + results
     told = ", ".join(f"{package} {version(package)}" for package in ("torch", "micronet-eval"))
     kept = {
         "environment": f"Python {platform.python_version()}, {told}, {date.today()}, CPU",

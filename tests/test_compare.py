@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -176,6 +178,33 @@ def test_processes_give_the_same_numbers(base, tmp_path):
     here = results_of(jobs, tmp_path / "here.sqlite", "here")
     local = results_of(jobs, tmp_path / "local.sqlite", "local", workers=2)
     assert [(r.score, r.quality, r.error) for r in here] == [(r.score, r.quality, r.error) for r in local]
+
+
+def test_a_run_that_is_killed_goes_on_and_leaves_no_process(base, tmp_path):
+    words = ["--sparsifier", "random:sparsity=0.2,0.4,0.6,0.8", "--seeds", "1", "--jobs", "2", "--format", "json"]
+    command = [sys.executable, "-c", "from micronet_eval.cli import main; main()", "compare", "--on", str(base), *words]
+    command += ["--results", str(tmp_path / "killed.sqlite")]
+
+    def stored():
+        if not (tmp_path / "killed.sqlite").exists():
+            return {}
+        with closing(sqlite3.connect(tmp_path / "killed.sqlite")) as store:
+            there = store.execute("SELECT 1 FROM sqlite_master").fetchone()
+            return dict(store.execute("SELECT * FROM results")) if there else {}
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as run:
+        while not stored() and run.poll() is None:
+            time.sleep(0.02)
+        run.kill()
+        run.stdout.read()  # ends when the last process has that it started
+    before = stored()
+    assert run.returncode == -signal.SIGKILL
+    jobs = jobs_of(parse("sparsifier", words[1]), base, 1, None, None, tmp_path / "kept")
+    alone = results_of(jobs, tmp_path / "alone.sqlite", "here")
+    again = results_of(jobs, tmp_path / "killed.sqlite", "here")
+    assert [replace(r, seconds=0) for r in again] == [replace(r, seconds=0) for r in alone]
+    assert 1 <= len(before) < 4 == len(stored())
+    assert before.items() <= stored().items()  # nothing was done twice
 
 
 @pytest.mark.filterwarnings("ignore")  # of Ray's own

@@ -126,6 +126,10 @@ class Report(BaseModel):
 
         return pandas.DataFrame([asdict(layer) for layer in self.layers])
 
+    def __repr__(self) -> str:
+        total = None if self.score is None else f"{self.score.total:.6g}"
+        return f"<Report on {self.submission}: task {self.task}, score {total}>"
+
     def _repr_html_(self) -> str:
         """The main figures, as notebooks show them."""
         quality = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +23,7 @@ def local(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> It
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_parent) as pool:
         running = {pool.submit(run, job): job for job in jobs}
         try:
             for future in as_completed(running):
@@ -32,3 +34,15 @@ def local(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> It
                     yield job, Result(job.name, job.seed, error="the process that ran it died, out of memory perhaps")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, also where that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

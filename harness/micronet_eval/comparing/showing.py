@@ -39,7 +39,7 @@ def _table(found: Sequence[Row], width: int, columns: Sequence[str] | None) -> T
     for name in names:
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     for row in found:
-        cells = written(row, names)
+        cells = {**written(row, names), "strategy": row.name.replace(",", ", ")}  # where it may be folded
         styles = {"strategy": "bold" if row.best else "", "quality": "red" if row.passed is False else ""}
         table.add_row(
             *(Text(str(cell), "bold red" if cell == "failed" else styles.get(name, "")) for name, cell in cells.items())

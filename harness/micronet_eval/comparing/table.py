@@ -110,7 +110,7 @@ class Column:
 def _spread(name: str, style: str) -> Callable[[Row], str]:
     def show(row: Row) -> str:
         value, deviation = getattr(row, name), row.spread.get(name)
-        return "-" if value is None else format(value, style) + (f" ±{deviation:.2g}" if deviation else "")
+        return "-" if value is None else format(value, style) + (f" ±{deviation:{style}}" if deviation else "")
 
     return show
 
@@ -141,7 +141,7 @@ COLUMNS: dict[str, Column] = {
     "score": Column(_spread("score", ".5f"), lambda row: row.score, 0),
     "quality": Column(_quality, _quality_order, 0),
     "passed": Column(lambda row: {True: "yes", False: "no", None: "-"}[row.passed]),
-    "time": Column(_seconds, lambda row: row.seconds, 0),
+    "time": Column(_seconds, lambda row: row.seconds, 72),
 }
 ORDERS = ("given", *(name for name, column in COLUMNS.items() if column.value))
 

@@ -14,7 +14,7 @@ from micronet_eval.task import Metric
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 440, 34, 284
 AXES = ("storage", "math", "score", "quality", "time")
-SHOWN = ("seeds", "storage", "math", "score", "quality", "time")
+SHOWN = ("score", "quality", "storage", "math", "params32", "ops32", "time")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def write_comparison(found: Comparison, html: str | Path) -> None:
     Raises InputError where the folder holds anything but such pages, or cannot be written (`site.whole`).
     """
     with whole(Path(html)) as site:
-        shown = [name for name in SHOWN if name != "seeds" or max((row.seeds for row in found.rows), default=0) > 1]
         page = (
             templates()
             .get_template("comparison.html")
             .render(
                 root="",
                 rows=found.rows,
-                columns=[(name, COLUMNS[name]) for name in shown],
+                columns=[(name, COLUMNS[name]) for name in SHOWN],
+                seeds=max((row.seeds for row in found.rows), default=0),
                 tasks=sorted({row.task for row in found.rows if row.task}),
                 plots=parallels(found.rows),
             )
