@@ -36,7 +36,7 @@ def activation_peak(trace: Trace, widths: Mapping[Value, int]) -> Activation:
     - A conversion is made while its source is written: where nothing else reads the source, that is never held.
     - What nothing reads (the indices of a max pooling) is not held either.
     """
-    users = trace.users()
+    users = trace.users
     bits = {v: _bits(v, widths) for v in _activations(trace)}
     home = {buffer: buffer for buffer in trace.buffers.values()}
     for op in trace.ops:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from decimal import Decimal
+from functools import cache
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.explaining import Explanation, explanations
 from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
-from micronet_eval.merge import merged
+from micronet_eval.merge import merged, merged_trace
 from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.paths import mean_account
 from micronet_eval.precision import bit_widths
@@ -36,7 +37,7 @@ from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import narrows
 from micronet_eval.submission import WEIGHTS, Claims
 from micronet_eval.task import METRICS, Task
-from micronet_eval.trace import SEED, Example, Trace, trace
+from micronet_eval.trace import SEED, Example, Trace
 
 COST_TOLERANCE = Decimal("1.01")
 """A claimed cost holds when the measurement is at most 1 % worse."""
@@ -233,12 +234,13 @@ def score(
         raise InputError(
             f"give the share of the examples on each path (`shares`, or --path NAME=SHARE): {', '.join(paths)}"
         )
-    name, model = type(model).__name__, merged(model, example_input)
-    recorded = trace(model, example_input)
+    recorded = merged_trace(model, example_input)
     counted = mean_account(recorded, priced, exact)
     quality = None if known is None else not_measured(known, None, NOT_ASKED)
-    report = _report(name, known, recorded, counted, quality, Claims(), ruleset)
-    other = crosscheck.cross_check(model, example_input, recorded, priced) if cross_check else None
+    report = _report(type(model).__name__, known, recorded, counted, quality, Claims(), ruleset)
+    if not cross_check:
+        return report
+    other = crosscheck.cross_check(merged(model, example_input), example_input, recorded, priced)
     return report.model_copy(update={"cross_check": other})
 
 
@@ -334,8 +336,11 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
     return tuple(checked)
 
 
+_version = cache(version)
+
+
 def _environment() -> dict[str, str]:
-    packages = {name: version(name) for name in ("micronet-eval", "torch", "torchvision")}
+    packages = {name: _version(name) for name in ("micronet-eval", "torch", "torchvision")}
     others = {d.project_name: d.version for _, d in plugins.manager().list_plugin_distinfo()}
     return {"python": platform.python_version(), **packages, **others, "device": "cpu", "seed": str(SEED)}
 

@@ -38,6 +38,16 @@ def elements(mask: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
     return spread[:rows, :columns].reshape(tuple(shape))
 
 
+def kept_elements(kept: Tensor, block: Block) -> int:
+    """How many elements lie in blocks that hold an element that is `kept`; blocks at the edges are smaller."""
+    rows, columns = _matrix(kept.shape)
+    mask = block_mask(kept, block)
+    height, width = torch.full((len(mask), 1), block[0]), torch.full((mask.shape[1],), block[1])
+    height[-1] -= -rows % block[0]
+    width[-1] -= -columns % block[1]
+    return int((mask.cpu() * height * width).sum())
+
+
 def mask_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:
     """Rows and columns of blocks, those at the edges included: 512x128 in blocks of 4x4 are 128x32, 4,096 bits."""
     rows, columns = _matrix(shape)

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeGuard
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace as replaced
+from functools import cache
+from typing import Any, Literal, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from micronet_eval.nonzeros import least
 from micronet_eval.precision import through_views
 from micronet_eval.structure import Mask, ScaleShift, layer_type, replace, submodule
-from micronet_eval.trace import Example, Op, Trace, Value, trace
+from micronet_eval.trace import Buffer, Example, Op, Trace, Value, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
 _SAME = ("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.view", "aten._unsafe_view")
@@ -41,13 +44,32 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
     if not any(_is_norm(m) for m in model.modules()):
         return model
     model = copy.deepcopy(model)
-    recorded = trace(model, example_input)
+    return _merge(model, trace(model, example_input), directions)
+
+
+def _merge(model: nn.Module, recorded: Trace, directions: Sequence[Direction]) -> nn.Module:
+    """`model` itself without batch norm; `recorded` is its trace, or that of a copy."""
     for norm_path, layer_path, direction in _mergeable_on_all_paths(model, recorded, directions):
         norm, layer = model.get_submodule(norm_path), model.get_submodule(layer_path)
         assert isinstance(norm, _BatchNorm)
         (_merge_backward if direction == "backward" else _merge_forward)(layer, norm)
         _replace_everywhere(model, norm, nn.Identity())
     return without_batch_norm(model)
+
+
+def merged_trace(model: nn.Module, example_input: Example) -> Trace:
+    """The trace of `merged(model, example_input)`. Of plain models it is made from that of `model`, which runs once.
+
+    There a merged weight is the original tensor, where the merge makes none of its values zero: which of them are zero
+    is all that counts. Parametrized layers, linear layers and graphs are really merged, and traced again.
+    """
+    recorded = trace(model, example_input)
+    if not any(_is_norm(m) for m in model.modules()):
+        return recorded
+    merges = _mergeable_on_all_paths(model, recorded, BOTH)
+    if isinstance(model, fx.GraphModule) or not all(_is_plain(recorded, layer) for _, layer, _ in merges):
+        return trace(_merge(copy.deepcopy(model), recorded, BOTH), example_input)
+    return _Rewriting(model, recorded).without_norms({norm: (layer, way) for norm, layer, way in merges})
 
 
 def without_batch_norm(model: nn.Module) -> nn.Module:
@@ -92,7 +114,7 @@ def _mergeable(
 ) -> Iterator[tuple[str, str, Direction]]:
     """The paths of each batch norm that can be merged and of the layer that takes it; backward where both can."""
     runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or "batch_norm" in op.name)
-    users = recorded.users()
+    users = recorded.users
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     for op in recorded.ops:
         norm = submodule(model, op.module)
@@ -111,7 +133,7 @@ def _mergeable(
                 break
 
 
-def _only_source(norm: Op, users: dict[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
+def _only_source(norm: Op, users: Mapping[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
     """The dot product that feeds `norm`, if nothing else reads what lies between."""
     value: Value = norm.args[0]
     while value.producer is not None and len(users[value]) == 1 and value not in outputs:
@@ -124,7 +146,7 @@ def _only_source(norm: Op, users: dict[Value, list[Op]], outputs: tuple[Value, .
     return None
 
 
-def _only_reader(norm: Op, users: dict[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
+def _only_reader(norm: Op, users: Mapping[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
     """The dot product without padding that `norm` feeds, if nothing else reads what lies between."""
     value = norm.out
     while len(users.get(value, ())) == 1 and value not in outputs:
@@ -163,8 +185,9 @@ def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
     """s (W x + b) + t = (s W) x + (s b + t)."""
-    scale, shift = _scale_and_shift(norm)
+    scale, _ = _scale_and_shift(norm)
     weight = _weight(layer)
+    bias = _merged_bias(layer, norm)
     with torch.no_grad():
         if isinstance(layer, _TRANSPOSED):  # inputs x outputs of each group
             channels = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
@@ -172,9 +195,15 @@ def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
         else:
             scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
         weight.copy_(scaled)
-        if layer.bias is not None:
-            shift = shift + layer.bias.double() * scale  # type: ignore[operator]
-        layer.bias = nn.Parameter(shift.to(weight.dtype))
+        layer.bias = nn.Parameter(bias)
+
+
+def _merged_bias(layer: nn.Module, norm: _BatchNorm) -> Tensor:
+    """s b + t."""
+    scale, bias = _scale_and_shift(norm)
+    if layer.bias is not None:
+        bias = bias + layer.bias.detach().double() * scale  # type: ignore[operator]
+    return bias.to(_weight(layer).dtype)
 
 
 def _merge_forward(layer: nn.Module, norm: _BatchNorm) -> None:
@@ -210,3 +239,131 @@ def _scale_shift(norm: _BatchNorm) -> ScaleShift:
     dtype = norm.running_var.dtype  # type: ignore[union-attr]
     layer.weight, layer.bias = nn.Parameter(scale.to(dtype)), nn.Parameter(shift.to(dtype))
     return layer
+
+
+# --- in the trace -----------------------------------------------------------------------------------------------------
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+"""A product above this is not rounded to zero."""
+
+
+def _is_plain(recorded: Trace, layer: str) -> bool:
+    """Whether a layer is a convolution whose weight and bias are parameters as they are."""
+    (op,) = (op for op in recorded.ops if op.module == layer and op.name in _DOT_PRODUCTS)
+    return op.name == "aten.convolution" and all(v is None or v.name is not None for v in op.args[1:3])
+
+
+class _Rewriting:
+    """Takes the batch norms out of a trace of `model`, as if the merged model had run."""
+
+    def __init__(self, model: nn.Module, recorded: Trace) -> None:
+        self.model, self.recorded = model, recorded
+        self.now: dict[Value, Value] = {}  # what is read in the place of a value
+        self.buffers = dict(recorded.buffers)
+        self.moved: dict[Buffer, Buffer] = {}
+        self.folded = recorded.folded
+        self.shifts: dict[str, tuple[Value, Value]] = {}
+
+    def without_norms(self, merges: Mapping[str, tuple[str, Direction]]) -> Trace:
+        """`merges`: batch norm -> the layer that takes it, and in which direction; all others become ScaleShifts."""
+        constants = {layer: self._merged(norm, layer, way) for norm, (layer, way) in merges.items()}
+        ops: list[Op] = []
+        for op in self.recorded.ops:
+            if "batch_norm" in op.name and _is_norm(norm := self.model.get_submodule(op.module)):
+                if op.module in merges:
+                    self._skip(op)
+                else:
+                    ops += self._scale_and_shift(op, norm)
+                self.folded -= _folded_by_a_norm()
+                continue
+            args = op.args
+            if op.module in constants and op.name == "aten.convolution":
+                args = (args[0], *constants[op.module], *args[3:])
+            op.args, op.kwargs = self._current(args), self._current(op.kwargs)
+            op.__dict__.pop("inputs", None)
+            ops.append(op)
+        return replaced(
+            self.recorded,
+            ops=tuple(ops),
+            outputs=tuple(self.now.get(v, v) for v in self.recorded.outputs),
+            folded=self.folded,
+            buffers={value: self.moved.get(buffer, buffer) for value, buffer in self.buffers.items()},
+        )
+
+    def _current(self, item: Any) -> Any:
+        if isinstance(item, Value):
+            return self.now.get(item, item)
+        if isinstance(item, list):
+            return [self._current(part) for part in item]
+        if isinstance(item, tuple):
+            return tuple([self._current(part) for part in item])
+        return {name: self._current(part) for name, part in item.items()} if isinstance(item, dict) else item
+
+    def _constant(self, name: str, data: Tensor) -> Value:
+        value = Value(tuple(data.shape), data.dtype, name, data)
+        self.buffers[value] = Buffer(data.untyped_storage().nbytes())
+        return value
+
+    def _merged(self, norm_path: str, layer_path: str, way: Direction) -> tuple[Value, Value]:
+        """Weight and bias of a layer behind the merge."""
+        norm, layer = self.model.get_submodule(norm_path), self.model.get_submodule(layer_path)
+        assert isinstance(norm, _BatchNorm) and isinstance(layer.weight, Tensor)
+        weight = layer.weight.detach()
+        if way == "backward" and (weight.is_meta or _keeps_zeros(weight, _scale_and_shift(norm)[0])):
+            bias = _merged_bias(layer, norm)
+        else:
+            layer = copy.deepcopy(layer)
+            (_merge_backward if way == "backward" else _merge_forward)(layer, norm)
+            assert isinstance(layer.weight, Tensor) and isinstance(layer.bias, Tensor)
+            weight, bias = layer.weight.detach(), layer.bias.detach()
+        return self._constant(_join(layer_path, "weight"), weight), self._constant(_join(layer_path, "bias"), bias)
+
+    def _skip(self, op: Op) -> None:
+        """What read the result of a merged batch norm reads what went into it, in whose memory it lies."""
+        source = self._current(op.args[0])
+        self.now[op.out] = source
+        self.moved[self.buffers[op.out]] = self.buffers[source]
+
+    def _scale_and_shift(self, op: Op, norm: _BatchNorm) -> list[Op]:
+        """What a ScaleShift runs: two views of its parameters, which are folded, a product and a sum."""
+        x = self._current(op.args[0])
+        if op.module not in self.shifts:
+            layer = _scale_shift(norm)
+            self.shifts[op.module] = (
+                self._constant(_join(op.module, "weight"), layer.weight.detach()),
+                self._constant(_join(op.module, "bias"), layer.bias.detach()),
+            )
+        shape = [-1] + [1] * (len(x.shape) - 2)
+        weight, bias = (self._viewed(constant, shape, op) for constant in self.shifts[op.module])
+        product = Op("aten.mul", op.module, (x, weight), {}, func=torch.ops.aten.mul.Tensor, path=op.path)
+        product.outputs = (Value(x.shape, x.dtype, None, None, product),)
+        self.buffers[product.out] = Buffer(self.buffers[op.out].bytes)
+        total = Op("aten.add", op.module, (product.out, bias), {}, func=torch.ops.aten.add.Tensor, path=op.path)
+        total.outputs = (Value(x.shape, x.dtype, None, None, total),)
+        self.now[op.out] = total.out
+        self.buffers[total.out] = self.buffers[op.out]
+        return [product, total]
+
+    def _viewed(self, constant: Value, shape: list[int], op: Op) -> Value:
+        assert constant.data is not None
+        view = Op("aten.view", op.module, (constant, shape), {}, func=torch.ops.aten.view.default, path=op.path)
+        data = constant.data.view(shape)
+        view.outputs = (Value(tuple(data.shape), data.dtype, None, data, view),)
+        self.buffers[view.out] = self.buffers[constant]
+        self.folded += 1
+        return view.out
+
+
+def _keeps_zeros(weight: Tensor, scale: Tensor) -> bool:
+    """Whether nothing in a weight is zero, and nothing becomes zero when it is scaled."""
+    return bool(least(weight) * scale.abs().min() > _SMALLEST)
+
+
+@cache
+def _folded_by_a_norm() -> int:
+    """What torch runs beside a batch norm that no input goes into: memory that it reserves."""
+    return trace(nn.BatchNorm1d(1), torch.zeros(2, 1)).folded
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -37,6 +37,7 @@ from micronet_eval.formats import (
     of_weights,
 )
 from micronet_eval.masks import ELEMENT, Block, block_mask, elements, mask_shape
+from micronet_eval.nonzeros import is_nonzero
 from micronet_eval.storage import Stored, stored_tensors
 from micronet_eval.structure import (
     StructureError,
@@ -49,7 +50,7 @@ from micronet_eval.structure import (
     traced,
     without_weights,
 )
-from micronet_eval.trace import Example, trace
+from micronet_eval.trace import Example, constant, trace
 
 _KEY, _KIND = "micronet-packed", {"version": 1}
 _STREAMS = ("values", "masks", "overhead", "structure")
@@ -165,7 +166,7 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
         if not _same(getattr(owner, stored.name.rpartition(".")[2]), stored.tensor):
             raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
-        codes, block = _codes(stored), stored.mask(stored.format.code_bits)
+        codes, block = _codes(stored), stored.mask(stored.format.code_bits, stored.format)
         width = stored.format.code_bits
         if stored.is_overhead:
             layout = "overhead"
@@ -268,7 +269,7 @@ def _read_tensor(
         if tensor is None or tensor.shape != shape:
             raise OffGrid(f"tensor {name!r} is missing from the file, or is not of shape {tuple(shape)}")
         number_format = format_of(spec, shape, read_side)
-        value = number_format.decode(torch.from_numpy(_codes(Stored(name, tensor, number_format))))
+        value = number_format.decode(torch.from_numpy(_codes(Stored(name, constant(tensor), number_format))))
     elif layout == "overhead":
         number_format = format_of(spec, shape, read_side)
         value = number_format.decode(read_side(int(np.prod(shape)), number_format.code_bits).reshape(shape))
@@ -279,7 +280,7 @@ def _read_tensor(
         codes[kept] = torch.from_numpy(readers["values"].read(int(kept.sum()), number_format.code_bits))
         value = number_format.decode(codes)
         value[~kept] = 0
-        if layout == "bitmask" and not bool(Stored(name, value, number_format).is_nonzero[kept].all()):
+        if layout == "bitmask" and not bool(is_nonzero(value)[kept].all()):
             raise OffGrid(f"tensor {name!r}: the bitmask names a value that is zero")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise OffGrid(f"tensor {name!r} holds NaN or infinity")

@@ -179,7 +179,7 @@ def with_scales(trace: Trace) -> Trace:
     - At a conversion to values, one an element, if anything else than linear operations and conversions to codes reads
       them. *(ours)*
     """
-    users = trace.users()
+    users = trace.users
     ops: list[Op] = []
     scaled: set[Value] = set()  # values that a scale was multiplied into
     for op in trace.ops:

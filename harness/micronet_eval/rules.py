@@ -71,7 +71,9 @@ def _has_masks(block: bool) -> Exercised:
 
     def exercised(evidence: Evidence) -> bool:
         widest = FREEBIE_BITS if evidence.account.freebie else 64
-        masks = [s.mask(min(s.format.code_bits, widest)) for s in evidence.account.stored if not s.is_overhead]
+        masks = [
+            s.mask(min(s.format.code_bits, widest), s.format) for s in evidence.account.stored if not s.is_overhead
+        ]
         return any(mask is not None and (mask != ELEMENT) == block for mask in masks)
 
     return exercised

@@ -249,7 +249,7 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
         bits[module] += tensor.bits(widest).total
         if not tensor.is_overhead:
             dense_bits[module] += 32 * tensor.elements
-            sparse_bits[module] += replace(tensor, format=Plain("float32")).bits().total
+            sparse_bits[module] += tensor.bits(of=Plain("float32")).total
     return tuple(
         Module(
             module=m,
@@ -267,7 +267,7 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
 
 def dense_cost(priced: Priced, formulas: Mapping[str, Formula]) -> Cost:
     """What an operation costs with every weight counted; nothing is priced again where it has none."""
-    if not any(value.is_constant for value in priced.op.inputs):
+    if all(not value.is_constant or value.nonzeros == value.numel for value in priced.op.inputs):
         return priced.cost
     return cost_of(dense(priced.op), formulas) or priced.cost
 

@@ -42,9 +42,10 @@ from micronet_eval.grids import (
     through_views,
     values_of,
 )
-from micronet_eval.masks import ELEMENT, Block, block_mask, candidates, elements, mask_shape
+from micronet_eval.masks import ELEMENT, Block, candidates, kept_elements, mask_shape
+from micronet_eval.nonzeros import is_nonzero
 from micronet_eval.precision import number_width, numbers
-from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value
+from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
 
 FREEBIE_BITS = 16
 
@@ -71,45 +72,49 @@ class Stored:
     """
 
     name: str
-    tensor: Tensor
+    value: Value
     format: Format
     is_overhead: bool = False
     is_index: bool = False
     in_code: bool = False
 
     @property
-    def elements(self) -> int:
-        return self.tensor.numel()
+    def tensor(self) -> Tensor:
+        assert self.value.data is not None
+        return self.value.data
 
-    @cached_property
+    @property
+    def elements(self) -> int:
+        return self.value.numel
+
+    @property
     def nonzeros(self) -> int:
         """Elements that are not zero; all of them where there are no values (on the meta device)."""
-        if self.tensor.is_meta:
-            return self.elements
-        return int(self.is_nonzero.sum())
+        return self.value.nonzeros
 
-    def bits(self, widest: int = 64) -> Bits:
-        """What the tensor takes when no value takes more than `widest` bits (the freebie's 16)."""
-        width = min(self.format.code_bits, widest)
+    def bits(self, widest: int = 64, of: Format | None = None) -> Bits:
+        """What it takes in its format or `of`, when no value takes more than `widest` bits (the freebie's 16)."""
+        number_format = of or self.format
+        width = min(number_format.code_bits, widest)
         if self.is_overhead:
             return Bits(0, 0, self.elements * width)
         if self.in_code and self._is_pattern():
             return Bits(width if self.nonzeros else 0, self.elements if 0 < self.nonzeros < self.elements else 0)
-        block = self.mask(width)
+        block = self.mask(width, number_format)
         if block is None:
-            return Bits(self.elements * width, 0, self.format.side_bits)
+            return Bits(self.elements * width, 0, number_format.side_bits)
         kept, mask_bits = self._kept(block)
-        return Bits(kept * width, mask_bits, self.format.side_bits)
+        return Bits(kept * width, mask_bits, number_format.side_bits)
 
-    def mask(self, width: int) -> Block | None:
+    def mask(self, width: int, number_format: Format) -> Block | None:
         """The blocks of the smallest mask for values of `width` bits; None where all values are smaller without one.
 
         The largest blocks come last: of two that are equally small the first is taken.
         """
         dense = self.elements * width
-        if self.tensor.is_meta or self.nonzeros == self.elements:
+        if self.nonzeros == self.elements:
             return None
-        if not self.format.holds_zero:
+        if not number_format.holds_zero:
             return ELEMENT  # a block could hold a zero
         sizes: dict[Block | None, int] = {None: dense, ELEMENT: self.nonzeros * width + self.elements}
         if self.nonzeros * width < dense:
@@ -121,15 +126,18 @@ class Stored:
 
     @cached_property
     def is_nonzero(self) -> Tensor:
-        """Which elements are not zero. torch has no arithmetic on 8-bit floats."""
-        return (self.tensor.float() if self.tensor.dtype in FLOAT8 else self.tensor) != 0
+        """Which elements are not zero."""
+        return is_nonzero(self.tensor)
+
+    @cached_property
+    def _found(self) -> dict[Block, int]:
+        return {ELEMENT: self.nonzeros}
 
     def _kept(self, block: Block) -> tuple[int, int]:
         """The elements in blocks that are not zero, and the bits of the mask."""
-        if block == ELEMENT:
-            return self.nonzeros, self.elements
-        mask = block_mask(self.is_nonzero, block)
-        return int(elements(mask, block, self.tensor.shape).sum()), mask.numel()
+        if block not in self._found:
+            self._found[block] = kept_elements(self.is_nonzero, block) if self.nonzeros else 0
+        return self._found[block], math.prod(mask_shape(self.tensor.shape, block))
 
     def _is_pattern(self) -> bool:
         """Whether all values that are not zero are the same, as in the mask of causal attention."""
@@ -245,7 +253,11 @@ def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
     if is_conversion(op) and op.name != FIXED_POINT_OP:
         return _scales_in_code(grid_of(op))
     found = [number for number in numbers(op) if number_width(number) > 1]
-    return [(n, Stored(f"number {n!r}", torch.tensor(float(n)), Plain("float32"), in_code=True)) for n in found]
+    return [(n, _in_code(f"number {n!r}", torch.tensor(float(n)), Plain("float32"))) for n in found]
+
+
+def _in_code(name: str, tensor: Tensor, number_format: Format, is_overhead: bool = False) -> Stored:
+    return Stored(name, constant(tensor), number_format, is_overhead, in_code=True)
 
 
 def _permutation(op: Op | None) -> list[tuple[Hashable, Stored]]:
@@ -255,7 +267,7 @@ def _permutation(op: Op | None) -> list[tuple[Hashable, Stored]]:
         return []
     places = Integer(index_bits(len(order)), False, "int64")
     name = f"permutation of {len(order):,}"
-    return [(("permutation", order), Stored(name, torch.tensor(order), places, is_overhead=True, in_code=True))]
+    return [(("permutation", order), _in_code(name, torch.tensor(order), places, is_overhead=True))]
 
 
 def _scales_in_code(grid: Grid) -> list[tuple[Hashable, Stored]]:
@@ -265,10 +277,10 @@ def _scales_in_code(grid: Grid) -> list[tuple[Hashable, Stored]]:
         exact = math.frexp(scale)
         tensor = torch.tensor(exact[1] - 1, dtype=torch.int8) if exact[0] == 0.5 else torch.tensor(float(scale))
         name = Plain.of(tensor.dtype)
-        found.append((("scale", scale), Stored(f"scale {scale!r}", tensor, name, is_overhead=True, in_code=True)))
+        found.append((("scale", scale), _in_code(f"scale {scale!r}", tensor, name, is_overhead=True)))
     for zero in (int(z) for z in grid.zero_points if not isinstance(z, Value) and z):
         number_format = Integer(grid.code_bits, grid.low < 0, "int64")
-        stored = Stored(f"zero point {zero}", torch.tensor(zero), number_format, is_overhead=True, in_code=True)
+        stored = _in_code(f"zero point {zero}", torch.tensor(zero), number_format, is_overhead=True)
         found.append((("zero point", zero, grid.code_bits), stored))
     return found
 
@@ -344,23 +356,21 @@ def _names(value: Value) -> list[str]:
 
 def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value | None = None) -> Stored:
     """`value` in the format of its `grid`; where it holds codes, `made` is what is made of them."""
-    assert value.data is not None
     leaves = _names(value)
     name = _path(leaves) if leaves else f"constant of {op.name if op is not None else 'the output'}"
     exponent = is_conversion(op) and op is not None and value is not through_views(op.inputs[0])
     if exponent:
-        return Stored(name, value.data, _side_format(value, grid_of(op)), is_overhead=True, in_code=not leaves)  # type: ignore[arg-type]
+        return Stored(name, value, _side_format(value, grid_of(op)), is_overhead=True, in_code=not leaves)  # type: ignore[arg-type]
     index = op is not None and op.name in FREE and not value.dtype.is_floating_point
     number_format = _format(value, grid, made or value, index)
     folds = op is not None and op.outputs and op.out.is_constant  # an index into a codebook is a code
-    return Stored(name, value.data, number_format, False, index and not folds, in_code=not leaves)
+    return Stored(name, value, number_format, False, index and not folds, in_code=not leaves)
 
 
 def _side(value: Value, grid: Grid) -> Stored:
     leaves = _names(value)
-    assert value.data is not None
     name = _path(leaves) if leaves else "constant"
-    return Stored(name, value.data, _side_format(value, grid), is_overhead=True, in_code=not leaves)
+    return Stored(name, value, _side_format(value, grid), is_overhead=True, in_code=not leaves)
 
 
 def _side_format(value: Value, grid: Grid) -> Format:

@@ -10,12 +10,12 @@ quantized or transposed on its way is known with its values where an operation o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
+from micronet_eval import nonzeros, shapes
 from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.formats import CONVERSIONS
@@ -57,9 +58,27 @@ class Value:
     def is_constant(self) -> bool:
         return self.data is not None
 
-    @property
+    @cached_property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
+
+    @property
+    def known(self) -> Tensor | None:
+        """The values of a constant; None for an activation and for a constant without values (on the meta device)."""
+        return None if self.data is None or self.data.is_meta else self.data
+
+    @cached_property
+    def nonzeros(self) -> int:
+        """Elements of a constant that are not zero, counted once for all its views; all where there are no values."""
+        op = self.producer
+        if op is not None and op.name in _REARRANGED and op.inputs[0].dtype == self.dtype:
+            return op.inputs[0].nonzeros
+        return self.numel if self.known is None else nonzeros.count(self.known)
+
+
+def constant(tensor: Tensor) -> Value:
+    """A tensor that no model holds, as a value."""
+    return Value(tuple(tensor.shape), tensor.dtype, None, tensor)
 
 
 @dataclass(eq=False)
@@ -83,7 +102,7 @@ class Op:
 
     @cached_property
     def inputs(self) -> tuple[Value, ...]:
-        return tuple(v for v in tree_flatten((self.args, self.kwargs))[0] if isinstance(v, Value))
+        return tuple(_leaves(self.args, Value) + _leaves(tuple(self.kwargs.values()), Value))
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at `position`, or by keyword `name`, or `default`."""
@@ -124,7 +143,8 @@ class Trace:
             for name in names
         }
 
-    def users(self) -> dict[Value, list[Op]]:
+    @cached_property
+    def users(self) -> Mapping[Value, list[Op]]:
         """For every value the operations that read it."""
         users: dict[Value, list[Op]] = {}
         for op in self.ops:
@@ -234,11 +254,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
         storage = tensor.untyped_storage()
+        memory = storage._cdata
         if id(tensor) not in self.values:
             self.alive.append(tensor)
-            self.sharing.setdefault(storage._cdata, []).append(tensor)
+            self.sharing.setdefault(memory, []).append(tensor)
+        if memory not in self.memory:
+            self.memory[memory] = Buffer(storage.nbytes())
         self.values[id(tensor)] = value
-        self.buffers[value] = self.memory.setdefault(storage._cdata, Buffer(storage.nbytes()))
+        self.buffers[value] = self.memory[memory]
         return tensor
 
     def known(self, name: str, tensor: Tensor, bits: int | None = None) -> Tensor:
@@ -265,17 +288,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.bind(meta, value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(is_traceable_wrapper_subclass(t) for t in tree_flatten((args, kwargs))[0]):
+        if any(map(is_traceable_wrapper_subclass, types)):
             return NotImplemented  # the subclass answers, in operations on what is inside of it
         kwargs = kwargs or {}
-        args, kwargs = tree_map(self._to_meta, (args, kwargs))
-        if (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
+        if any(id(t) not in self.values for t in _tensors(args, kwargs)):
+            args, kwargs = _changed(args, self._to_meta), _changed(kwargs, self._to_meta)
+        if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
         written = _written(func, args, kwargs)
-        values = self._values(args, kwargs)
-        op = Op(_name(func), self.path[-1] if self.path else "", values[0], values[1], func=func, path=self.branch)
-        result = _fake_quantized(args[0], func) if op.name in _WITHOUT_META else self._execute(func, args, kwargs)
-        outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        read = _changed(args, self.value), _changed(kwargs, self.value)
+        op = Op(_name(func), self.path[-1] if self.path else "", *read, func=func, path=self.branch)
+        result = self._execute(func, op, args, kwargs)
+        outputs = _leaves((result,), Tensor)
         if op.name not in FILLS and not all(v.is_constant for v in op.inputs):
             op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
             self.ops.append(op)
@@ -287,7 +311,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.folded += 1
         for tensor in written:
             self._unshare(tensor, op)
-        reals = [t for t in tree_flatten(self._fold(func, op, args, kwargs, result))[0] if isinstance(t, Tensor)]
+        reals = _leaves((self._fold(func, op, args, kwargs, result),), Tensor)
         for tensor, data in zip(outputs, reals, strict=True):
             if not any(tensor is t for t in written):  # those have their new value already
                 self.bind(tensor, Value(tuple(tensor.shape), tensor.dtype, None, data, op))
@@ -297,16 +321,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def value(self, tensor: Tensor) -> Value:
         """The value that a tensor holds now."""
         meta = self._to_meta(tensor)
-        if (part := self.overwritten.pop(id(meta), None)) is not None:
+        if self.overwritten and (part := self.overwritten.pop(id(meta), None)) is not None:
             before, op = part
             write = Op(WRITE_OP, op.module, (before, *op.outputs[:1]), {}, path=op.path)
             write.outputs = (Value(before.shape, before.dtype, None, None, write),)
             self.ops.append(write)
             self.bind(meta, write.out)
         return self.values[id(meta)]
-
-    def _values(self, args: Any, kwargs: Any) -> Any:
-        return tree_map(lambda item: self.value(item) if isinstance(item, Tensor) else item, (args, kwargs))
 
     def _write(self, written: Tensor, op: Op) -> None:
         """After an activation was written into `written`, every tensor on the same storage holds a new value.
@@ -338,27 +359,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             write.outputs = (Value(before.shape, before.dtype, None, data, write),)
             self.bind(tensor, write.out)
 
-    def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _execute(self, func: Any, op: Op, args: Any, kwargs: Any) -> Any:
         """The result on the meta device. A number, or a shape, that depends on values is that of the constants."""
+        if op.name in _WITHOUT_META:
+            return _fake_quantized(args[0], func)
+        rule = shapes.RULES.get(func)
+        if rule is not None and (result := rule(*args, **kwargs)) is not None:
+            return result
         try:
             return func(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
             if not _VALUE_DEPENDENT & set(func.tags):
                 raise
-            values = [self.value(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-            if any(v.data is None or v.data.is_meta for v in values):
-                raise RuntimeError(
-                    f"{_name(func)} depends on values that are not known before the model runs"
-                ) from error
-        real = func(*tree_map(self._data, args), **tree_map(self._data, kwargs))
+            if any(v.known is None for v in op.inputs):
+                raise RuntimeError(f"{op.name} depends on values that are not known before the model runs") from error
+        real = func(*_changed(args, self._data), **_changed(kwargs, self._data))
         return tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, real)
 
-    def _data(self, item: Any) -> Any:
-        return self.value(item).data if isinstance(item, Tensor) else item
+    def _data(self, tensor: Tensor) -> Tensor | None:
+        return self.value(tensor).data
 
-    def _to_meta(self, item: Any) -> Any:
+    def _to_meta(self, tensor: Tensor) -> Tensor:
         """Tensors that the model keeps outside of its parameters and buffers are constants, too, each known once."""
-        return self.known("constant", item) if isinstance(item, Tensor) and id(item) not in self.values else item
+        return tensor if id(tensor) in self.values else self.known("constant", tensor)
 
     def _fold(self, func: Any, op: Op, args: Any, kwargs: Any, result: Any) -> Any:
         """The real result of an operation whose tensors are all constants."""
@@ -366,7 +389,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.full(result.shape, FILLS[op.name](op), dtype=result.dtype)
         if any(v.data is not None and v.data.is_meta for v in op.inputs):
             return result  # a parameter without values makes none
-        args, kwargs = tree_map(self._data, (args, kwargs))
+        args, kwargs = _changed(args, self._data), _changed(kwargs, self._data)
         if "device" in kwargs:
             device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
             kwargs = {**kwargs, "device": device}
@@ -388,6 +411,11 @@ FILLS: dict[str, Callable[[Op], Any]] = {
 }
 
 
+_REARRANGED = frozenset(
+    f"aten.{name}" for name in ("alias", "detach", "permute", "squeeze", "t", "transpose", "unsqueeze", "view")
+)
+"""The same elements in another order or shape."""
+
 _WITHOUT_META = frozenset(name for name in CONVERSIONS if name.startswith("aten."))
 """Operations that torch does not run on the meta device."""
 
@@ -398,18 +426,52 @@ def _fake_quantized(x: Tensor, func: Any) -> Any:
     return results if len(results) > 1 else results[0]
 
 
+@cache
 def _name(func: Any) -> str:
     namespace, _, name = func._schema.name.partition("::")
     return f"{namespace}.{name[:-1] if name.endswith('_') and not name.endswith('__') else name}"
 
 
+@cache
+def _writes(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operation writes into."""
+    schema = func._schema
+    if not schema.is_mutable:
+        return ()
+    into = ((i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    return tuple((i, a.name) for i, a in into)
+
+
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that an operation writes into."""
-    if not func._schema.is_mutable:
-        return []
-    named = {**{a.name: v for a, v in zip(func._schema.arguments, args, strict=False)}, **kwargs}
-    into = [named.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [t for t in tree_flatten(into)[0] if isinstance(t, Tensor)]
+    into = _writes(func)
+    return _tensors(tuple(args[i] if i < len(args) else kwargs.get(name) for i, name in into), {}) if into else []
+
+
+def _leaves(items: Sequence[Any], kind: Any) -> list[Any]:
+    """What of a kind lies in lists and tuples of any nesting, in order. Arguments and results hold nothing else."""
+    found = []
+    for item in items:
+        if isinstance(item, kind):
+            found.append(item)
+        elif isinstance(item, list | tuple):
+            found += _leaves(item, kind)
+    return found
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return _leaves((*args, *kwargs.values()) if kwargs else args, Tensor)
+
+
+def _changed(item: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same arguments with each tensor changed."""
+    if isinstance(item, Tensor):
+        return change(item)
+    if isinstance(item, list):
+        return [_changed(part, change) for part in item]
+    if isinstance(item, tuple):
+        return tuple([_changed(part, change) for part in item])
+    return {name: _changed(part, change) for name, part in item.items()} if isinstance(item, dict) else item
 
 
 def _meant_bits(context: Any) -> int | None:
@@ -443,7 +505,8 @@ def _swapped(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """
     modules = list(model.modules())
     before = [(vars(module), dict(vars(module))) for module in modules]
-    contents = [(held, copy(held)) for _, table in before for held in table.values() if type(held) in (list, dict, set)]
+    held_in = (held for _, table in before for held in table.values())
+    contents = [(held, held.copy()) for held in held_in if type(held) in (list, dict, set)]
     for module in modules:
         for table in (module._parameters, module._buffers):
             table.update({name: recorder.kept[id(t)][1] for name, t in table.items() if t is not None})  # type: ignore[misc]
@@ -457,24 +520,21 @@ def _swapped(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 @contextmanager
 def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keeps the path of the module that runs on top of `path`."""
+    """Keeps the path of the module that runs on top of `path`. Global hooks would cost more than many modules."""
     names = {id(module): name for name, module in model.named_modules()}
+    call = nn.Module.__call__
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def named_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         path.append(names.get(id(module), path[-1] if path else ""))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        result = call(module, *args, **kwargs)
         path.pop()
+        return result
 
-    handles = (
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave),
-    )
+    nn.Module.__call__ = named_call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        nn.Module.__call__ = call  # type: ignore[method-assign]
 
 
 @contextmanager

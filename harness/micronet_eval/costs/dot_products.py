@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from micronet_eval.costs.cost import Cost, Formula
+from micronet_eval.nonzeros import by_output, is_nonzero
 from micronet_eval.trace import Op, Value
 
 
@@ -21,22 +23,15 @@ def dot_products(nonzeros: int, outputs: int, times: int, bias: bool) -> Cost:
     return Cost(mults=mults, accumulations=mults - (0 if bias else outputs * times), macs=mults)
 
 
-def known(weight: Value) -> Tensor | None:
-    """The values of a constant; None for an activation and for a weight without values (on the meta device)."""
-    return None if weight.data is None or weight.data.is_meta else weight.data
-
-
 def nonzeros_by_output(weight: Value, output_dim: int) -> tuple[int, int]:
     """Non-zero weights, and outputs with at least one, of a weight whose dimension `output_dim` counts the outputs.
 
     A weight without values counts as dense.
     """
     outputs = weight.shape[output_dim]
-    data = known(weight)
-    if data is None:
+    if weight.known is None or weight.nonzeros == weight.numel > 0:
         return weight.numel, outputs
-    counts = (data != 0).movedim(output_dim, 0).reshape(outputs, -1).sum(1)
-    return int(counts.sum()), int((counts > 0).sum())
+    return weight.nonzeros, int(np.count_nonzero(by_output(weight.known, output_dim)))
 
 
 def convolution(op: Op) -> Cost:
@@ -74,13 +69,11 @@ def transposed_convolution(op: Op) -> Cost:
 
 def _taps(weight: Value, groups: int) -> Tensor:
     """[1, K, ...]: how many non-zero weights behind each output channel; all alike, and K = 1, for a dense weight."""
-    data = known(weight)
     channels, outputs, *kernel = weight.shape
-    if data is None or bool((data != 0).all()):
+    if weight.known is None or weight.nonzeros == weight.numel:
         return torch.full((1, 1, *kernel), float(channels // groups))
-    return (
-        (data != 0).view(groups, channels // groups, outputs, *kernel).sum(1).flatten(0, 1).unsqueeze(0).float().cpu()
-    )
+    by_group = is_nonzero(weight.known).view(groups, channels // groups, outputs, *kernel)
+    return by_group.sum(1).flatten(0, 1).unsqueeze(0).float().cpu()
 
 
 def mm(op: Op) -> Cost:
@@ -116,10 +109,11 @@ def matrix_product(op: Op, a: Value, b: Value, bias: bool) -> Cost:
 
 def nonzeros_by_matrix(weight: Value, output_dim: int) -> tuple[int, int]:
     """As `nonzeros_by_output`, summed over the batch dimension that a matrix of bmm has in front."""
-    data = known(weight)
-    if data is None:
+    if len(weight.shape) == 2:
+        return nonzeros_by_output(weight, output_dim)
+    if weight.known is None or weight.nonzeros == weight.numel > 0:
         return weight.numel, weight.numel // weight.shape[-3 - output_dim]
-    counts = (data != 0).sum(-3 - output_dim)
+    counts = is_nonzero(weight.known).sum(-3 - output_dim)
     return int(counts.sum()), int((counts > 0).sum())
 
 
@@ -137,11 +131,11 @@ def addmv(op: Op) -> Cost:
 def _times_vector(a: Value, vector: Value, bias: bool) -> Cost:
     """[M, K] or [K] times [K]; zeros of a constant factor are left out."""
     rows = a.shape[0] if len(a.shape) == 2 else 1
-    data = known(a)
+    data = a.known
     if data is not None and not vector.is_constant:
         counts = (data.reshape(rows, -1) != 0).sum(1)
         return dot_products(int(counts.sum()), int((counts > 0).sum()), 1, bias)
-    data = None if a.is_constant else known(vector)
+    data = None if a.is_constant else vector.known
     terms = vector.numel if data is None else int(data.count_nonzero())
     return dot_products(rows * terms, rows if terms else 0, 1, bias)
 

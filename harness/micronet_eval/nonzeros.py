@@ -1,0 +1,53 @@
+"""Which values are not zero, at the speed of reading them: a piece at a time, so that what is made of it stays cached.
+
+torch.count_nonzero reads several times slower than memory delivers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_PIECE = 1 << 17  # elements
+_IN_NUMPY = frozenset({torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32,
+                       torch.int64})  # fmt: skip
+
+
+def count(tensor: Tensor) -> int:
+    """How many elements are not zero."""
+    return sum(int(np.count_nonzero(piece != 0)) for piece in _pieces(tensor))
+
+
+def least(tensor: Tensor) -> float:
+    """The least magnitude of any element: 0 as soon as one is zero, NaN where one is; infinite without elements."""
+    found = np.inf
+    for piece in _pieces(tensor):
+        found = np.minimum(found, np.abs(piece).min())
+        if found == 0:
+            break
+    return float(found)
+
+
+def by_output(tensor: Tensor, dim: int) -> NDArray[np.int64]:
+    """For each index of dimension `dim` how many elements are not zero."""
+    rows = is_nonzero(tensor).movedim(dim, 0).reshape(tensor.shape[dim], -1)
+    counts: NDArray[np.int64] = np.count_nonzero(rows.cpu().numpy(), axis=1)
+    return counts
+
+
+def is_nonzero(tensor: Tensor) -> Tensor:
+    """Which elements are not zero. torch has no arithmetic on 8-bit floats."""
+    return (tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 else tensor) != 0
+
+
+def _pieces(tensor: Tensor) -> Iterator[NDArray[Any]]:
+    """All elements once, in the order of memory where they lie there without gaps."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    flat = tensor.detach().permute(order).reshape(-1)
+    for piece in torch.split(flat, _PIECE):
+        yield (piece if tensor.dtype in _IN_NUMPY else is_nonzero(piece)).cpu().numpy()

@@ -1,0 +1,206 @@
+"""What the commonest operations return on the meta device, worked out here: torch's own kernels there are slow Python.
+
+A rule gives tensors of the same shape, strides, dtype and memory as torch's kernel, or None where it does not hold:
+then torch's kernel is asked, which also refuses what does not fit. A test compares each rule with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+Result = Tensor | tuple[Tensor, ...] | None
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Floating point of one dtype, each laid out row by row."""
+    dtype = tensors[0].dtype
+    return dtype.is_floating_point and all(t.dtype == dtype and _in_rows(t) for t in tensors)
+
+
+def _in_rows(t: Tensor) -> bool:
+    """Contiguous, with the strides of a new tensor: those of dimensions of size 1 can be anything, and are kept."""
+    if not t.is_contiguous():
+        return False
+    if 1 not in t.shape:
+        return True
+    step = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _like(x: Tensor, *numbers: Any, **more: Any) -> Result:
+    """Element-wise on one tensor."""
+    if any(isinstance(n, Tensor | complex) for n in numbers) or not _plain(x):
+        return None
+    return _empty(x.shape, x)
+
+
+def _itself(x: Tensor, *numbers: Any, **more: Any) -> Result:
+    """Element-wise on one tensor, in place."""
+    return x if x.dtype.is_floating_point and not any(isinstance(n, Tensor | complex) for n in numbers) else None
+
+
+def _both(x: Tensor, y: Any, **more: Any) -> Result:
+    """Element-wise on two tensors, one of which may be repeated along dimensions of the other."""
+    if not isinstance(y, Tensor) or not _plain(x, y):
+        return None
+    if x.shape == y.shape or _spreads(y, x):
+        return _empty(x.shape, x)
+    return _empty(y.shape, x) if _spreads(x, y) else None
+
+
+def _into(x: Tensor, y: Any, **more: Any) -> Result:
+    """Element-wise on two tensors, in place of the first."""
+    fits = isinstance(y, Tensor) and x.dtype == y.dtype and (x.shape == y.shape or _spreads(y, x))
+    return x if fits and x.dtype.is_floating_point else None
+
+
+def _spreads(small: Tensor, large: Tensor) -> bool:
+    """Whether the elements of one tensor are repeated along dimensions of the other, and not the other way, too."""
+    behind = len(large.shape) - len(small.shape)
+    return behind >= 0 and all(n in (1, m) for n, m in zip(small.shape, large.shape[behind:], strict=True))
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int,
+) -> Result:  # fmt: skip
+    dims = len(x.shape) - 2
+    if transposed or not _plain(x, weight) or {*map(len, (stride, padding, dilation, weight.shape[2:]))} != {dims}:
+        return None
+    channels, outputs = x.shape[1], weight.shape[0]
+    if weight.shape[1] * groups != channels or outputs % groups or 0 in (*x.shape, *weight.shape):
+        return None
+    spread = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    room = [n + 2 * p - s for n, p, s in zip(x.shape[2:], padding, spread, strict=True)]
+    if min(room) < 0 or min(stride) < 1 or (bias is not None and bias.shape != (outputs,)):
+        return None
+    return _empty([x.shape[0], outputs, *(r // s + 1 for r, s in zip(room, stride, strict=True))], x)
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, **more: Any) -> Result:
+    if bias.shape != b.shape[1:] or bias.dtype != a.dtype:
+        return None
+    return _mm(a, b)
+
+
+def _mm(a: Tensor, b: Tensor) -> Result:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
+        return None
+    return _empty((a.shape[0], b.shape[1]), a)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Result:
+    if len(a.shape) != 3 or len(b.shape) != 3 or a.dtype != b.dtype:
+        return None
+    return _empty((*a.shape[:2], b.shape[2]), a) if a.shape[::2] == b.shape[:2] else None
+
+
+def _mean(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Result:
+    if not dim or dtype is not None or not _plain(x) or not all(-len(x.shape) <= d < len(x.shape) for d in dim):
+        return None
+    reduced = {d % len(x.shape) for d in dim}
+    if len(reduced) != len(dim):
+        return None
+    return _empty([1 if d in reduced else n for d, n in enumerate(x.shape) if keepdim or d not in reduced], x)
+
+
+def _softmax(x: Tensor, dim: int, more: Any = None) -> Result:
+    return _empty(x.shape, x) if not more and _plain(x) and -len(x.shape) <= dim < len(x.shape) else None
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    training: bool, *more: float,
+) -> Result:  # fmt: skip
+    given = [t for t in (weight, bias, mean, var) if t is not None]
+    if training or mean is None or var is None or not _in_32_bits(x, *given) or len(x.shape) < 2:
+        return None
+    if any(t.shape != x.shape[1:2] for t in given):
+        return None
+    return _empty(x.shape, x), _empty(mean.shape, x), _empty(mean.shape, x)
+
+
+def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Result:
+    given = [t for t in (weight, bias) if t is not None]
+    outer = len(x.shape) - len(shape)
+    if not shape or not _in_32_bits(x, *given):
+        return None
+    if any(list(inner) != list(shape) for inner in (x.shape[outer:], *(t.shape for t in given))):
+        return None
+    groups = (*x.shape[:outer], *[1] * len(shape))
+    return _empty(x.shape, x), _empty(groups, x), _empty(groups, x)
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, channels: int, size: int, groups: int, eps: float
+) -> Result:
+    given = [t for t in (weight, bias) if t is not None]
+    if not _in_32_bits(x, *given) or x.numel() != n * channels * size or channels % groups:
+        return None
+    if x.shape[:2] != (n, channels) or any(t.shape != (channels,) for t in given):
+        return None
+    return _empty(x.shape, x), _empty((n, groups), x), _empty((n, groups), x)
+
+
+def _in_32_bits(*tensors: Tensor) -> bool:
+    """Statistics of narrower values have other dtypes on some devices."""
+    return tensors[0].dtype == torch.float32 and _plain(*tensors)
+
+
+def _cat(tensors: list[Tensor], dim: int = 0) -> Result:
+    first = tensors[0].shape
+    if not first or not -len(first) <= dim < len(first) or not _plain(*tensors):
+        return None
+    dim %= len(first)
+    if any(len(t.shape) != len(first) for t in tensors):
+        return None
+    if any(n != m for t in tensors for d, (n, m) in enumerate(zip(t.shape, first, strict=True)) if d != dim):
+        return None
+    return _empty([*first[:dim], sum(t.shape[dim] for t in tensors), *first[dim + 1 :]], tensors[0])
+
+
+RULES: Mapping[Any, Callable[..., Result]] = MappingProxyType(
+    {
+        aten.convolution.default: _convolution,
+        aten.native_batch_norm.default: _batch_norm,
+        aten.native_layer_norm.default: _layer_norm,
+        aten.native_group_norm.default: _group_norm,
+        aten.addmm.default: _addmm,
+        aten.mm.default: _mm,
+        aten.bmm.default: _bmm,
+        aten.mean.dim: _mean,
+        aten._softmax.default: _softmax,
+        aten._safe_softmax.default: _softmax,
+        aten.cat.default: _cat,
+        **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _both),
+        **dict.fromkeys((aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor), _into),
+        **dict.fromkeys((aten.mul.Scalar, aten.div.Scalar), _like),
+        **{
+            getattr(aten, name).default: _like
+            for name in (
+                "relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu",
+                "exp", "erf", "rsqrt", "sqrt", "neg",
+            )
+        },
+        **{
+            getattr(aten, name).default: _itself
+            for name in ("relu_", "silu_", "sigmoid_", "hardswish_", "hardsigmoid_", "hardtanh_", "leaky_relu_", "elu_")
+        },
+    }
+)  # fmt: skip
+"""Operation -> what it returns, from its arguments."""
