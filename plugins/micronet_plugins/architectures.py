@@ -29,7 +29,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn4 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU()
-        self.shortcut = nn.AvgPool2d(2) if stride == 2 else nn.Identity()
+        self.shortcut = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()  # 7 becomes 4, as in conv2
         self.shake = ShakeDrop(keep)
         self.widening = out_channels - in_channels
 
@@ -41,13 +41,20 @@ class Bottleneck(nn.Module):
 
 
 def pyramidnet(
-    depth: int = 272, alpha: int = 200, classes: int = 100, channels: int = 3, pool: int = 8, shake_drop: float = 1.0
+    depth: int = 272,
+    alpha: int = 200,
+    classes: int = 100,
+    channels: int = 3,
+    pool: int = 8,
+    shake_drop: float = 1.0,
+    stride: int = 1,
 ) -> nn.Module:
     """PyramidNet for small images: three stages of bottleneck blocks whose width grows by alpha / blocks a block.
 
     Depth 272 and alpha 200 are WaveComp's for 3x32x32: 90 blocks, 26.2 M parameters. `channels` are those of the image,
-    `pool` a quarter of its size. `shake_drop` is the probability that the last block is left as it is in training; 0.5
-    is the paper's, 1 none. It costs nothing in inference.
+    `pool` a quarter of its size, or of what the first convolution leaves with another `stride`. `shake_drop` is the
+    probability that the last block is left as it is in training; 0.5 is the paper's, 1 none. It costs nothing in
+    inference.
     """
     if depth < 11 or (depth - 2) % 9:
         raise ValueError(f"depth {depth}: a bottleneck PyramidNet has 9 n + 2 layers")
@@ -55,7 +62,7 @@ def pyramidnet(
     blocks = 3 * blocks_a_stage
     width_in, keep = 16, keeps(blocks, shake_drop)
     stages: list[nn.Module] = [
-        nn.Sequential(nn.Conv2d(channels, width_in, 3, padding=1, bias=False), nn.BatchNorm2d(width_in))
+        nn.Sequential(nn.Conv2d(channels, width_in, 3, stride, 1, bias=False), nn.BatchNorm2d(width_in))
     ]
     for stage in range(3):
         layers = []
