@@ -171,6 +171,22 @@ def test_a_recipe_with_a_block_mask_is_stored_as_one(tmp_path):
 # --- magnitude --------------------------------------------------------------------------------------------------------
 
 
+def test_dear_weights_go_first():
+    """Weights 2, 3, 9 of a convolution are used at 4 x 4 positions, 1.5, 2.5, 5 of a linear layer once."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([2.0, 3.0, 9.0]).view(3, 1, 1, 1))
+        model[3].weight.copy_(torch.tensor([[1.5, 2.5, 5.0]]))
+
+    def left(**options):
+        made = Magnitude(sparsity=0.5, limit=0.7, **options).apply(model, context(torch.randn(8, 1, 4, 4)))
+        return [layer.weight.flatten().tolist() for layer in (made[0], made[3])]
+
+    assert left() == [[0, 3, 9], [0, 0, 5]]
+    # By 1 + 0.2 x 16 = 4.2 and 1.2 the squares 4, 9, 81 and 2.25, 6.25, 25 become 0.95, 2.1, 19 and 1.9, 5.2, 21.
+    assert left(mac_cost=0.2) == [[0, 0, 9], [0, 2.5, 5]]
+
+
 def test_lamp_scores():
     """3 of (3, 1, 2): 9 / 9; 1: 1 / (1 + 4 + 9); 2: 4 / (4 + 9)."""
     scores = lamp_scores(torch.tensor([3.0, 1.0, 2.0]))

@@ -7,7 +7,7 @@ Evci et al. 2020, arXiv 1911.11134.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,29 +31,63 @@ class Magnitude(Sparsifier):
     all squares in the layer that are not smaller, the error that removing it makes. `erk` keeps of each layer a density
     proportional to (inputs + outputs + kernel sides) / (inputs x outputs x kernel), so that small layers stay dense.
     The strong default without data; `lamp` and `erk` at high sparsity, where `global` empties whole layers.
+
+    A weight of an early layer is used at many positions, and costs an operation at each. With `mac_cost` a weight's
+    rank, w^2 or LAMP's score, is divided by 1 + mac_cost x positions: of equal harm the dearer weight goes first.
     """
 
     sparsity: float = SPARSITY
     scope: Scope = Field("global", description=SHARING)
     limit: float = LIMIT
+    mac_cost: float = Field(
+        0.0,
+        ge=0,
+        description="stored weights that a MAC is worth, where scope is global or lamp: dear weights go first",
+    )
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         layers = list(dot_products(model).values())
-        for layer, count in zip(layers, allocated(layers, self.scope, self.sparsity, self.limit), strict=True):
+        costs = [1 + self.mac_cost * n for n in positions(model, layers, context)] if self.mac_cost else None
+        for layer, count in zip(layers, allocated(layers, self.scope, self.sparsity, self.limit, costs), strict=True):
             zero_smallest(layer, weight_of(layer).abs(), count)
         return model
 
 
-def allocated(layers: Sequence[nn.Module], scope: Scope, sparsity: float, limit: float) -> list[int]:
-    """How many weights each layer loses: together `sparsity` of all, as far as `limit` allows."""
+def positions(model: nn.Module, layers: Sequence[nn.Module], context: Context) -> list[int]:
+    """How often each layer's weights are used for an example: the elements of an output channel; 0 if it never runs."""
+    found = dict.fromkeys(layers, 0)
+
+    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
+        found[layer] += output.numel() // dimensions(layer)[0]
+
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with torch.no_grad():
+            for inputs in context.calibration(1):
+                model.eval()(inputs[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(found.values())
+
+
+def allocated(
+    layers: Sequence[nn.Module], scope: Scope, sparsity: float, limit: float, costs: Sequence[float] | None = None
+) -> list[int]:
+    """How many weights each layer loses: together `sparsity` of all, as far as `limit` allows.
+
+    `costs` divide what a weight of each layer is worth in the scopes that rank over all layers.
+    """
     magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
     if scope == "layer":
         return [round(min(sparsity, limit) * m.numel()) for m in magnitudes]
     if scope == "erk":
         densities = erk_densities([dimensions(layer) for layer in layers], 1 - sparsity, 1 - limit)
         return [round((1 - d) * m.numel()) for d, m in zip(densities, magnitudes, strict=True)]
-    return zeros_by_layer([lamp_scores(m) for m in magnitudes] if scope == "lamp" else magnitudes, sparsity, limit)
+    worth = lamp_scores if scope == "lamp" else lambda m: m.double().square()
+    costs = costs or [1.0] * len(layers)
+    return zeros_by_layer([worth(m) / cost for m, cost in zip(magnitudes, costs, strict=True)], sparsity, limit)
 
 
 def lamp_scores(magnitudes: Tensor) -> Tensor:
