@@ -389,11 +389,13 @@ _resume = click.option(
 @_data
 def compress(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
     """Run a recipe and write the submission that comes out of it."""
+    from micronet_eval.parallel import team
     from micronet_eval.recipe import compress
 
     with _training() as (log, progress):
         compress(recipe, output, data, log, resume, progress)
-    click.echo(f"wrote {output}")
+    if team().first:
+        click.echo(f"wrote {output}")
 
 
 @cli.command()
@@ -433,11 +435,14 @@ def augment(recipe: Path, output: Path, folds: int, trials: int, top: int, examp
     import tomli_w
 
     from micronet_eval.files import write_whole
+    from micronet_eval.parallel import team
     from micronet_eval.policy_search import Search, search
 
     how = Search(folds=folds, trials=trials, top=top, examples=examples)
     with _training() as (log, progress):
-        policy = search(recipe, how, data, log, progress)
+        policy = search(recipe, how, data, log if team().first else lambda line: None, progress)
+    if not team().first:
+        return
     try:
         write_whole(output, tomli_w.dumps(policy.model_dump()).encode())
     except OSError as error:

@@ -30,7 +30,7 @@ class Kept:
             raise InputError(f"{folder} is not there: nothing was kept that could be resumed; run without --resume")
         if resume and mark.read_text() != digest:
             raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
-        if not resume and team().first:
+        if not resume:
             self.remove()
             self.mark(folder, recipe)
         team().wait()
@@ -38,6 +38,8 @@ class Kept:
     @staticmethod
     def mark(folder: Path, recipe: bytes) -> None:
         """Says which recipe may resume from `folder`."""
+        if not team().first:
+            return
         write_whole(folder / "recipe.sha256", hashlib.sha256(recipe).hexdigest().encode())
 
     def step(self, number: int) -> Step | None:
@@ -63,6 +65,8 @@ class Kept:
 
     def remove(self) -> None:
         """Removes it, and the folder around it if nothing else is there."""
+        if not team().first:
+            return
         if self.folder.exists():
             shutil.rmtree(self.folder)
         if self.folder.parent.exists() and not any(self.folder.parent.iterdir()):
