@@ -134,6 +134,8 @@ class Trace:
     def by_path(self) -> dict[str, Trace]:
         """The operations of each path through the model on their own."""
         names = dict.fromkeys(op.path for op in self.ops) or {"": None}
+        if len(names) == 1:
+            return dict.fromkeys(names, self)
         return {
             name: replace(
                 self,
@@ -251,6 +253,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.memory: dict[int, Buffer] = {}  # by storage
         self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap every call for its compiler, and import that: twice the time of importing torch."""
+        return False
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
         storage = tensor.untyped_storage()
@@ -416,8 +423,8 @@ _REARRANGED = frozenset(
 )
 """The same elements in another order or shape."""
 
-_WITHOUT_META = frozenset(name for name in CONVERSIONS if name.startswith("aten."))
-"""Operations that torch does not run on the meta device."""
+_WITHOUT_META = frozenset(name for name in CONVERSIONS if name.startswith(("aten.", "micronet.")))
+"""Conversions that torch does not run on the meta device, and ours, which it runs by a detour: the shape stays."""
 
 
 def _fake_quantized(x: Tensor, func: Any) -> Any:
