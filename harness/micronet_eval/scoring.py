@@ -284,7 +284,7 @@ def dense(op: Op) -> Op:
     def unknown(item: object) -> object:
         if not isinstance(item, Value) or item.data is None:
             return item
-        return replace(item, data=torch.empty_like(item.data, device="meta"))
+        return replace(item, data=torch.empty(item.shape, dtype=item.dtype, device="meta"))
 
     return replace(op, args=tree_map(unknown, op.args), kwargs=tree_map(unknown, op.kwargs))
 

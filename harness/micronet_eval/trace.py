@@ -428,9 +428,9 @@ _WITHOUT_META = frozenset(name for name in CONVERSIONS if name.startswith(("aten
 
 
 def _fake_quantized(x: Tensor, func: Any) -> Any:
-    """What torch's fake-quantize operations return: a tensor like their input, and some of them a mask."""
-    results = (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool))[: len(func._schema.returns)]
-    return results if len(results) > 1 else results[0]
+    """What fake-quantize operations return: a tensor like their input, and some of torch's a mask."""
+    results = [shapes.like(x, dtype) for dtype in (x.dtype, torch.bool)][: len(func._schema.returns)]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 @cache

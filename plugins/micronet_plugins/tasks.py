@@ -30,16 +30,19 @@ def digits(root: Path | None, split: Split) -> Dataset[Any]:
 
 def cifar100(root: Path | None, split: Split) -> Dataset[Any]:
     """CIFAR-100 in the folder `cifar-100-python` under `root`, as its authors distribute it; checksums are checked."""
+    folder = (root or HERE) / "cifar-100-python"
+    how = "unpack cifar-100-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there"
+    missing = DataMissing(f"CIFAR-100 not found in {folder}, or damaged; {how}{ELSEWHERE}")
+    if not folder.is_dir():
+        raise missing  # before torchvision is imported, which takes as long as torch
     from torchvision import transforms
     from torchvision.datasets import CIFAR100
 
-    root = root or HERE
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(CIFAR100_MEAN, CIFAR100_STD)])
     try:
-        return CIFAR100(str(root), train=split == "train", transform=transform)
+        return CIFAR100(str(folder.parent), train=split == "train", transform=transform)
     except RuntimeError:
-        how = "unpack cifar-100-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there"
-        raise DataMissing(f"CIFAR-100 not found in {root / 'cifar-100-python'}, or damaged; {how}{ELSEWHERE}") from None
+        raise missing from None
 
 
 def imagenet(root: Path | None, split: Split) -> Dataset[Any]:
