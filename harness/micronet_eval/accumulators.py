@@ -64,18 +64,23 @@ class Steps:
 
 def what_if(account: Account, baseline_math: float | None = None, storage_share: float | None = None) -> WhatIf:
     """Both figures; their math and score are None without the baseline's math and the score's share of storage."""
-    official = sum((p.ops32 * p.share for p in account.operations), Fraction(0))
-    all_of_them = [(16, p.cost.accumulations * p.share) for p in account.operations]
-    accumulations = number(sum((n for _, n in all_of_them), Fraction(0)))
+    official = sum(_shared(p.bits, p) for p in account.operations)
+    all_of_them = [(16, _shared(p.cost.accumulations, p)) for p in account.operations]
+    accumulations = number(sum(n for _, n in all_of_them))
 
-    def figure(narrower: list[tuple[int, Fraction]]) -> Figure:
-        ops32 = float(official - sum(n * (WIDEST - bits) / WIDEST for bits, n in narrower))
+    def figure(narrower: list[tuple[int, Fraction | int]]) -> Figure:
+        ops32 = float((official - sum(n * (WIDEST - bits) for bits, n in narrower)) / WIDEST)
         share = ops32 / baseline_math if baseline_math else None
         total = share + storage_share if share is not None and storage_share is not None else None
-        return Figure(ops32, share, total, number(sum((n for _, n in narrower), Fraction(0))), accumulations)
+        return Figure(ops32, share, total, number(sum(n for _, n in narrower)), accumulations)
 
-    exact = [(bits, n * p.share) for p in account.operations for bits, n in exact_widths(p) if bits < WIDEST]
+    exact = [(bits, _shared(n, p)) for p in account.operations for bits, n in exact_widths(p) if bits < WIDEST]
     return WhatIf(figure(exact), figure(all_of_them))
+
+
+def _shared(count: int, priced: Priced) -> Fraction | int:
+    """The mean over the examples: whole numbers stay such."""
+    return count if priced.share == 1 else count * priced.share
 
 
 def exact_widths(priced: Priced) -> list[tuple[int, int]]:
@@ -112,7 +117,10 @@ def accumulator_bits(low: int, high: int, bias: float = 0.0, exponent: int = 0) 
     than `high` (at least 0) of those steps; a term that could only raise the sum has a least value of 0, so that no
     partial sum leaves this range. A bias between two steps needs more bits behind the point.
     """
-    numerator, denominator = (Fraction(bias) / Fraction(2) ** exponent).as_integer_ratio()
+    numerator, denominator = bias.as_integer_ratio()
+    numerator, denominator = numerator << max(-exponent, 0), denominator << max(exponent, 0)
+    common = math.gcd(numerator, denominator)
+    numerator, denominator = numerator // common, denominator // common
     low, high = low * denominator + min(numerator, 0), high * denominator + max(numerator, 0)
     return 1 + max(high.bit_length(), (-low - 1).bit_length() if low else 0)
 

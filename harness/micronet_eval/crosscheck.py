@@ -17,18 +17,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from micronet_eval.conditional import paths_of, taking
 from micronet_eval.costs import FREE, Formula, cost_of
 from micronet_eval.scoring import dense
 from micronet_eval.trace import Example, Trace
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 FVCORE, FLOP_COUNTER = "fvcore", "FlopCounterMode"
 
@@ -243,11 +245,13 @@ def _own(totals: Mapping[str, Counter[str]]) -> dict[str, Counter[str]]:
 
 
 def _flop_counter(model: nn.Module, example: Example) -> _Opinion:
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry  # it takes long to import
+
     path: list[str] = [""]
     macs: Counter[str] = Counter()
     skips: dict[str, Counter[str]] = {}
     counter = FlopCounterMode(display=False)
-    with counter, _Watch(path, skips), _flops_by_module(model, path, counter, macs):
+    with counter, _Watch(path, skips, flop_registry), _flops_by_module(model, path, counter, macs):
         if isinstance(example, Mapping):
             model(**example)
         else:
@@ -258,12 +262,12 @@ def _flop_counter(model: nn.Module, example: Example) -> _Opinion:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes, for the module that runs, the operations that FlopCounterMode's registry does not have."""
 
-    def __init__(self, path: list[str], skips: dict[str, Counter[str]]) -> None:
+    def __init__(self, path: list[str], skips: dict[str, Counter[str]], registry: Mapping[Any, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.path, self.skips = path, skips
+        self.path, self.skips, self.registry = path, skips, registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._overloadpacket not in flop_registry:
+        if func._overloadpacket not in self.registry:
             name = func._schema.name.partition("::")[2].strip("_")
             self.skips.setdefault(self.path[-1], Counter())[name] += 1
         return func(*args, **(kwargs or {}))

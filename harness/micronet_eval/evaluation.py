@@ -28,7 +28,6 @@ from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged, merged_trace
 from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.paths import mean_account
-from micronet_eval.precision import bit_widths
 from micronet_eval.quality import BATCH, Progress, Quality, measure, not_measured
 from micronet_eval.rulesets import DEFAULT
 from micronet_eval.rulesets import ruleset as ruleset_of
@@ -255,7 +254,7 @@ def _report(
 ) -> Report:
     total = None if task is None else score_of(counted, task.storage, task.math)
     taken = {p.op.path for p in counted.operations if p.share}
-    peaks = [activation_peak(part, bit_widths(part)) for path, part in recorded.by_path().items() if path in taken]
+    peaks = [activation_peak(part, counted.widths) for path, part in recorded.by_path().items() if path in taken]
     report = Report(
         submission=name,
         task=task.name if task else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,20 +16,34 @@ ELEMENT: Block = (1, 1)
 _SQUARES_AND_STRIPES = ((1, 4), (4, 1), (2, 2), (4, 4), (8, 8), (16, 16), (1, 8), (8, 1), (1, 16), (16, 1))
 
 
-def candidates(shape: Sequence[int]) -> list[Block]:
+@cache
+def candidates(shape: tuple[int, ...]) -> tuple[Block, ...]:
     """The blocks that are tried: squares, stripes, the positions of one kernel, whole rows, whole columns."""
     rows, columns = _matrix(shape)
     kernel = math.prod(shape[2:])
     blocks = [*_SQUARES_AND_STRIPES, (1, kernel), (1, columns), (rows, 1)]
-    return [b for b in dict.fromkeys(blocks) if b != ELEMENT and b[0] <= rows and b[1] <= columns]
+    return tuple(b for b in dict.fromkeys(blocks) if b != ELEMENT and b[0] <= rows and b[1] <= columns)
 
 
 def block_mask(kept: Tensor, block: Block) -> Tensor:
     """Which blocks of the matrix hold an element that is `kept` (bool): [ceil(rows / r), ceil(columns / c)]."""
     rows, columns = _matrix(kept.shape)
     matrix = kept.reshape(rows, columns)
-    padded = torch.nn.functional.pad(matrix, (0, -columns % block[1], 0, -rows % block[0]))
-    return padded.view(padded.shape[0] // block[0], block[0], -1, block[1]).any(3).any(1)
+    return _any_of(_any_of(matrix, 0, block[0]), 1, block[1])
+
+
+def _any_of(kept: Tensor, dim: int, size: int) -> Tensor:
+    """Along a dimension, whether any of every `size` neighbours is `kept`; slice by slice where those are few."""
+    if size > 32:
+        short = -kept.shape[dim] % size
+        padded = torch.nn.functional.pad(kept, (0, short) if dim == 1 else (0, 0, 0, short))
+        shape = list(padded.shape)
+        return padded.view(*shape[:dim], -1, size, *shape[dim + 1 :]).any(dim + 1)
+    first, *others = (kept[start::size] if dim == 0 else kept[:, start::size] for start in range(size))
+    found = first.clone()
+    for other in others:
+        found.narrow(dim, 0, other.shape[dim]).logical_or_(other)
+    return found
 
 
 def elements(mask: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
@@ -52,6 +67,12 @@ def mask_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:
     """Rows and columns of blocks, those at the edges included: 512x128 in blocks of 4x4 are 128x32, 4,096 bits."""
     rows, columns = _matrix(shape)
     return -(-rows // block[0]), -(-columns // block[1])
+
+
+@cache
+def mask_bits(shape: tuple[int, ...], block: Block) -> int:
+    """The bits of a mask, 1 a block."""
+    return math.prod(mask_shape(shape, block))
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:

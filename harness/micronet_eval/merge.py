@@ -117,8 +117,8 @@ def _mergeable(
     users = recorded.users
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     for op in recorded.ops:
-        norm = submodule(model, op.module)
-        if "batch_norm" not in op.name or norm is None or not _is_norm(norm):
+        norm = submodule(model, op.module) if "batch_norm" in op.name else None
+        if norm is None or not _is_norm(norm):
             continue
         for direction in directions:
             find = _only_source if direction == "backward" else _only_reader
@@ -185,9 +185,9 @@ def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
     """s (W x + b) + t = (s W) x + (s b + t)."""
-    scale, _ = _scale_and_shift(norm)
+    scale, shift = _scale_and_shift(norm)
     weight = _weight(layer)
-    bias = _merged_bias(layer, norm)
+    bias = _bias_behind(layer, scale, shift)
     with torch.no_grad():
         if isinstance(layer, _TRANSPOSED):  # inputs x outputs of each group
             channels = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
@@ -198,11 +198,9 @@ def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
         layer.bias = nn.Parameter(bias)
 
 
-def _merged_bias(layer: nn.Module, norm: _BatchNorm) -> Tensor:
+def _bias_behind(layer: nn.Module, scale: Tensor, shift: Tensor) -> Tensor:
     """s b + t."""
-    scale, bias = _scale_and_shift(norm)
-    if layer.bias is not None:
-        bias = bias + layer.bias.detach().double() * scale  # type: ignore[operator]
+    bias = shift if layer.bias is None else shift + layer.bias.detach().double() * scale  # type: ignore[operator]
     return bias.to(_weight(layer).dtype)
 
 
@@ -210,13 +208,24 @@ def _merge_forward(layer: nn.Module, norm: _BatchNorm) -> None:
     """W (s x + t) + b = (W s) x + (W t + b); the weights of a group of outputs meet the channels of that group."""
     scale, shift = _scale_and_shift(norm)
     weight = _weight(layer)
-    channels = (getattr(layer, "groups", 1), 1, -1, *[1] * (weight.dim() - 2))
+    bias = _bias_in_front(layer, shift)
     with torch.no_grad():
-        bias = (_by_group(layer.weight, layer) * shift.view(channels)).flatten(2).sum(2).flatten()  # type: ignore[arg-type]
-        if layer.bias is not None:
-            bias = bias + layer.bias.double()  # type: ignore[operator]
-        weight.copy_((_by_group(weight, layer) * scale.view(channels)).flatten(0, 1))
-        layer.bias = nn.Parameter(bias.to(weight.dtype))
+        weight.copy_((_by_group(weight, layer) * _by_input(scale, layer)).flatten(0, 1))
+        layer.bias = nn.Parameter(bias)
+
+
+def _bias_in_front(layer: nn.Module, shift: Tensor) -> Tensor:
+    """W t + b."""
+    weight = layer.weight.detach()  # type: ignore[operator]
+    bias = (_by_group(weight, layer) * _by_input(shift, layer)).flatten(2).sum(2).flatten()
+    if layer.bias is not None:
+        bias = bias + layer.bias.detach().double()  # type: ignore[operator]
+    return bias.to(_weight(layer).dtype)
+
+
+def _by_input(channels: Tensor, layer: nn.Module) -> Tensor:
+    """A value for each input channel, as the weight split into groups meets it."""
+    return channels.view(getattr(layer, "groups", 1), 1, -1, *[1] * (_weight(layer).dim() - 2))
 
 
 def _by_group(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -308,9 +317,9 @@ class _Rewriting:
         """Weight and bias of a layer behind the merge."""
         norm, layer = self.model.get_submodule(norm_path), self.model.get_submodule(layer_path)
         assert isinstance(norm, _BatchNorm) and isinstance(layer.weight, Tensor)
-        weight = layer.weight.detach()
-        if way == "backward" and (weight.is_meta or _keeps_zeros(weight, _scale_and_shift(norm)[0])):
-            bias = _merged_bias(layer, norm)
+        weight, (scale, shift) = layer.weight.detach(), _scale_and_shift(norm)
+        if weight.is_meta or _keeps_zeros(weight, scale):
+            bias = _bias_behind(layer, scale, shift) if way == "backward" else _bias_in_front(layer, shift)
         else:
             layer = copy.deepcopy(layer)
             (_merge_backward if way == "backward" else _merge_forward)(layer, norm)

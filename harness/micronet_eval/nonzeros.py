@@ -47,7 +47,9 @@ def is_nonzero(tensor: Tensor) -> Tensor:
 
 def _pieces(tensor: Tensor) -> Iterator[NDArray[Any]]:
     """All elements once, in the order of memory where they lie there without gaps."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    flat = tensor.detach().permute(order).reshape(-1)
-    for piece in torch.split(flat, _PIECE):
+    flat = tensor.detach()
+    if not flat.is_contiguous():
+        flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
+    flat = flat.reshape(-1)
+    for piece in (flat[start : start + _PIECE] for start in range(0, flat.numel(), _PIECE)):
         yield (piece if tensor.dtype in _IN_NUMPY else is_nonzero(piece)).cpu().numpy()

@@ -86,39 +86,68 @@ class Packed:
 
 # --- bits -------------------------------------------------------------------------------------------------------------
 
-_CHUNK = 1 << 18  # codes at a time; a multiple of 8, so that every chunk ends on a byte
+_CHUNK = 1 << 16  # codes at a time, so that they stay cached; a multiple of 8, so that every chunk ends on a byte
 
 
-def to_bits(codes: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
-    """The bits of `codes`, `width` each, least significant first: one array element (0 or 1) a bit."""
-    shifts = np.arange(width, dtype=np.uint64)
-    bits: NDArray[np.uint8] = ((codes.astype(np.uint64)[:, None] >> shifts) & np.uint64(1)).astype(np.uint8)
-    return bits.reshape(-1)
+def to_bytes(codes: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
+    """`codes` bit by bit, `width` each, least significant first; what is left of the last byte is 0."""
+    if width == 1:
+        return np.packbits(codes.astype(np.bool_), bitorder="little")
+    groups = np.zeros((-(-codes.size // 8), 8), np.uint32 if width <= 24 else np.uint64)
+    groups.reshape(-1)[: codes.size] = codes
+    packed = np.zeros((len(groups), width), np.uint8)  # eight codes begin and end on a byte
+    for i in range(8):
+        for byte in range(i * width // 8, -(-(i + 1) * width // 8)):
+            shift = 8 * byte - i * width
+            packed[:, byte] |= _shifted(groups[:, i], shift).astype(np.uint8)
+    return packed.reshape(-1)[: -(-codes.size * width // 8)]
 
 
-def from_bits(bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
-    """The inverse of `to_bits`."""
-    shifts = np.arange(width, dtype=np.uint64)
-    codes: NDArray[np.uint64] = (bits.reshape(-1, width).astype(np.uint64) << shifts).sum(1, dtype=np.uint64)
-    return codes.view(np.int64)
+def from_bytes(data: NDArray[np.uint8], count: int, width: int) -> NDArray[np.int64]:
+    """The `count` codes that `to_bytes` made `data` of."""
+    if width == 1:
+        return np.unpackbits(data, count=count, bitorder="little").astype(np.int64)
+    packed = np.zeros((-(-count // 8), width), np.uint8)
+    packed.reshape(-1)[: data.size] = data
+    wide = np.uint32 if width <= 24 else np.uint64
+    codes = np.empty((len(packed), 8), np.int64)
+    for i in range(8):
+        code = np.zeros(len(packed), wide)
+        for byte in range(i * width // 8, -(-(i + 1) * width // 8)):
+            code |= _shifted(packed[:, byte].astype(wide), i * width - 8 * byte)
+        codes[:, i] = code & wide((1 << width) - 1)
+    return codes.reshape(-1)[:count]
+
+
+def _shifted(bits: NDArray[Any], right: int) -> NDArray[Any]:
+    """Unsigned integers shifted to the right; to the left where that is negative."""
+    shift = bits.dtype.type(abs(right))
+    shifted: NDArray[Any] = bits >> shift if right >= 0 else bits << shift
+    return shifted
 
 
 class _BitWriter:
-    """A stream of bits that is packed into bytes as it grows."""
+    """A stream of bits, in bytes, that grows by tensors, which may end inside of a byte."""
 
     def __init__(self) -> None:
         self.parts: list[NDArray[np.uint8]] = []
-        self.rest = np.zeros(0, np.uint8)
+        self.last = np.zeros(1, np.uint8)  # the byte that is not full
+        self.used = 0  # bits of it
 
     def write(self, codes: NDArray[np.int64], width: int) -> None:
         for start in range(0, codes.size, _CHUNK):
-            bits = np.concatenate([self.rest, to_bits(codes[start : start + _CHUNK], width)])
-            whole = bits.size // 8 * 8
-            self.parts.append(np.packbits(bits[:whole], bitorder="little"))
-            self.rest = bits[whole:]
+            chunk = codes[start : start + _CHUNK]
+            packed = to_bytes(chunk, width)
+            if self.used:
+                moved = np.append(self.last, packed >> np.uint8(8 - self.used))
+                moved[:-1] |= packed << np.uint8(self.used)
+                packed = moved
+            whole, self.used = divmod(self.used + chunk.size * width, 8)
+            self.parts.append(packed[:whole])
+            self.last = packed[whole : whole + 1] if self.used else np.zeros(1, np.uint8)
 
     def bytes(self) -> NDArray[np.uint8]:
-        return np.concatenate([*self.parts, np.packbits(self.rest, bitorder="little")])
+        return np.concatenate([*self.parts, self.last[: self.used > 0]])
 
 
 class _BitReader:
@@ -131,11 +160,14 @@ class _BitReader:
             raise OffGrid("the data ends too early")
         codes = np.empty(count, np.int64)
         for start in range(0, count, _CHUNK):
-            n = min(_CHUNK, count - start) * width
-            first, last = self.position // 8, -(-(self.position + n) // 8)
-            bits = np.unpackbits(self.data[first:last], bitorder="little")[self.position % 8 :][:n]
-            codes[start : start + _CHUNK] = from_bits(bits, width)
-            self.position += n
+            n = min(_CHUNK, count - start)
+            first, skip = divmod(self.position, 8)
+            last = -(-(self.position + n * width) // 8)
+            data = self.data[first:last]
+            if skip:
+                data = (data >> np.uint8(skip)) | np.append(data[1:] << np.uint8(8 - skip), np.uint8(0))
+            codes[start : start + n] = from_bytes(data[: -(-n * width // 8)], n, width)
+            self.position += n * width
         return codes
 
     def finish(self) -> None:
@@ -177,7 +209,7 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
         else:
             layout = "bitmask" if block == ELEMENT else f"blocks:{block[0]}x{block[1]}"
             mask = block_mask(stored.is_nonzero.cpu(), block)
-            masks.write(mask.reshape(-1).numpy().astype(np.int64), 1)
+            masks.write(mask.reshape(-1).numpy(), 1)
             values.write(codes[elements(mask, block, codes.shape).numpy()], width)
         for column, bits in stored.format.side:
             overhead.write(column.reshape(-1).numpy(), bits)
@@ -212,8 +244,9 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
         readers = {name: _BitReader(packed.streams[name]) for name in ("values", "masks", "overhead")}
         if twice := [name for name, n in Counter(name for name, *_ in structure.tensors).items() if n > 1]:
             raise OffGrid(f"tensor {twice[0]!r} is there twice")
+        places = _places(model)
         for name, spec, layout in structure.tensors:
-            _assign(model, name, *_read_tensor(packed, readers, model, name, spec, layout))
+            _assign(model, places, name, *_read_tensor(packed, readers, model, name, spec, layout))
         for reader in readers.values():
             reader.finish()
     except (OffGrid, StructureError) as error:
@@ -298,7 +331,19 @@ def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> Tensor:
     return elements(mask, block, shape)
 
 
-def _assign(model: nn.Module, name: str, value: Tensor, number_format: Format) -> None:
+_Places = dict[int, list[tuple[nn.Module, str]]]
+"""The id of a parameter -> every module that has it, and its name there."""
+
+
+def _places(model: nn.Module) -> _Places:
+    places: _Places = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, key))
+    return places
+
+
+def _assign(model: nn.Module, places: _Places, name: str, value: Tensor, number_format: Format) -> None:
     """Sets a tensor at its place, and at every other place where the architecture has the same tensor."""
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -314,11 +359,11 @@ def _assign(model: nn.Module, name: str, value: Tensor, number_format: Format) -
         quantizer = of_weights(number_format)
     except OffGrid as error:
         raise OffGrid(f"tensor {name!r}: {error}") from error
-    for module in list(model.modules()):
-        for tied in [key for key, parameter in module._parameters.items() if parameter is old]:
-            setattr(module, tied, new)
-            if quantizer is not None:
-                parametrize.register_parametrization(module, tied, quantizer, unsafe=True)
+    tied = places[id(new)] = places.pop(id(old))
+    for module, key in tied:
+        setattr(module, key, new)
+        if quantizer is not None:
+            parametrize.register_parametrization(module, key, quantizer, unsafe=True)
 
 
 # --- packed <-> file --------------------------------------------------------------------------------------------------

@@ -100,20 +100,25 @@ class Coverage:
 class Priced:
     """An operation with its cost, the widest activation and constant that go in (0: none), and its weighted cost.
 
-    `share` of the examples execute it: 1, unless the model is conditional.
+    `mult_bits` and `add_bits` are 32 times the 32-bit operations, so that they are whole numbers. `share` of the
+    examples execute it: 1, unless the model is conditional.
     """
 
     op: Op
     cost: Cost
     input_bits: int
     weight_bits: int
-    mult_ops32: Fraction
-    add_ops32: Fraction
+    mult_bits: int
+    add_bits: int
     share: Fraction = Fraction(1)
 
     @property
+    def bits(self) -> int:
+        return self.mult_bits + self.add_bits
+
+    @property
     def ops32(self) -> Fraction:
-        return self.mult_ops32 + self.add_ops32
+        return Fraction(self.bits, 32)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Account:
     it; `math` is the mean. Both are empty for other models.
 
     `trace` is what was counted, scales written into it. `operations` are those of it that `layers` show, and `stored`
-    the tensors behind `storage`, each with the first to use it.
+    the tensors behind `storage`, each with the first to use it. `widths` are the bits of every value.
     """
 
     storage: Storage
@@ -141,6 +146,7 @@ class Account:
     free_layers: tuple[Layer, ...] = ()
     paths: Mapping[str, Math] = field(default_factory=dict)
     shares: Mapping[str, Fraction] = field(default_factory=dict)
+    widths: Mapping[Value, int] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         cost = cost_of(op, formulas)
         if cost is not None:
             inputs, weights = factor_widths(op, widths)
-            operations.append(Priced(op, cost, inputs, weights, *weighted(cost, max(inputs, weights), freebie)))
+            operations.append(Priced(op, cost, inputs, weights, *weighted_bits(cost, max(inputs, weights), freebie)))
             continue
         free[op.name] = FREE[op.name]
         if bits_of_op[op]:
@@ -198,7 +204,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
             adds=p.cost.all_adds,
             input_bits=p.input_bits,
             weight_bits=p.weight_bits,
-            ops32=float(p.ops32),
+            ops32=p.bits / 32,
             storage_bits=bits_of_op[p.op],
             macs=p.cost.macs,
         )
@@ -213,6 +219,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         trace=trace,
         operations=tuple(operations),
         stored=stored,
+        widths=widths,
         free_layers=tuple(free_layers),
     )
 
@@ -220,30 +227,29 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
 def math_of(operations: Iterable[Priced]) -> Math:
     """The sums over operations, whatever share of the examples executes them."""
     priced = list(operations)
-    mult_ops32 = sum((p.mult_ops32 for p in priced), Fraction(0))
-    add_ops32 = sum((p.add_ops32 for p in priced), Fraction(0))
+    mult_bits, add_bits = sum(p.mult_bits for p in priced), sum(p.add_bits for p in priced)
     return Math(
         mults=sum(p.cost.mults for p in priced),
         adds=sum(p.cost.all_adds for p in priced),
-        ops32=float(mult_ops32 + add_ops32),
-        mult_ops32=float(mult_ops32),
-        add_ops32=float(add_ops32),
+        ops32=(mult_bits + add_bits) / 32,
+        mult_ops32=mult_bits / 32,
+        add_ops32=add_bits / 32,
         macs=sum(p.cost.macs for p in priced),
     )
 
 
 def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module, ...]:
     """The cost of each module in steps, in order of execution; what neither computes nor stores is left out."""
-    dense_ops, sparse_ops, ops32 = (dict[str, Fraction]() for _ in range(3))
+    dense_ops, sparse_ops, op_bits = (dict[str, Fraction | int]() for _ in range(3))
     dense_bits, sparse_bits, bits = (Counter[str]() for _ in range(3))
     widest = FREEBIE_BITS if account.freebie else 64
     for p in account.operations:
-        steps: list[tuple[dict[str, Fraction], Fraction | int]] = [(ops32, p.ops32)]
+        steps = [(op_bits, p.bits)]
         if p.op.name != SCALE_OP:
             whole = dense_cost(p, formulas)
             steps += [(dense_ops, whole.mults + whole.all_adds), (sparse_ops, p.cost.mults + p.cost.all_adds)]
         for sums, cost in steps:
-            sums[p.op.module] = sums.get(p.op.module, Fraction(0)) + cost * p.share
+            sums[p.op.module] = sums.get(p.op.module, 0) + (cost if p.share == 1 else cost * p.share)
     for tensor, op in account.stored.items():
         module = op.module if op is not None else ""
         bits[module] += tensor.bits(widest).total
@@ -253,15 +259,15 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
     return tuple(
         Module(
             module=m,
-            dense_ops=number(dense_ops.get(m, Fraction(0))),
-            sparse_ops=number(sparse_ops.get(m, Fraction(0))),
-            ops32=float(ops32.get(m, 0)),
+            dense_ops=number(dense_ops.get(m, 0)),
+            sparse_ops=number(sparse_ops.get(m, 0)),
+            ops32=float(op_bits.get(m, 0) / 32),
             dense_bits=dense_bits[m],
             sparse_bits=sparse_bits[m],
             bits=bits[m],
         )
         for m in dict.fromkeys((*(op.module for op in account.trace.ops), *bits))
-        if m in ops32 or m in bits
+        if m in op_bits or m in bits
     )
 
 
@@ -278,25 +284,31 @@ def dense(op: Op) -> Op:
     def unknown(item: object) -> object:
         if not isinstance(item, Value) or item.data is None:
             return item
-        return replace(item, data=torch.empty_like(item.data, device="meta"))
+        return replace(item, data=torch.empty(item.shape, dtype=item.dtype, device="meta"))
 
     return replace(op, args=tree_map(unknown, op.args), kwargs=tree_map(unknown, op.kwargs))
 
 
-def number(exact: Fraction) -> Count:
+def number(exact: Fraction | int) -> Count:
     """A whole number as such."""
     return exact.numerator if exact.denominator == 1 else float(exact)
 
 
 def weighted(cost: Cost, width: int, freebie: bool = False) -> tuple[Fraction, Fraction]:
-    """Multiplications and additions in 32-bit operations, exactly, for inputs of at most `width` bits.
+    """Multiplications and additions in 32-bit operations, exactly, for inputs of at most `width` bits."""
+    mult_bits, add_bits = weighted_bits(cost, width, freebie)
+    return Fraction(mult_bits, 32), Fraction(add_bits, 32)
+
+
+def weighted_bits(cost: Cost, width: int, freebie: bool = False) -> tuple[int, int]:
+    """Multiplications and additions, each times the bits that it counts, for inputs of at most `width` bits.
 
     An operation counts width / 32, never more than 1. Accumulating additions count 1. With the freebie
     multiplications count at most 16 / 32 and all additions 1.
     """
     mult_width = min(width, FREEBIE_BITS if freebie else 32)
     add_width = 32 if freebie else min(width, 32)
-    return Fraction(cost.mults * mult_width, 32), Fraction(cost.adds * add_width, 32) + cost.accumulations
+    return cost.mults * mult_width, cost.adds * add_width + 32 * cost.accumulations
 
 
 def score(account: Account, baseline_storage: float, baseline_math: float) -> Score:

@@ -22,6 +22,13 @@ def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device="meta")
 
 
+def like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.empty_like, which is Python on the meta device, and imports sympy."""
+    if x.is_contiguous():
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta")
+    return torch.empty_like(x, dtype=dtype)
+
+
 def _plain(*tensors: Tensor) -> bool:
     """Floating point of one dtype, each laid out row by row."""
     dtype = tensors[0].dtype

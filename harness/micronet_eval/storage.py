@@ -42,7 +42,7 @@ from micronet_eval.grids import (
     through_views,
     values_of,
 )
-from micronet_eval.masks import ELEMENT, Block, candidates, kept_elements, mask_shape
+from micronet_eval.masks import ELEMENT, Block, candidates, kept_elements, mask_bits
 from micronet_eval.nonzeros import is_nonzero
 from micronet_eval.precision import number_width, numbers
 from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
@@ -103,8 +103,7 @@ class Stored:
         block = self.mask(width, number_format)
         if block is None:
             return Bits(self.elements * width, 0, number_format.side_bits)
-        kept, mask_bits = self._kept(block)
-        return Bits(kept * width, mask_bits, number_format.side_bits)
+        return Bits(self._kept(block) * width, mask_bits(self.value.shape, block), number_format.side_bits)
 
     def mask(self, width: int, number_format: Format) -> Block | None:
         """The blocks of the smallest mask for values of `width` bits; None where all values are smaller without one.
@@ -118,10 +117,10 @@ class Stored:
             return ELEMENT  # a block could hold a zero
         sizes: dict[Block | None, int] = {None: dense, ELEMENT: self.nonzeros * width + self.elements}
         if self.nonzeros * width < dense:
-            for block in candidates(self.tensor.shape):
-                if self.nonzeros * width + math.prod(mask_shape(self.tensor.shape, block)) < min(sizes.values()):
-                    kept, mask_bits = self._kept(block)
-                    sizes[block] = kept * width + mask_bits
+            for block in candidates(self.value.shape):
+                least = max((kept for inner, kept in self._found.items() if _lies_in(inner, block)), default=0)
+                if least * width + (mask := mask_bits(self.value.shape, block)) < min(sizes.values()):
+                    sizes[block] = self._kept(block) * width + mask
         return min(sizes, key=sizes.__getitem__)
 
     @cached_property
@@ -133,16 +132,21 @@ class Stored:
     def _found(self) -> dict[Block, int]:
         return {ELEMENT: self.nonzeros}
 
-    def _kept(self, block: Block) -> tuple[int, int]:
-        """The elements in blocks that are not zero, and the bits of the mask."""
+    def _kept(self, block: Block) -> int:
+        """The elements in blocks that are not zero."""
         if block not in self._found:
             self._found[block] = kept_elements(self.is_nonzero, block) if self.nonzeros else 0
-        return self._found[block], math.prod(mask_shape(self.tensor.shape, block))
+        return self._found[block]
 
     def _is_pattern(self) -> bool:
         """Whether all values that are not zero are the same, as in the mask of causal attention."""
         values = self.tensor[self.tensor != 0]
         return not self.tensor.is_meta and self.elements > 1 and bool((values == values[:1]).all())
+
+
+def _lies_in(inner: Block, block: Block) -> bool:
+    """Whether blocks of one size are made of whole blocks of the other, so that they keep at least as many elements."""
+    return all(outer % n == 0 for outer, n in zip(block, inner, strict=True))
 
 
 def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:

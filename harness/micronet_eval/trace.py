@@ -134,6 +134,8 @@ class Trace:
     def by_path(self) -> dict[str, Trace]:
         """The operations of each path through the model on their own."""
         names = dict.fromkeys(op.path for op in self.ops) or {"": None}
+        if len(names) == 1:
+            return dict.fromkeys(names, self)
         return {
             name: replace(
                 self,
@@ -251,6 +253,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.memory: dict[int, Buffer] = {}  # by storage
         self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap every call for its compiler, and import that: twice the time of importing torch."""
+        return False
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
         storage = tensor.untyped_storage()
@@ -416,14 +423,14 @@ _REARRANGED = frozenset(
 )
 """The same elements in another order or shape."""
 
-_WITHOUT_META = frozenset(name for name in CONVERSIONS if name.startswith("aten."))
-"""Operations that torch does not run on the meta device."""
+_WITHOUT_META = frozenset(name for name in CONVERSIONS if name.startswith(("aten.", "micronet.")))
+"""Conversions that torch does not run on the meta device, and ours, which it runs by a detour: the shape stays."""
 
 
 def _fake_quantized(x: Tensor, func: Any) -> Any:
-    """What torch's fake-quantize operations return: a tensor like their input, and some of them a mask."""
-    results = (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool))[: len(func._schema.returns)]
-    return results if len(results) > 1 else results[0]
+    """What fake-quantize operations return: a tensor like their input, and some of torch's a mask."""
+    results = [shapes.like(x, dtype) for dtype in (x.dtype, torch.bool)][: len(func._schema.returns)]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 @cache

@@ -88,12 +88,14 @@ def idx(content: bytes) -> torch.Tensor:
 
 def cifar100(root: Path | None, split: Split) -> Dataset[Any]:
     """CIFAR-100 in the folder `cifar-100-python` under `root`, as its authors distribute it; checksums are checked."""
+    root = root or HERE
+    folder, archive = root / "cifar-100-python", root / "cifar-100-python.tar.gz"
+    how = f"unpack {archive.name} of https://www.cs.toronto.edu/~kriz/cifar.html there{ELSEWHERE}"
+    if not folder.is_dir() and not archive.is_file():  # before torchvision is imported, which takes as long as torch
+        raise DataMissing(f"CIFAR-100 not found in {folder}; {how}")
     from torchvision.datasets import CIFAR100
 
-    root = root or HERE
-    folder, archive = root / "cifar-100-python", root / CIFAR100.filename
-    how = f"unpack {CIFAR100.filename} of https://www.cs.toronto.edu/~kriz/cifar.html there{ELSEWHERE}"
-    if not folder.is_dir() and archive.is_file():
+    if not folder.is_dir():
         state = (
             "is not unpacked yet" if _md5(archive) == CIFAR100.tgz_md5 else "is damaged: get it again, and unpack it"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,18 +42,25 @@ class ActivationQuantizer(nn.Module):
         return x
 
 
-@torch.library.custom_op("micronet::fixed_point", mutates_args=())
+def _operation(function: Callable[..., Tensor]) -> Any:
+    """The function as an operation of torch, `micronet::` and its name; its result is like its first argument.
+
+    torch.library.custom_op would wrap it for torch's compiler, which takes as long to import as all of torch.
+    """
+    name = f"micronet::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default", function)
+    torch.library.register_fake(name, lambda x, *more, **options: torch.empty_like(x))
+    return getattr(torch.ops.micronet, function.__name__)
+
+
+@_operation
 def fixed_point(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
     """`x` rounded to the nearest multiple of 2**exponent (ties to even), saturated to `bits` bits two's complement."""
     step = 2.0 ** int(exponent.item())
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     # Adding 0.0 turns negative zeros, which fixed point does not have, into zeros.
     return ((x / step).round_().clamp_(low, high) + 0.0).mul_(step)
-
-
-@fixed_point.register_fake
-def _(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
-    return torch.empty_like(x)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -69,7 +76,7 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return gradient * ((x >= -limit) & (x < limit)), None, None
 
 
-fixed_point.register_autograd(_straight_through, setup_context=_save_for_backward)
+torch.library.register_autograd("micronet::fixed_point", _straight_through, setup_context=_save_for_backward)
 
 
 class FixedPointQuantizer(ActivationQuantizer):
@@ -122,7 +129,7 @@ def _sums(values: Tensor, like: Tensor, blocks: Sequence[int]) -> Tensor:
     return torch.zeros_like(like).reshape(-1).index_add_(0, where, values.reshape(-1)).view(like.shape)
 
 
-@torch.library.custom_op("micronet::affine", mutates_args=())
+@_operation
 def affine(
     x: Tensor,
     scale: Tensor,
@@ -140,19 +147,6 @@ def affine(
     scales = _spread(scale, x.shape, block_size)
     zeros = 0 if zero_point is None else _spread(zero_point, x.shape, block_size)
     return ((x / scales).round_() + zeros).clamp_(quant_min, quant_max).sub_(zeros).add_(0.0).mul_(scales)
-
-
-@affine.register_fake
-def _(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    block_size: list[int],
-    scale_gradient: float = 1.0,
-) -> Tensor:
-    return torch.empty_like(x)
 
 
 def _save_affine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,7 +171,7 @@ def _learned_step(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient * inside, of_scale, None, None, None, None, None
 
 
-affine.register_autograd(_learned_step, setup_context=_save_affine)
+torch.library.register_autograd("micronet::affine", _learned_step, setup_context=_save_affine)
 
 
 class AffineQuantizer(ActivationQuantizer):
@@ -239,16 +233,11 @@ class AffineQuantizer(ActivationQuantizer):
 # --- signs ------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("micronet::signs", mutates_args=())
+@_operation
 def signs(x: Tensor, scale: Tensor, threshold: Tensor, block_size: list[int]) -> Tensor:
     """The sign of each element times the scale of its block, and 0 where its magnitude is not above the threshold."""
     kept = x.abs() > _spread(threshold, x.shape, block_size)
     return x.sign() * kept * _spread(scale, x.shape, block_size) + 0.0
-
-
-@signs.register_fake
-def _(x: Tensor, scale: Tensor, threshold: Tensor, block_size: list[int]) -> Tensor:
-    return torch.empty_like(x)
 
 
 def _save_signs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -264,7 +253,7 @@ def _through_signs(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, of_scale, None, None
 
 
-signs.register_autograd(_through_signs, setup_context=_save_signs)
+torch.library.register_autograd("micronet::signs", _through_signs, setup_context=_save_signs)
 
 
 class SignQuantizer(nn.Module):
@@ -299,15 +288,10 @@ def _nearest(x: Tensor, table: Tensor) -> Tensor:
     return order[torch.bucketize(x.contiguous(), middles)]
 
 
-@torch.library.custom_op("micronet::codebook", mutates_args=())
+@_operation
 def codebook(x: Tensor, table: Tensor) -> Tensor:
     """Each element of `x` replaced by the nearest value of `table`, the smaller one of two that are equally near."""
     return table[_nearest(x, table)]
-
-
-@codebook.register_fake
-def _(x: Tensor, table: Tensor) -> Tensor:
-    return torch.empty_like(x)
 
 
 def _save_codebook(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -324,7 +308,7 @@ def _through_table(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, of_table
 
 
-codebook.register_autograd(_through_table, setup_context=_save_codebook)
+torch.library.register_autograd("micronet::codebook", _through_table, setup_context=_save_codebook)
 
 
 class CodebookQuantizer(nn.Module):

@@ -1,0 +1,134 @@
+"""The page of the documentation on speed, from the results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.counting import FORWARD, META, MODELS, OURS
+
+TITLES = {
+    "count": "A full score of a model",
+    "process": "The command as a whole process",
+    "linear": "Time against the number of operations",
+    "llama": "70 billion parameters, context 4,096, on the meta device",
+    "packing": "100 MB of 9-bit weights, 45 % zeros: pack and unpack",
+    "nonzeros": "Non-zero count and storage of 1 GB of float32",
+    "quality": "Quality of a fake-quantized network on a test set",
+    "compare": "64 jobs of `compare` on 2 processes",
+    "eigendamage": "A round of eigendamage",
+}
+
+WHERE_THE_TIME_GOES = {
+    "count": """
+A score traces the model once, finds which values are zero, and prices each operation. The trace works out the shapes of
+the commonest operations itself (`micronet_eval.shapes`): torch's kernels on the meta device are Python for batch norm
+(0.6 ms each), layer norm, softmax, and element-wise operations, and are what a meta forward spends its time on. Batch
+norm is merged in the trace, and weights are read once, in pieces that stay in the cache. What is left is Python: about
+0.1 ms an operation for torch's dispatch to the trace, the record, and its analysis.
+""",
+    "process": """
+The rest beside importing torch is unpacking 1,756 tensors, building the graph of 1,937 modules, and running it once.
+""",
+    "llama": """
+The parameters lie on the meta device: they have shapes, no values, and take no memory. What is resident is Python,
+torch and transformers.
+""",
+}
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The whole page."""
+    lines = [
+        "# How fast it is",
+        "",
+        "`OMP_NUM_THREADS=1 python -m benchmarks` writes this page, and all numbers to",
+        "[speed.json](../benchmarks/results/speed.json). Seconds are those of the processor, in one thread, so that",
+        "what else the machine does matters little; medians of 5 rounds, each of which runs all that are compared, one",
+        "after the other. A ratio is the median of the ratios of the rounds.",
+        "",
+        *_targets(results),
+        *_seven_counters(results.get("count")),
+    ]
+    for row, title in TITLES.items():
+        if row in results:
+            lines += _section(title, results[row], WHERE_THE_TIME_GOES.get(row, ""), row)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _targets(results: Mapping[str, Any]) -> list[str]:
+    lines = ["## Targets", "", "| what, against what | measured | target | |", "|---|---:|---:|---|"]
+    for row, title in TITLES.items():
+        if row not in results:
+            lines.append(f"| {title} | not measured | | |")
+            continue
+        for what, measured, target, bound in results[row]["targets"]:
+            met = measured <= target if bound == "at most" else measured >= target
+            lines.append(f"| {what} | {measured:.3g} | {bound} {target:g} | {'met' if met else '**missed**'} |")
+    return [*lines, ""]
+
+
+def _seven_counters(row: Mapping[str, Any] | None) -> list[str]:
+    """The MACs that each counter returns, in millions."""
+    if row is None:
+        return []
+    models = row["models"]
+    counters = list(dict.fromkeys(c for m in models.values() for c in (*m["seconds"], *m["failed"], *m["missing"])))
+    head = "| | " + " | ".join(MODELS) + " |"
+    lines = ["## Seven counters, five answers", "", "Millions of MACs, and milliseconds of the processor.", "", head]
+    lines.append("|---|" + "---:|" * len(MODELS))
+    for counter in counters:
+        cells = [_cell(models[name], counter) for name in MODELS]
+        lines.append(f"| {'**' + counter + '**' if counter == OURS else counter} | {' | '.join(cells)} |")
+    answers = {
+        name: len({round(n / 1e6) for c, n in models[name]["macs"].items() if n and c not in (FORWARD, META)})
+        for name in MODELS
+    }
+    told = ", ".join(f"{n} for {name}" for name, n in answers.items())
+    return [
+        *lines,
+        "",
+        f"Different answers, to the million: {told}. Ours are multiplications of dot products by weights that are not",
+        "zero, of the network that runs when batch norm is merged.",
+        "",
+    ]
+
+
+def _cell(model: Mapping[str, Any], counter: str) -> str:
+    if counter in model["missing"]:
+        return "missing"
+    if counter in model["failed"]:
+        return "fails"
+    if counter not in model["seconds"]:
+        return ""
+    macs, seconds = model["macs"].get(counter), model["seconds"][counter]
+    return f"{1000 * seconds:.0f} ms" if macs is None else f"{macs / 1e6:,.0f}; {1000 * seconds:.0f} ms"
+
+
+def _section(title: str, row: Mapping[str, Any], why: str, name: str) -> list[str]:
+    e = row["environment"]
+    lines = [f"## {title}", ""]
+    if name != "count":
+        lines += [f"- {what}: {value}" for what, value in _flat(row) if value is not None]
+        lines.append("")
+    if why:
+        lines += [*why.strip().splitlines(), ""]
+    threads = "1 thread" if e["threads"] == "1" else f"{e['threads']} threads"
+    lines += [f"{e['date']}, {e['commit']}: {e['processor']}, {threads}, Python {e['python']}, torch {e['torch']}.", ""]
+    return lines
+
+
+def _flat(row: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Names and numbers of a row, those of dicts in it under their names."""
+    found: list[tuple[str, str]] = []
+    for key, value in row.items():
+        if key in ("environment", "targets"):
+            continue
+        where = f"{above}, {key}" if above and above != "seconds" else str(key)
+        if isinstance(value, Mapping):
+            found += _flat(value, str(key) if above in ("", "seconds") else where)
+        elif isinstance(value, float) and (above == "seconds" or key in ("seconds", "wall")):
+            found.append((where, f"{value:.3g} s"))
+        else:
+            found.append((where, f"{value:,}" if isinstance(value, int) else f"{value:.3g}"))
+    return found

@@ -1,0 +1,310 @@
+"""The rows of the table of speed: what is measured, against what, and the target."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import counting
+from benchmarks.clock import medians, processes, ratio, side_by_side
+
+ROOT = Path(__file__).parent.parent
+
+Target = tuple[str, float, float, str]
+"""What is compared, what was measured, the target, and "at most" or "at least"."""
+
+
+def count() -> dict[str, Any]:
+    """Full score of four models against every counter, a forward, and a forward on the meta device."""
+    found: dict[str, Any] = {}
+    targets: list[Target] = []
+    for name in counting.MODELS:
+        all_counters = counting.counters(name)
+        run = {counter: counting.quiet(function) for counter, function in all_counters.items() if function}
+        seconds = side_by_side(run)
+        macs = {counter: run[counter]() for counter in seconds}
+        failed = sorted(set(run) - set(seconds))
+        missing = [counter for counter, function in all_counters.items() if function is None]
+        found[name] = {"seconds": medians(seconds), "macs": macs, "failed": failed, "missing": missing}
+        peers = [c for c in seconds if c not in (counting.OURS, counting.FORWARD, counting.META)]
+        fastest = min(peers, key=lambda c: found[name]["seconds"][c])
+        if counting.FVCORE in seconds:
+            targets.append((f"{name}: fvcore", ratio(seconds, counting.OURS, counting.FVCORE), 0.3, "at most"))
+        targets.append((f"{name}: the fastest, {fastest}", ratio(seconds, counting.OURS, fastest), 1.0, "at most"))
+        targets.append((f"{name}: meta forward", ratio(seconds, counting.OURS, counting.META), 1.5, "at most"))
+        print(name, found[name], flush=True)
+    return {"models": found, "targets": targets}
+
+
+def process() -> dict[str, Any]:
+    """The command as a whole process against `import torch`."""
+    command = [sys.executable, "-c", "from micronet_eval.cli import main; main()"]
+    torch = "python -c 'import torch'"
+    seconds = processes(
+        {
+            torch: [sys.executable, "-c", "import torch"],
+            "micronet-eval --help": [*command, "--help"],
+            "micronet-eval submissions/3": [*command, str(ROOT / "submissions" / "3")],
+        }
+    )
+    targets = [
+        (
+            "micronet-eval submissions/3: import torch",
+            ratio(seconds, "micronet-eval submissions/3", torch),
+            1.6,
+            "at most",
+        ),
+        ("micronet-eval --help: import torch", ratio(seconds, "micronet-eval --help", torch), 0.15, "at most"),
+    ]
+    return {"seconds": medians(seconds), "targets": targets}
+
+
+def linear() -> dict[str, Any]:
+    """Time against the number of operations: the exponent of a fit."""
+    import torch
+    from torch import nn
+
+    from micronet_eval import score
+
+    x = torch.zeros(1, 4, 8, 8)
+    times = {}
+    for operations in (1_000, 3_000, 10_000, 30_000):
+        layers = [layer for _ in range(operations // 2) for layer in (nn.Conv2d(4, 4, 1), nn.ReLU())]
+        model = nn.Sequential(*layers).eval()
+        seconds = side_by_side({"score": lambda model=model: score(model, x)}, rounds=3)["score"]
+        times[operations] = float(f"{min(seconds):.4g}")
+        print(operations, times[operations], flush=True)
+    points = [(math.log(n), math.log(t)) for n, t in times.items()]
+    middle = [sum(p[i] for p in points) / len(points) for i in (0, 1)]
+    slope = sum((a - middle[0]) * (b - middle[1]) for a, b in points) / sum((a - middle[0]) ** 2 for a, _ in points)
+    return {"seconds": times, "targets": [("exponent, 1,000 to 30,000 operations", slope, 1.05, "at most")]}
+
+
+LLAMA = """
+import json, resource, time, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                     num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+with torch.device("meta"):
+    model = LlamaForCausalLM(config).eval()
+from micronet_eval import score
+start = time.process_time()
+report = score(model, torch.zeros(1, 4096, dtype=torch.int64))
+seconds = time.process_time() - start
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({"seconds": seconds, "GiB": memory, "parameters": report.storage.parameters,
+                  "macs": report.math.macs, "operations": report.coverage.executed}))
+"""
+
+
+def llama() -> dict[str, Any]:
+    """A transformer of 70 billion parameters on the meta device, context 4,096, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", LLAMA], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    targets = [
+        ("seconds, 70 billion parameters", found["seconds"], 20.0, "at most"),
+        ("GiB resident, 70 billion parameters", found["GiB"], 1.5, "at most"),
+    ]
+    return {**found, "targets": targets}
+
+
+def packing() -> dict[str, Any]:
+    """Pack and unpack 100 MB of weights, 9 bits, 45 % of them zero, against numpy.packbits and zlib level 1."""
+    import numpy as np
+    import torch
+    from torch import nn
+    from torch.nn.utils import parametrize
+
+    from micronet_eval.formats import FixedPoint, of_weights
+    from micronet_eval.packing import pack, unpack
+    from micronet_eval.structure import without_weights
+
+    size = 5_000
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-255, 256, (size, size), generator=generator)
+    codes[torch.rand(size, size, generator=generator) < 0.45] = 0
+    model = nn.Sequential(nn.Linear(size, size, bias=False)).eval()
+    model[0].weight = nn.Parameter(codes * 2.0**-8)
+    quantizer = of_weights(FixedPoint(9, -8))
+    assert quantizer is not None
+    parametrize.register_parametrization(model[0], "weight", quantizer, unsafe=True)
+    plain = (codes & 511).numpy().astype(np.uint16).reshape(-1)
+
+    def architecture() -> nn.Module:
+        with without_weights():
+            return nn.Sequential(nn.Linear(size, size, bias=False))
+
+    kept: dict[str, Any] = {}
+
+    def ours_pack() -> None:
+        kept["packed"] = pack(model, architecture(), torch.zeros(1, size))
+
+    def ours_unpack() -> None:
+        kept["model"] = unpack(kept["packed"], architecture())
+
+    def plain_pack() -> None:
+        bits = (plain[:, None] >> np.arange(9, dtype=np.uint16)) & 1
+        kept["plain"] = zlib.compress(np.packbits(bits.astype(np.uint8)).tobytes(), 1)
+
+    def plain_unpack() -> None:
+        bits = np.unpackbits(np.frombuffer(zlib.decompress(kept["plain"]), np.uint8), count=9 * plain.size)
+        kept["codes"] = (bits.reshape(-1, 9).astype(np.uint16) << np.arange(9, dtype=np.uint16)).sum(1, dtype=np.uint16)
+
+    seconds = side_by_side(
+        {"pack": ours_pack, "unpack": ours_unpack, "packbits + zlib 1": plain_pack, "the inverse": plain_unpack}
+    )
+    assert torch.equal(kept["model"][0].weight, model[0].weight) and np.array_equal(kept["codes"], plain)
+    megabytes = 4 * size * size / 1e6
+    middle = medians(seconds)
+    targets = [
+        ("pack: packbits + zlib 1", ratio(seconds, "pack", "packbits + zlib 1"), 1.0, "at most"),
+        ("unpack: the inverse", ratio(seconds, "unpack", "the inverse"), 1.0, "at most"),
+        ("pack, MB/s of float32", megabytes / middle["pack"], 200.0, "at least"),
+        ("unpack, MB/s of float32", megabytes / middle["unpack"], 200.0, "at least"),
+    ]
+    sizes = {"ours": sum(s.size for s in kept["packed"].streams.values()), "packbits + zlib 1": len(kept["plain"])}
+    return {"seconds": middle, "bytes": sizes, "targets": targets}
+
+
+def nonzeros() -> dict[str, Any]:
+    """Trace, non-zero count and storage of 1 GB of float32, dense and half zeros, against torch.count_nonzero."""
+    import torch
+    from torch import nn
+
+    from micronet_eval.plugins import formulas
+    from micronet_eval.scoring import account
+    from micronet_eval.trace import trace
+
+    size, x = 8_192, torch.zeros(1, 8_192)
+    some = torch.rand(size, generator=torch.Generator().manual_seed(0)) + 0.1
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(4))).eval()
+    for layer in model:
+        layer.weight = nn.Parameter(some.expand(size, size).clone())
+    priced = formulas()
+
+    def ours() -> int:
+        return account(trace(model, x), priced).storage.nonzeros
+
+    def torchs() -> int:
+        return sum(int(torch.count_nonzero(p)) for p in model.parameters())
+
+    dense = side_by_side({"ours": ours, "count_nonzero": torchs})
+    assert ours() == torchs()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.view(-1)[::2] = 0
+    sparse = side_by_side({"ours": ours, "count_nonzero": torchs})
+    assert ours() == torchs()
+    targets = [("dense: count_nonzero", ratio(dense, "ours", "count_nonzero"), 1.1, "at most")]
+    shown = {"dense": medians(dense), "every other value zero, smallest mask found": medians(sparse)}
+    return {"seconds": shown, "targets": targets}
+
+
+def quality() -> dict[str, Any]:
+    """Quality of a fake-quantized network on a test set, against the same network in floating point."""
+    from collections import Counter
+
+    import torch
+    from torch import nn
+    from torch.nn.utils import parametrize
+
+    from micronet_eval import plugins
+    from micronet_eval.formats import ActivationQuantizer
+    from micronet_eval.opening import open_submission
+    from micronet_eval.quality import count_correct, measure
+
+    folder = ROOT / "submissions" / "digits"
+    quantized, plain = open_submission(folder), open_submission(folder).model
+    for module in list(plain.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+        for name, child in list(module.named_children()):
+            if isinstance(child, ActivationQuantizer):
+                setattr(module, name, nn.Identity())
+    task = plugins.lookup("task", "digits")
+    data = task.dataset(None, "test")
+
+    def floating() -> None:
+        with torch.inference_mode():
+            count_correct(plain, data, None, Counter())
+
+    seconds = side_by_side({"fake-quantized": lambda: measure(quantized.model, task, None), "float": floating})
+    target = ("digits, CPU: float", ratio(seconds, "fake-quantized", "float"), 1.3, "at most")
+    return {"seconds": medians(seconds), "targets": [target]}
+
+
+def compare() -> dict[str, Any]:
+    """64 jobs on 2 processes, against half the sum of the jobs' own times; by the clock on the wall."""
+    from micronet_eval import compare as comparing
+
+    folder = ROOT / "submissions" / "digits"
+    manifest = (folder / "submission.toml").read_text()
+    with tempfile.TemporaryDirectory() as place:
+        jobs = []
+        for number in range(64):
+            copy = Path(place) / f"{number}"
+            copy.mkdir()
+            (copy / "weights.safetensors").write_bytes((folder / "weights.safetensors").read_bytes())
+            (copy / "submission.toml").write_text(f"# {number}\n{manifest}")
+            jobs.append(comparing.job_of(copy, None))
+        start = time.perf_counter()
+        found = comparing.compare(jobs, Path(place) / "results.sqlite", "local", 2, lambda result: None)
+        wall = time.perf_counter() - start
+    own = sum(result.seconds for result in found)
+    target = ("64 jobs, 2 processes: sum of their times / 2", wall / (own / 2), 1.15, "at most")
+    return {"seconds": {"wall": wall, "sum of the jobs": own}, "targets": [target]}
+
+
+def eigendamage() -> dict[str, Any]:
+    """One round of eigendamage, against a plain forward and backward over the same batches."""
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    from micronet_eval import plugins
+    from micronet_eval.recipe import Statistics, estimate_statistics
+    from micronet_eval.strategy import Context
+    from micronet_eval.submission import Architecture, build
+    from micronet_eval.training import loader
+    from micronet_plugins.eigendamage import EigenDamage
+
+    torch.manual_seed(0)
+    batches = 4
+    model = build(Architecture(name="pyramidnet"), ROOT, weights=True).eval()
+    data = TensorDataset(torch.randn(64 * batches, 3, 32, 32), torch.randint(0, 100, (64 * batches,)))
+    context = Context(torch.zeros(1, 3, 32, 32), loader(data, 64, 0), 0, plugins.formulas())
+    estimate_statistics(model, Statistics(batches=1), context)
+
+    def plain() -> None:
+        for inputs, labels in loader(data, 64, 0):
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            model.zero_grad()
+
+    seconds = side_by_side({"round": lambda: EigenDamage(batches=batches).apply(model, context), "plain": plain}, 1)
+    return {
+        "seconds": medians(seconds),
+        "targets": [("PyramidNet-272: plain", ratio(seconds, "round", "plain"), 4.0, "at most")],
+    }
+
+
+ROWS: dict[str, Callable[[], dict[str, Any]]] = {
+    "count": count,
+    "process": process,
+    "linear": linear,
+    "llama": llama,
+    "packing": packing,
+    "nonzeros": nonzeros,
+    "quality": quality,
+    "compare": compare,
+    "eigendamage": eigendamage,
+}
