@@ -74,9 +74,9 @@ def page() -> str:
     lines = [
         "# Results on Fashion-MNIST",
         "",
-        "Written by `python -m benchmarks.fashion`. The submissions lie in `submissions/`, each with the recipe that made",
-        "it. Accuracy is that of `micronet-eval` on the 10,000 test images, which nothing was trained, calibrated or",
-        "chosen on: choices were made on 3,000 training images that were held out. The task asks for 9,400 right.",
+        "Written by `python -m benchmarks.fashion`. The submissions lie in `submissions/`, each with the recipe that",
+        "made it. Accuracy is that of `micronet-eval` on the 10,000 test images, which nothing was trained, calibrated",
+        "or chosen on: choices were made on 3,000 training images that were held out. The task asks for 9,400 right.",
         "",
         "| submission | recipe's seed | storage | math | score | right of 10,000 | threshold | file |",
         "|---|---|---|---|---|---|---|---|",
@@ -177,8 +177,8 @@ def _against(kept: dict[str, Any]) -> list[str]:
     lines = [
         "## Against what a user would pick",
         "",
-        "`python -m benchmarks.against_toolkits`: the same trained network, teacher and number of epochs, but one round",
-        "of torch-pruning's magnitude pruner and torchao's int8 in the place of our sparsifier and quantizer.",
+        "`python -m benchmarks.against_toolkits`: the same trained network, teacher and number of epochs, but one",
+        "round of torch-pruning's magnitude pruner and torchao's int8 in the place of our sparsifier and quantizer.",
         "",
         "| | storage | math | score | ours by theirs | accuracy | threshold |",
         "|---|---|---|---|---|---|---|",
