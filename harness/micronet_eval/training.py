@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils import parametrize
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 
 from micronet_eval.augmentation import Augmentation, augmenter
 from micronet_eval.errors import InputError
@@ -83,37 +83,6 @@ class Training(Augmentation):
         return self
 
 
-class Gathered(Dataset[Any]):
-    """A data set of tensors, or a subset of one, that takes a whole batch out of them at once."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.indices: Tensor | None = None
-        while isinstance(dataset, Subset):
-            indices = torch.as_tensor(dataset.indices)
-            self.indices = indices if self.indices is None else indices[self.indices]
-            dataset = dataset.dataset
-        assert isinstance(dataset, TensorDataset)
-        self.tensors = dataset.tensors
-
-    @staticmethod
-    def takes(dataset: Dataset[Any]) -> bool:
-        """Whether it is such a data set."""
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
-        return type(dataset) is TensorDataset
-
-    def __len__(self) -> int:
-        return len(self.tensors[0] if self.indices is None else self.indices)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        return tuple(tensor[i if self.indices is None else self.indices[i]] for tensor in self.tensors)
-
-    def __getitems__(self, batch: list[int]) -> tuple[Tensor, ...]:
-        chosen = torch.as_tensor(batch)
-        chosen = chosen if self.indices is None else self.indices[chosen]
-        return tuple(tensor[chosen] for tensor in self.tensors)
-
-
 class Shares(BatchSampler):
     """Of every batch the part that one of several processes takes; what cannot be split evenly is filled up."""
 
@@ -132,13 +101,8 @@ def loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of a data set, shuffled by the seed; of each the share of this process, where a team is given."""
     order = torch.Generator().manual_seed(seed)
-    if isinstance(dataset, Gathered) or Gathered.takes(dataset):
-        dataset = dataset if isinstance(dataset, Gathered) else Gathered(dataset)
-        collate: Any = lambda batch: batch  # noqa: E731
-    else:
-        collate = None
     shares = Shares(RandomSampler(dataset, generator=order), batch_size, team or Team(torch.device("cpu")))  # type: ignore[arg-type]
-    return DataLoader(dataset, batch_sampler=shares, generator=order, collate_fn=collate)
+    return DataLoader(dataset, batch_sampler=shares, generator=order)
 
 
 def train(
