@@ -15,6 +15,7 @@ from rich.text import Text
 from micronet_eval.comparing.jobs import Result
 from micronet_eval.comparing.table import Row, chosen, rows, sorted_rows, written
 
+NARROW = 72  # columns of a terminal below which deviations are left out
 ROOM = 8
 """Lines of the terminal that a live view leaves to what is not a row."""
 
@@ -40,6 +41,8 @@ def _table(found: Sequence[Row], width: int, columns: Sequence[str] | None) -> T
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     for row in found:
         cells = {**written(row, names), "strategy": row.name.replace(",", ", ")}  # where it may be folded
+        if width < NARROW:
+            cells = {name: str(cell).partition(" ±")[0] for name, cell in cells.items()}
         styles = {"strategy": "bold" if row.best else "", "quality": "red" if row.passed is False else ""}
         table.add_row(
             *(Text(str(cell), "bold red" if cell == "failed" else styles.get(name, "")) for name, cell in cells.items())
