@@ -89,6 +89,7 @@ def page(results: list[Result]) -> str:
         "are 2, 4, 8 and 16 times fewer parameters (pruners), weights that are not zero (sparsifiers) or bits a weight",
         "(quantizers, from 32). A cell is the score relative to the task's baseline, lower is better, and the accuracy",
         f"on the 449 test images; both the mean of {SEEDS} trained networks, the accuracy with its standard deviation.",
+        "`torch-pruning`, `torchao` and `brevitas` are those toolkits' own choices ([compare.md](compare.md)).",
         "Recipes with rounds, and strategies combined, do better than any of these alone: this compares single steps.",
         "",
         "| kind | strategy | 2x | 4x | 8x | 16x |",

@@ -1,4 +1,4 @@
-"""Takes the pictures of the web pages in docs/images: python -m docs.screenshots. Needs playwright, pillow, chromium."""
+"""Takes the pictures of the web pages in docs/images by chromium, playwright and pillow: python -m docs.screenshots."""
 
 from __future__ import annotations
 

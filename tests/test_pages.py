@@ -234,7 +234,7 @@ def comparison(tmp_path_factory):
 
 def test_a_comparison_is_a_page_with_its_data(comparison):
     page = Parsed((comparison / "index.html").read_text())
-    assert "".join(page.text).count(HOSTILE) == 3  # its name, and twice why it failed
+    assert "".join(page.text).count(HOSTILE) == 2  # its name, and why it failed
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert json.loads((comparison / "index.json").read_text()) == compared().to_list()
     assert sum(path.stat().st_size for path in comparison.iterdir()) < 100_000
