@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import sqlite3
@@ -171,6 +172,19 @@ def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
     assert seen == [(1, 1), (2, 0)]
     with closing(sqlite3.connect(tmp_path / "results.sqlite")) as store:
         assert store.execute("SELECT count(*) FROM results").fetchone() == (2,)
+
+
+def shout(job):
+    os.write(2, b"loud")
+    print("loud", flush=True)
+    return Result(job.name, job.seed)
+
+
+def test_processes_print_nothing_into_the_live_view(capfd):
+    from micronet_plugins.executors import local
+
+    assert [result.name for _, result in local(shout, [Job("a")], 1)] == ["a"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_processes_give_the_same_numbers(base, tmp_path):
