@@ -27,7 +27,8 @@ def render(found: Sequence[Row], width: int = 80, columns: Sequence[str] | None 
     """
     failed = [Text(f"{row.name}: {error}", "red") for row in found for error in row.errors]
     seeds = max((row.seeds for row in found), default=0)
-    notes = [f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""]
+    figures = "mean" if width < NARROW else "mean ± standard deviation"
+    notes = [f"{figures} of {seeds} seeds" if seeds > 1 else ""]
     notes.append("* no other row is better in both score and quality" if any(row.best for row in found) else "")
     return Group(_table(found, width, columns), *failed, Text("; ".join(filter(None, notes)), "dim"))
 
