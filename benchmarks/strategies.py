@@ -146,6 +146,7 @@ def page() -> str:
         "to the task's baseline, lower is better, and the accuracy; both the mean of",
         f"{SEEDS} trained networks, the accuracy with its standard deviation. Recipes with rounds, and strategies",
         "combined, do better than any of these alone: this compares single steps.",
+        "`torch-pruning`, `torchao` and `brevitas` are those toolkits' own choices ([compare.md](compare.md)).",
     ]
     for setting in SETTINGS:
         if setting.results.exists():

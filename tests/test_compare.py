@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import sqlite3
@@ -173,6 +174,19 @@ def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
         assert store.execute("SELECT count(*) FROM results").fetchone() == (2,)
 
 
+def shout(job):
+    os.write(2, b"loud")
+    print("loud", flush=True)
+    return Result(job.name, job.seed)
+
+
+def test_processes_print_nothing_into_the_live_view(capfd):
+    from micronet_plugins.executors import local
+
+    assert [result.name for _, result in local(shout, [Job("a")], 1)] == ["a"]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_processes_give_the_same_numbers(base, tmp_path):
     jobs = jobs_of(parse("sparsifier", "random:sparsity=0.3,0.6"), base, 1, None, None, tmp_path / "kept")
     here = results_of(jobs, tmp_path / "here.sqlite", "here")
@@ -314,7 +328,7 @@ def test_columns_for_people_and_programs(table):
     assert chosen.to_markdown().splitlines() == [
         "|  | strategy | score | quality |",
         "| --- | --- | --- | --- |",
-        "| * | good_1 | 0.30000 ±0.14 | 95.00% ±7.07% |",
+        "| * | good_1 | 0.30000 ±0.14142 | 95.00% ±7.07% |",
         "|  | worse & more | 0.50000 | 80.00% |",
         "|  | broken | failed |  |",
     ]
@@ -323,7 +337,7 @@ def test_columns_for_people_and_programs(table):
         r"\toprule",
         r"strategy & score & quality \\",
         r"\midrule",
-        r"\textbf{good\_1} & 0.30000 $\pm$0.14 & 95.00\% $\pm$7.07\% \\",
+        r"\textbf{good\_1} & 0.30000 $\pm$0.14142 & 95.00\% $\pm$7.07\% \\",
         r"worse \& more & 0.50000 & 80.00\% \\",
         r"broken & failed &  \\",
         r"\bottomrule",
@@ -342,7 +356,7 @@ def test_wide_terminals_show_more(table):
         console.print(table)
         return console.file.getvalue().splitlines()[1].split()
 
-    assert head(60) == ["strategy", "score", "quality", "time"]
+    assert head(60) == ["strategy", "score", "quality"]
     assert head(100) == ["strategy", "storage", "math", "score", "quality", "time"]
     assert head(200) == ["strategy", "params32", "ops32", "storage", "math", "score", "quality", "time"]
 

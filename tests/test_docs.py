@@ -37,6 +37,21 @@ def test_the_python_code_of_the_readme_runs():
     assert '"submission": "3"' in done.stdout
 
 
+@pytest.mark.docs
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own
+def test_the_notebook_runs_as_it_was_committed():
+    nbformat = pytest.importorskip("nbformat")
+    from docs import notebook
+
+    committed = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    assert [cell.source for cell in committed.cells] == [cell.source for cell in notebook.notebook().cells]
+    assert all(
+        cell.outputs for cell in committed.cells if cell.cell_type == "code" and "tempfile" not in cell.source[:9]
+    )
+    for cell in notebook.executed().cells:  # an error in a cell is raised
+        assert not [output for output in cell.get("outputs", []) if output.output_type == "error"]
+
+
 def test_the_readme_begins_with_the_set_up_commands():
     text = README.splitlines()
     assert text[2].strip().startswith("pip install . && micronet-eval submissions/3")

@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from micronet_eval import evaluate, pages
+from micronet_eval.comparing import Comparison, Result, rows
 from micronet_eval.errors import InputError
+from micronet_eval.pages.comparison import parallels
 from micronet_eval.pages.plots import Axis, Point, front, path_plot, score_plot
 from micronet_eval.ranking import Judged, as_json, boards, judged
 from micronet_eval.scoring import Layer, Module
@@ -17,7 +19,7 @@ from micronet_eval.submission import Provenance, Step
 from micronet_eval.task import METRICS
 
 HOSTILE = "<script>alert('x')</script>"
-VOID = {"meta", "link"}
+VOID = {"meta", "link", "input", "wbr"}
 
 
 class Parsed(HTMLParser):
@@ -205,6 +207,51 @@ def test_the_commands_write_pages(run, submission, tmp_path):
     assert run("leaderboard", submission, "--html", submission)[0] == 2
 
 
+# --- a comparison -----------------------------------------------------------------------------------------------------
+
+
+def compared():
+    """Three rows of two seeds, one of which is beaten by another, one that failed, and one of another task."""
+    results = [
+        Result(name, seed, "digits", 100, 1000, score / 2, score / 2, score, quality, True, seconds)
+        for name, score, quality, seconds in [
+            ("small:a=1,b=2", 0.1, 0.8, 9),
+            ("good", 0.4, 0.99, 3),
+            ("worse", 0.5, 0.9, 3),
+        ]
+        for seed in (0, 1)
+    ]
+    results += [Result(HOSTILE, 0, error=HOSTILE), Result("text", 0, "wikitext103", 1, 1, 0.1, 0.1, 0.2, 34.0, True, 1)]
+    return Comparison(tuple(rows(results)), tuple(results))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison") / "site"
+    pages.write_comparison(compared(), folder)
+    return folder
+
+
+def test_a_comparison_is_a_page_with_its_data(comparison):
+    page = Parsed((comparison / "index.html").read_text())
+    assert "".join(page.text).count(HOSTILE) == 2  # its name, and why it failed
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert json.loads((comparison / "index.json").read_text()) == compared().to_list()
+    assert sum(path.stat().st_size for path in comparison.iterdir()) < 100_000
+
+
+def test_parallel_axes_have_the_better_value_above():
+    digits, text = parallels(compared().rows)
+    assert [scale.name for scale in digits.scales] == ["storage", "math", "score", "quality", "time"]
+    ends = {way.row.name: [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", way.path)] for way in digits.ways}
+    small, good, worse = (ends[name] for name in ("small:a=1,b=2", "good", "worse"))
+    assert small[2] < good[2] < worse[2]  # pixels of the score: lower ones are above
+    assert good[3] < worse[3] < small[3]
+    assert good[4] == worse[4] < small[4]
+    assert all(digits.top <= y <= digits.bottom for y in (*small, *good, *worse))
+    assert [way.row.best for way in digits.ways] == [False, True, True] and len(text.ways) == 1
+
+
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +294,9 @@ def browser():
     if chromium is None:
         pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
@@ -262,8 +311,8 @@ def tab(browser):
     assert seen == []
 
 
-def test_no_page_is_wider_than_the_screen(tab, parsed):
-    for path in parsed:
+def test_no_page_is_wider_than_the_screen(tab, parsed, comparison):
+    for path in [*parsed, comparison / "index.html"]:
         tab.goto(path.as_uri())
         assert tab.evaluate("document.documentElement.scrollWidth") <= 400
 
@@ -291,3 +340,30 @@ def test_drilling_down_with_the_keyboard(tab, site, found):
     tab.get_by_role("button", name="total").press("Enter")
     boxes = tab.locator(".boxes button").count()
     assert boxes == sum(child[2] > 0 for child in whole[3])
+
+
+def test_choosing_in_a_comparison(tab, comparison):
+    tab.goto((comparison / "index.html").as_uri())
+    visible = lambda: [row.inner_text() for row in tab.locator("tbody th button").all() if row.is_visible()]  # noqa: E731
+    lines = lambda: tab.locator('section:not([hidden]) .way:not([style*="none"])').count()  # noqa: E731
+    assert (len(visible()), lines()) == (5, 4)
+    tab.select_option("#task", "digits")
+    assert (len(visible()), lines()) == (3, 3)
+    tab.fill("#named", "O")
+    assert visible() == ["good", "worse"] and tab.locator("#left").inner_text() == "2 of 5"
+    tab.check("#best")
+    assert visible() == ["good"] and lines() == 1
+    tab.fill("#named", "")
+    assert visible() == ["small:a=1,b=2", "good"]
+
+
+def test_a_row_and_its_line_light_up_together(tab, comparison):
+    tab.goto((comparison / "index.html").as_uri())
+    row, line = tab.locator('tr[data-row="1"]'), tab.locator('path[data-row="1"]')
+    tab.get_by_role("button", name="good", exact=True).focus()
+    assert "lit" in line.get_attribute("class") and "lit" in row.get_attribute("class")
+    tab.get_by_role("button", name="worse", exact=True).focus()
+    assert "lit" not in line.get_attribute("class")
+    tab.get_by_role("button", name="good", exact=True).press("Enter")
+    tab.get_by_role("button", name="worse", exact=True).focus()
+    assert "lit" in line.get_attribute("class")  # for as long as it is pressed

@@ -23,7 +23,7 @@ def local(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> It
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _prepare) as pool:
         running = {pool.submit(run, job): job for job in jobs}
         try:
             for future in as_completed(running):
@@ -36,8 +36,14 @@ def local(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> It
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, also where that was killed."""
+def _prepare() -> None:
+    """Ends this process when the one that started it is gone, also where that was killed; and keeps it silent.
+
+    What a library prints would run through the live view on the terminal. What matters is in the result.
+    """
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from micronet_eval.comparing.jobs import Result
 from micronet_eval.comparing.table import Row, chosen, rows, sorted_rows, written
 
+NARROW = 72  # columns of a terminal below which deviations are left out
 ROOM = 8
 """Lines of the terminal that a live view leaves to what is not a row."""
 
@@ -26,7 +27,8 @@ def render(found: Sequence[Row], width: int = 80, columns: Sequence[str] | None 
     """
     failed = [Text(f"{row.name}: {error}", "red") for row in found for error in row.errors]
     seeds = max((row.seeds for row in found), default=0)
-    notes = [f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""]
+    figures = "mean" if width < NARROW else "mean ± standard deviation"
+    notes = [f"{figures} of {seeds} seeds" if seeds > 1 else ""]
     notes.append("* no other row is better in both score and quality" if any(row.best for row in found) else "")
     return Group(_table(found, width, columns), *failed, Text("; ".join(filter(None, notes)), "dim"))
 
@@ -40,6 +42,8 @@ def _table(found: Sequence[Row], width: int, columns: Sequence[str] | None) -> T
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     for row in found:
         cells = {**written(row, names), "strategy": row.name.replace(",", ", ")}  # where it may be folded
+        if width < NARROW:
+            cells = {name: str(cell).partition(" ±")[0] for name, cell in cells.items()}
         styles = {"strategy": "bold" if row.best else "", "quality": "red" if row.passed is False else ""}
         table.add_row(
             *(Text(str(cell), "bold red" if cell == "failed" else styles.get(name, "")) for name, cell in cells.items())
