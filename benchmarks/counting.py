@@ -22,11 +22,13 @@ OURS, FORWARD, META, FVCORE = "micronet-eval", "forward", "meta forward", "fvcor
 
 def build(name: str) -> nn.Module:
     """A model of MODELS in evaluation mode."""
-    from micronet_eval import plugins, targets
+    from torchvision.models import get_model
 
-    target, _ = MODELS[name]
+    from micronet_eval import plugins
+
+    of, _, target = MODELS[name][0].rpartition(":")
     torch.manual_seed(0)
-    model = targets.build(target) if ":" in target else plugins.lookup("architecture", target)()
+    model: nn.Module = get_model(target) if of else plugins.lookup("architecture", target)()
     return model.eval()
 
 

@@ -119,6 +119,17 @@ class Draw:
             weight = self.tensor(outputs, channels // groups, *(pick([1, 2, 3]) for _ in range(dims)))
             stride, padding, dilation = ([pick(sizes) for _ in range(dims)] for sizes in ([1, 2], [0, 1], [1, 1, 2]))
             return x, weight, self.maybe(meta(outputs)), stride, padding, dilation, False, [0] * dims, groups
+        if "pool2d" in name:
+            x = self.tensor(*self.shape(1, 2)[:1], 2, pick([4, 5, 9]), pick([4, 6, 7]))
+            kernel, stride = pick([[2], [2, 3], [3]]), pick([[], [1], [2, 1]])
+            return (
+                x,
+                kernel,
+                stride,
+                pick([[0], [1, 0]]),
+                *([pick([[1], [2, 1]])] * (name[0] == "m")),
+                pick([False, True]),
+            )
         if name == "native_batch_norm":
             shape = self.shape(2, 5)
             of_channels = [meta(shape[1]) for _ in range(4)]
@@ -253,7 +264,7 @@ class Spread(nn.Module):
 
     def __init__(self, padding=0):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 1, padding=padding)
+        self.first, self.second = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 2 * padding + 1, padding=padding)
         self.behind, self.alone, self.before, self.twice = (nn.BatchNorm2d(8) for _ in range(4))
         self.relu = nn.ReLU(inplace=True)
 

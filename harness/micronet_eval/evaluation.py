@@ -36,7 +36,7 @@ from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import narrows
 from micronet_eval.submission import WEIGHTS, Claims
 from micronet_eval.task import METRICS, Task
-from micronet_eval.trace import SEED, Example, Trace
+from micronet_eval.trace import SEED, Example, Trace, uncollected
 
 COST_TOLERANCE = Decimal("1.01")
 """A claimed cost holds when the measurement is at most 1 % worse."""
@@ -233,10 +233,11 @@ def score(
         raise InputError(
             f"give the share of the examples on each path (`shares`, or --path NAME=SHARE): {', '.join(paths)}"
         )
-    recorded = merged_trace(model, example_input)
-    counted = mean_account(recorded, priced, exact)
     quality = None if known is None else not_measured(known, None, NOT_ASKED)
-    report = _report(type(model).__name__, known, recorded, counted, quality, Claims(), ruleset)
+    with uncollected():
+        recorded = merged_trace(model, example_input)
+        counted = mean_account(recorded, priced, exact)
+        report = _report(type(model).__name__, known, recorded, counted, quality, Claims(), ruleset)
     if not cross_check:
         return report
     other = crosscheck.cross_check(merged(model, example_input), example_input, recorded, priced)

@@ -107,6 +107,9 @@ def from_bytes(data: NDArray[np.uint8], count: int, width: int) -> NDArray[np.in
     """The `count` codes that `to_bytes` made `data` of."""
     if width == 1:
         return np.unpackbits(data, count=count, bitorder="little").astype(np.int64)
+    if count == 1:  # an exponent: most of what is read
+        number = int.from_bytes(data.tobytes(), "little") & ((1 << width) - 1)
+        return np.array([number], np.uint64).view(np.int64)
     packed = np.zeros((-(-count // 8), width), np.uint8)
     packed.reshape(-1)[: data.size] = data
     wide = np.uint32 if width <= 24 else np.uint64

@@ -117,6 +117,40 @@ def _bmm(a: Tensor, b: Tensor) -> Result:
     return _empty((*a.shape[:2], b.shape[2]), a) if a.shape[::2] == b.shape[:2] else None
 
 
+def _pooled(x: Tensor, *windows: list[int]) -> list[int] | None:
+    """The shape behind a pooling by kernel, stride, padding, dilation; a single number holds for both dimensions."""
+    kernel, stride, padding, dilation = (w * 2 if len(w) == 1 else w for w in windows)
+    if len(x.shape) != 4 or not _plain(x) or 0 in x.shape:
+        return None
+    sizes = []
+    for n, k, s, p, d in zip(x.shape[2:], kernel, stride or kernel, padding, dilation, strict=True):
+        room = n + 2 * p - d * (k - 1) - 1
+        if room < 0 or 2 * p > k:
+            return None
+        sizes.append(room // s + 1)
+    return [*x.shape[:2], *sizes]
+
+
+def _average(
+    x: Tensor,
+    kernel: list[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil: bool = False,
+    *more: Any,
+) -> Result:
+    shape = None if ceil else _pooled(x, kernel, [*stride], [*padding], [1])
+    return None if shape is None else _empty(shape, x)
+
+
+def _maximum(
+    x: Tensor, kernel: list[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,), ceil: bool = False,
+) -> Result:  # fmt: skip
+    shape = None if ceil else _pooled(x, kernel, [*stride], [*padding], [*dilation])
+    return None if shape is None else (_empty(shape, x), torch.empty(shape, dtype=torch.int64, device="meta"))
+
+
 def _mean(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Result:
     if not dim or dtype is not None or not _plain(x) or not all(-len(x.shape) <= d < len(x.shape) for d in dim):
         return None
@@ -190,6 +224,8 @@ RULES: Mapping[Any, Callable[..., Result]] = MappingProxyType(
         aten.addmm.default: _addmm,
         aten.mm.default: _mm,
         aten.bmm.default: _bmm,
+        aten.avg_pool2d.default: _average,
+        aten.max_pool2d_with_indices.default: _maximum,
         aten.mean.dim: _mean,
         aten._softmax.default: _softmax,
         aten._safe_softmax.default: _softmax,

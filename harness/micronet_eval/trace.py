@@ -10,6 +10,7 @@ quantized or transposed on its way is known with its values where an operation o
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,9 +179,21 @@ def trace_each(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     """As `trace`, of several forward passes one after the other; the operations of each belong to the path it names."""
     for example in examples.values():
         _check(model, example)
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with uncollected(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return _trace(model, examples)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: it would read all objects again and again, and a trace makes many."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _check(model: nn.Module, example_input: Example) -> None:
@@ -252,6 +265,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.buffers: dict[Value, Buffer] = {}
         self.memory: dict[int, Buffer] = {}  # by storage
         self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
+        self.made: dict[Any, Any] = {}  # what was folded, so that each layer's mask is made, and held, once
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
 
     @classmethod
@@ -396,11 +410,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.full(result.shape, FILLS[op.name](op), dtype=result.dtype)
         if any(v.data is not None and v.data.is_meta for v in op.inputs):
             return result  # a parameter without values makes none
+        same = None if _may_differ(func) else (func, _hashable(op.args), _hashable(op.kwargs))
+        if same in self.made:
+            return self.made[same]
         args, kwargs = _changed(args, self._data), _changed(kwargs, self._data)
         if "device" in kwargs:
             device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
             kwargs = {**kwargs, "device": device}
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if same is not None:
+            self.made[same] = result
+        return result
 
 
 _VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -447,6 +467,21 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
         return ()
     into = ((i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
     return tuple((i, a.name) for i, a in into)
+
+
+@cache
+def _may_differ(func: Any) -> bool:
+    """Whether an operation may give something else from the same arguments, or changes them."""
+    return func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _hashable(item: Any) -> Any:
+    """Arguments by their types, too, since 1 == 1.0 == True."""
+    if isinstance(item, list | tuple):
+        return tuple(map(_hashable, item))
+    if isinstance(item, dict):
+        return tuple((name, _hashable(part)) for name, part in item.items())
+    return item if isinstance(item, Value) else (type(item), item)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
