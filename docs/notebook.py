@@ -116,7 +116,9 @@ def notebook() -> Any:
 def executed() -> Any:
     """The notebook with what each cell shows. Raises CellExecutionError where one fails."""
     found = notebook()
-    NotebookClient(found, timeout=1800, resources={"metadata": {"path": str(PAGE.parent)}}).execute()
+    NotebookClient(
+        found, timeout=1800, startup_timeout=600, resources={"metadata": {"path": str(PAGE.parent)}}
+    ).execute()
     for cell in found.cells:
         cell.metadata.clear()  # when it was executed
     found.metadata.pop("language_info", None)
