@@ -152,7 +152,7 @@ def test_storage_with_a_mask_for_every_weight_and_with_the_smaller_of_both(main_
     stored = list(stored_tensors(main_network))
     masked = sum(16 * s.nonzeros + s.elements if s.tensor.dim() > 1 else 16 * s.elements for s in stored)
     assert masked / 32 == 103_408
-    (dense,) = [s for s in stored if s.tensor.dim() > 1 and s.mask(16) is None]
+    (dense,) = [s for s in stored if s.tensor.dim() > 1 and s.mask(16, s.format) is None]
     assert (dense.name, dense.elements, dense.nonzeros) == ("blocks.2.depthwise.conv.weight", 1_296, 1_221)
 
 
