@@ -73,13 +73,13 @@ import tempfile
 from pathlib import Path
 
 folder = Path(tempfile.mkdtemp())
-(folder / "base.toml").write_text('''
+(folder / "base.toml").write_text(\"\"\"
 task = "digits"
 seed = 1
 submission = { name = "base", authors = ["notebook"] }
 architecture = { name = "wide-resnet", depth = 10, width = 1, classes = 10, channels = 1 }
 stages = [{ train = { epochs = 3, learning_rate = 0.01 } }]
-''')
+\"\"\")
 table = mn.compare(
     on=folder / "base.toml",
     sparsifiers="magnitude:sparsity=0.6",
