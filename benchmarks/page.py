@@ -102,8 +102,8 @@ def _seven_counters(row: Mapping[str, Any] | None) -> list[str]:
         *lines,
         "",
         f"Different answers, to the million: {told}.",
-        "Ours are multiplications of dot products by weights that are not zero, of the network that runs when batch norm",
-        "is merged.",
+        "Ours are multiplications of dot products by weights that are not zero, of the network that runs when batch",
+        "norm is merged.",
         "",
     ]
 
