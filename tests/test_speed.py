@@ -243,8 +243,11 @@ def test_the_least_magnitude():
     values = torch.full((300_000,), -3.0)
     values[299_999] = 1e-40
     assert nonzeros.least(values) == pytest.approx(1e-40, rel=1e-3)
-    values[200_000] = 0
-    assert nonzeros.least(values) == 0
+    values[200_000:] = 0
+    assert nonzeros.least(values) == 3
+    assert nonzeros.least(torch.zeros(3)) == float("inf")
+    values[0] = float("nan")
+    assert not nonzeros.least(values) > 0
 
 
 # --- merged in the trace ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from micronet_eval.nonzeros import least
 from micronet_eval.precision import through_views
 from micronet_eval.structure import Mask, ScaleShift, layer_type, replace, submodule
-from micronet_eval.trace import Buffer, Example, Op, Trace, Value, trace
+from micronet_eval.trace import Buffer, Example, Op, Trace, Value, changed, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
 _SAME = ("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.view", "aten._unsafe_view")
@@ -300,13 +300,7 @@ class _Rewriting:
         )
 
     def _current(self, item: Any) -> Any:
-        if isinstance(item, Value):
-            return self.now.get(item, item)
-        if isinstance(item, list):
-            return [self._current(part) for part in item]
-        if isinstance(item, tuple):
-            return tuple([self._current(part) for part in item])
-        return {name: self._current(part) for name, part in item.items()} if isinstance(item, dict) else item
+        return changed(item, Value, lambda value: self.now.get(value, value))
 
     def _constant(self, name: str, data: Tensor) -> Value:
         value = Value(tuple(data.shape), data.dtype, name, data)
@@ -364,7 +358,7 @@ class _Rewriting:
 
 
 def _keeps_zeros(weight: Tensor, scale: Tensor) -> bool:
-    """Whether nothing in a weight is zero, and nothing becomes zero when it is scaled."""
+    """Whether nothing in a weight that is not zero becomes so when it is scaled."""
     return bool(least(weight) * scale.abs().min() > _SMALLEST)
 
 

@@ -24,12 +24,13 @@ def count(tensor: Tensor) -> int:
 
 
 def least(tensor: Tensor) -> float:
-    """The least magnitude of any element: 0 as soon as one is zero, NaN where one is; infinite without elements."""
+    """The least magnitude of the elements that are not zero: NaN where one is NaN, infinite where there are none."""
     found = np.inf
     for piece in _pieces(tensor):
-        found = np.minimum(found, np.abs(piece).min())
-        if found == 0:
-            break
+        magnitudes = np.abs(piece)
+        if (smallest := magnitudes.min()) == 0:
+            smallest = magnitudes[magnitudes > 0].min(initial=np.inf)
+        found = np.minimum(found, smallest)
     return float(found)
 
 

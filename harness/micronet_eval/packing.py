@@ -312,11 +312,14 @@ def _read_tensor(
     else:
         number_format = format_of(spec, shape, read_side)
         kept = _read_mask(readers["masks"], shape, layout)
-        codes = torch.zeros(shape, dtype=torch.int64)
-        codes[kept] = torch.from_numpy(readers["values"].read(int(kept.sum()), number_format.code_bits))
-        value = number_format.decode(codes)
-        value[~kept] = 0
-        if layout == "bitmask" and not bool(is_nonzero(value)[kept].all()):
+        found = readers["values"].read(int(kept.sum()), number_format.code_bits)
+        if layout == "dense":
+            value = number_format.decode(torch.from_numpy(found).view(shape))
+        else:
+            codes = np.zeros(shape, np.int64)
+            codes[kept.numpy()] = found
+            value = number_format.decode(torch.from_numpy(codes)).masked_fill_(~kept, 0)
+        if layout == "bitmask" and not torch.equal(is_nonzero(value), kept):
             raise OffGrid(f"tensor {name!r}: the bitmask names a value that is zero")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise OffGrid(f"tensor {name!r} holds NaN or infinity")

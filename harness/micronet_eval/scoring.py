@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
-from torch.utils._pytree import tree_map
 
 from micronet_eval.costs import FREE, SCALE_OP, Cost, Formula, cost_of
 from micronet_eval.formats import Plain
 from micronet_eval.precision import bit_widths, factor_widths, with_scales
 from micronet_eval.storage import FREEBIE_BITS, Stored, freebie_applies, stored_tensors
-from micronet_eval.trace import Op, Trace, Value
+from micronet_eval.trace import Op, Trace, Value, changed
 
 Count = int | float
 """Whole operations; of a conditional model the mean over the examples, which need not be whole."""
@@ -281,12 +280,12 @@ def dense_cost(priced: Priced, formulas: Mapping[str, Formula]) -> Cost:
 def dense(op: Op) -> Op:
     """The same operation on constants without values, all of which formulas count as not zero."""
 
-    def unknown(item: object) -> object:
-        if not isinstance(item, Value) or item.data is None:
-            return item
-        return replace(item, data=torch.empty(item.shape, dtype=item.dtype, device="meta"))
+    def unknown(value: Value) -> Value:
+        if value.data is None:
+            return value
+        return replace(value, data=torch.empty(value.shape, dtype=value.dtype, device="meta"))
 
-    return replace(op, args=tree_map(unknown, op.args), kwargs=tree_map(unknown, op.kwargs))
+    return replace(op, args=changed(op.args, Value, unknown), kwargs=changed(op.kwargs, Value, unknown))
 
 
 def number(exact: Fraction | int) -> Count:

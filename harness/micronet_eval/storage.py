@@ -98,7 +98,7 @@ class Stored:
         width = min(number_format.code_bits, widest)
         if self.is_overhead:
             return Bits(0, 0, self.elements * width)
-        if self.in_code and self._is_pattern():
+        if self.in_code and self.value.is_pattern:
             return Bits(width if self.nonzeros else 0, self.elements if 0 < self.nonzeros < self.elements else 0)
         block = self.mask(width, number_format)
         if block is None:
@@ -118,7 +118,7 @@ class Stored:
         sizes: dict[Block | None, int] = {None: dense, ELEMENT: self.nonzeros * width + self.elements}
         if self.nonzeros * width < dense:
             for block in candidates(self.value.shape):
-                least = max((kept for inner, kept in self._found.items() if _lies_in(inner, block)), default=0)
+                least = self.nonzeros and max(kept for inner, kept in self._found.items() if _lies_in(inner, block))
                 if least * width + (mask := mask_bits(self.value.shape, block)) < min(sizes.values()):
                     sizes[block] = self._kept(block) * width + mask
         return min(sizes, key=sizes.__getitem__)
@@ -137,11 +137,6 @@ class Stored:
         if block not in self._found:
             self._found[block] = kept_elements(self.is_nonzero, block) if self.nonzeros else 0
         return self._found[block]
-
-    def _is_pattern(self) -> bool:
-        """Whether all values that are not zero are the same, as in the mask of causal attention."""
-        values = self.tensor[self.tensor != 0]
-        return not self.tensor.is_meta and self.elements > 1 and bool((values == values[:1]).all())
 
 
 def _lies_in(inner: Block, block: Block) -> bool:

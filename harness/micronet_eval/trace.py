@@ -76,6 +76,17 @@ class Value:
             return op.inputs[0].nonzeros
         return self.numel if self.known is None else nonzeros.count(self.known)
 
+    @cached_property
+    def is_pattern(self) -> bool:
+        """Whether all values of a constant that are not zero are the same, as in the mask of causal attention."""
+        if self.known is None or self.numel < 2:
+            return False
+        is_nonzero = nonzeros.is_nonzero(self.known)
+        if not self.nonzeros:
+            return True
+        first = self.known.flatten()[int(is_nonzero.flatten().to(torch.uint8).argmax())]
+        return bool(((self.known == first) == is_nonzero).all())
+
 
 def constant(tensor: Tensor) -> Value:
     """A tensor that no model holds, as a value."""
@@ -265,7 +276,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.buffers: dict[Value, Buffer] = {}
         self.memory: dict[int, Buffer] = {}  # by storage
         self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
-        self.made: dict[Any, Any] = {}  # what was folded, so that each layer's mask is made, and held, once
+        self.made: dict[Any, list[Value]] = {}  # what was folded, so that each layer's mask is made, and held, once
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
 
     @classmethod
@@ -313,11 +324,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # the subclass answers, in operations on what is inside of it
         kwargs = kwargs or {}
         if any(id(t) not in self.values for t in _tensors(args, kwargs)):
-            args, kwargs = _changed(args, self._to_meta), _changed(kwargs, self._to_meta)
+            args, kwargs = changed(args, Tensor, self._to_meta), changed(kwargs, Tensor, self._to_meta)
         if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
         written = _written(func, args, kwargs)
-        read = _changed(args, self.value), _changed(kwargs, self.value)
+        read = changed(args, Tensor, self.value), changed(kwargs, Tensor, self.value)
         op = Op(_name(func), self.path[-1] if self.path else "", *read, func=func, path=self.branch)
         result = self._execute(func, op, args, kwargs)
         outputs = _leaves((result,), Tensor)
@@ -332,10 +343,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.folded += 1
         for tensor in written:
             self._unshare(tensor, op)
-        reals = _leaves((self._fold(func, op, args, kwargs, result),), Tensor)
-        for tensor, data in zip(outputs, reals, strict=True):
+        same = None if _may_differ(func) else (func, _hashable(op.args), _hashable(op.kwargs))
+        values = self.made.get(same)
+        if values is None:
+            reals = _leaves((self._fold(func, op, args, kwargs, result),), Tensor)
+            values = [Value(tuple(t.shape), t.dtype, None, r, op) for t, r in zip(outputs, reals, strict=True)]
+            if same is not None:
+                self.made[same] = values
+        for tensor, value in zip(outputs, values, strict=True):
             if not any(tensor is t for t in written):  # those have their new value already
-                self.bind(tensor, Value(tuple(tensor.shape), tensor.dtype, None, data, op))
+                self.bind(tensor, value)
         op.outputs = tuple(self.values[id(t)] for t in outputs)
         return result
 
@@ -394,7 +411,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise
             if any(v.known is None for v in op.inputs):
                 raise RuntimeError(f"{op.name} depends on values that are not known before the model runs") from error
-        real = func(*_changed(args, self._data), **_changed(kwargs, self._data))
+        real = func(*changed(args, Tensor, self._data), **changed(kwargs, Tensor, self._data))
         return tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, real)
 
     def _data(self, tensor: Tensor) -> Tensor | None:
@@ -410,17 +427,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.full(result.shape, FILLS[op.name](op), dtype=result.dtype)
         if any(v.data is not None and v.data.is_meta for v in op.inputs):
             return result  # a parameter without values makes none
-        same = None if _may_differ(func) else (func, _hashable(op.args), _hashable(op.kwargs))
-        if same in self.made:
-            return self.made[same]
-        args, kwargs = _changed(args, self._data), _changed(kwargs, self._data)
+        args, kwargs = changed(args, Tensor, self._data), changed(kwargs, Tensor, self._data)
         if "device" in kwargs:
             device = next((v.data.device for v in op.inputs if v.data is not None), torch.device("cpu"))
             kwargs = {**kwargs, "device": device}
-        result = func(*args, **kwargs)
-        if same is not None:
-            self.made[same] = result
-        return result
+        return func(*args, **kwargs)
 
 
 _VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -505,15 +516,15 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return _leaves((*args, *kwargs.values()) if kwargs else args, Tensor)
 
 
-def _changed(item: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same arguments with each tensor changed."""
-    if isinstance(item, Tensor):
+def changed(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """The same arguments with everything of a kind changed, in lists, tuples and dicts of any nesting."""
+    if isinstance(item, kind):
         return change(item)
     if isinstance(item, list):
-        return [_changed(part, change) for part in item]
+        return [changed(part, kind, change) for part in item]
     if isinstance(item, tuple):
-        return tuple([_changed(part, change) for part in item])
-    return {name: _changed(part, change) for name, part in item.items()} if isinstance(item, dict) else item
+        return tuple([changed(part, kind, change) for part in item])
+    return {name: changed(part, kind, change) for name, part in item.items()} if isinstance(item, dict) else item
 
 
 def _meant_bits(context: Any) -> int | None:
