@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,21 +13,12 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.strategy import Context
-from micronet_eval.structure import describe, layer_type
-from micronet_plugins.calibration import affine_format
-from micronet_plugins.layerwise import (
-    ActivationBits,
-    WeightQuantizer,
-    original_of,
-    quantize_each,
-    set_weight,
-    weights_of,
-)
-
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from micronet_eval.structure import describe
+from micronet_plugins.layerwise import ActivationBits, ToolkitQuantizer
+from micronet_plugins.weights import DOT_PRODUCTS
 
 
-class Brevitas(WeightQuantizer):
+class Brevitas(ToolkitQuantizer):
     """Weights of convolutions and linear layers quantized by Brevitas (to be installed), by one of its quantizers.
 
     The values are Brevitas' own, bit for bit; they are held as integers with scales, so that they pack and train.
@@ -35,6 +26,7 @@ class Brevitas(WeightQuantizer):
     score; `affine` gives the same kind of grid.
     """
 
+    layers: ClassVar[tuple[type[nn.Module], ...]] = DOT_PRODUCTS
     scheme: Literal[
         "Int8WeightPerTensorFloat",
         "Int8WeightPerTensorFloatMSE",
@@ -54,22 +46,7 @@ class Brevitas(WeightQuantizer):
         _brevitas()
         return super().apply(model, context)
 
-    def quantize_weights(self, model: nn.Module, context: Context) -> None:
-        shared: dict[int, nn.Module] = {}
-        for module in list(model.modules()):
-            if layer_type(module) not in LAYERS or id(original_of(module, "weight")) in shared:
-                continue
-            quantizer, values = self._quantized(module)
-            set_weight(module, "weight", values)
-            shared[id(original_of(module, "weight"))] = quantizer
-        quantize_each(weights_of(model), self.quantizer, shared)
-
-    def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
-        weight = getattr(layer, name)
-        return AffineQuantizer(affine_format(weight, 8, (1, *weight.shape[1:])))
-
-    def _quantized(self, layer: nn.Module) -> tuple[nn.Module, Tensor]:
-        """What rounds a layer's weight to Brevitas' integers, by its scales and zero points; and its own values."""
+    def quantized(self, layer: nn.Module) -> tuple[nn.Module, Tensor]:
         layers, schemes = _brevitas()
         weight: Tensor = layer.weight.detach()  # type: ignore[operator]
         options = {**(describe(layer) or {}), "bias": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
-from micronet_eval.formats import ActivationQuantizer, FixedPointQuantizer
+from micronet_eval.formats import ActivationQuantizer, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.merge import without_batch_norm
 from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import StructureError, copied, layer_type, quantizers_of, set_quantizers, traced
-from micronet_plugins.calibration import Observed, exponent_of, observe
+from micronet_plugins.calibration import Observed, affine_format, exponent_of, observe
 
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -69,6 +69,31 @@ class WeightQuantizer(Quantizer):
             quantizer = quantizers_of(model)[name]
             if isinstance(quantizer, FixedPointQuantizer):
                 quantizer.exponent.fill_(exponent_of(seen, quantizer.bits, "mse"))
+
+
+class ToolkitQuantizer(WeightQuantizer):
+    """Weights of some layers as another toolkit quantizes them, bit for bit; others to nearest, 8 bits per channel."""
+
+    layers: ClassVar[tuple[type[nn.Module], ...]]
+    """What the toolkit quantizes."""
+
+    @abstractmethod
+    def quantized(self, layer: nn.Module) -> tuple[nn.Module, Tensor]:
+        """What rounds a layer's weight to the toolkit's values, and these. Raises InputError where it is not there."""
+
+    def quantize_weights(self, model: nn.Module, context: Context) -> None:
+        shared: dict[int, nn.Module] = {}
+        for module in list(model.modules()):
+            if layer_type(module) not in self.layers or id(original_of(module, "weight")) in shared:
+                continue
+            quantizer, values = self.quantized(module)
+            set_weight(module, "weight", values)
+            shared[id(original_of(module, "weight"))] = quantizer
+        quantize_each(weights_of(model), self.quantizer, shared)
+
+    def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
+        weight = getattr(layer, name)
+        return AffineQuantizer(affine_format(weight, 8, (1, *weight.shape[1:])))
 
 
 def set_fixed_point(model: nn.Module, context: Context, bits: int) -> None:

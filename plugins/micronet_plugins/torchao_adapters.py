@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,19 +11,10 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer
 from micronet_eval.strategy import Context
-from micronet_eval.structure import layer_type
-from micronet_plugins.calibration import affine_format
-from micronet_plugins.layerwise import (
-    ActivationBits,
-    WeightQuantizer,
-    original_of,
-    quantize_each,
-    set_weight,
-    weights_of,
-)
+from micronet_plugins.layerwise import ActivationBits, ToolkitQuantizer
 
 
-class TorchAO(WeightQuantizer):
+class TorchAO(ToolkitQuantizer):
     """Linear layers quantized by torchao (to be installed), weights only: int8 per channel or int4 per group.
 
     The values are torchao's own, bit for bit; they are held as integers with scales, so that they pack and train.
@@ -31,6 +22,7 @@ class TorchAO(WeightQuantizer):
     score; `affine` gives the same kind of grid for all layers.
     """
 
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     config: Literal["int8", "int4"] = Field("int8", description="int8 (a scale a channel) or int4 (a scale a group)")
     group_size: int = Field(32, gt=0, description="for int4: inputs of one output that share a scale")
     activation_bits: ActivationBits = Field(
@@ -41,24 +33,9 @@ class TorchAO(WeightQuantizer):
         _torchao()
         return super().apply(model, context)
 
-    def quantize_weights(self, model: nn.Module, context: Context) -> None:
-        shared: dict[int, nn.Module] = {}
-        for module in list(model.modules()):
-            if layer_type(module) is not nn.Linear or id(original_of(module, "weight")) in shared:
-                continue
-            weight: Tensor = module.weight.detach()  # type: ignore[operator]
-            number_format, values = self._quantized(weight)
-            set_weight(module, "weight", values)
-            shared[id(original_of(module, "weight"))] = AffineQuantizer(number_format)
-        quantize_each(weights_of(model), self.quantizer, shared)
-
-    def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
-        weight = getattr(layer, name)
-        return AffineQuantizer(affine_format(weight, 8, (1, *weight.shape[1:])))
-
-    def _quantized(self, weight: Tensor) -> tuple[Affine, Tensor]:
-        """torchao's scales and zero points for a weight [outputs, inputs], and the values that it rounds to."""
+    def quantized(self, layer: nn.Module) -> tuple[nn.Module, Tensor]:
         ao = _torchao()
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
         if self.config == "int8":
             config = ao.Int8WeightOnlyConfig(version=2)
         elif weight.shape[1] % self.group_size:
@@ -85,7 +62,7 @@ class TorchAO(WeightQuantizer):
             quantized.scale.reshape(-1).float(),
             zeros if bool(zeros.any()) else None,
         )
-        return number_format, quantized.dequantize()
+        return AffineQuantizer(number_format), quantized.dequantize()
 
 
 def _torchao() -> Any:
