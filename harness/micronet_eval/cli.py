@@ -389,13 +389,9 @@ _resume = click.option(
 @_data
 def compress(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
     """Run a recipe and write the submission that comes out of it."""
-    from micronet_eval.parallel import team
     from micronet_eval.recipe import compress
 
-    with _training() as (log, progress):
-        compress(recipe, output, data, log, resume, progress)
-    if team().first:
-        click.echo(f"wrote {output}")
+    _run_recipe(compress, recipe, output, resume, data)
 
 
 @cli.command()
@@ -408,13 +404,9 @@ def train(recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
 
     It takes a GPU where there is one; `accelerate launch -m micronet_eval train ...` takes several.
     """
-    from micronet_eval.parallel import team
     from micronet_eval.recipe import train_only
 
-    with _training() as (log, progress):
-        train_only(recipe, output, data, log, resume, progress)
-    if team().first:
-        click.echo(f"wrote {output}")
+    _run_recipe(train_only, recipe, output, resume, data)
 
 
 @cli.command()
@@ -624,6 +616,15 @@ def _training() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
             click.echo(line)
 
         yield log, progress
+
+
+def _run_recipe(run: Callable[..., None], recipe: Path, output: Path, resume: bool, data: Path | None) -> None:
+    from micronet_eval.parallel import team
+
+    with _training() as (log, progress):
+        run(recipe, output, data, log, resume, progress)
+    if team().first:
+        click.echo(f"wrote {output}")
 
 
 @contextmanager
