@@ -5,9 +5,7 @@ import sys
 
 import pytest
 
-RECIPE = """
-task = "digits"
-data = "noise"
+SMALL = """
 [submission]
 name = "small"
 authors = ["test"]
@@ -17,7 +15,10 @@ depth = 10
 width = 1
 classes = 10
 channels = 1
-[[stages]]
+"""
+RECIPE = (
+    f'task = "digits"\ndata = "noise"{SMALL}'
+    + """[[stages]]
 pruner = "low-rank"
 parameters = 40_000
 [[stages]]
@@ -30,6 +31,7 @@ merge = "batch-norm"
 [[stages]]
 quantizer = "fixed-point"
 """
+)
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +88,19 @@ def register():
     yield register
     for plugin in added:
         manager().unregister(plugin)
+
+
+@pytest.fixture
+def guarded(register):
+    """Registers the task `guarded`: digits, whose test data must not be asked for."""
+    from dataclasses import replace
+
+    from micronet_eval.plugins import lookup
+
+    digits = lookup("task", "digits")
+
+    def dataset(root, split):
+        assert split == "train", "test data were asked for"
+        return digits.dataset(root, split)
+
+    register(tasks={"guarded": replace(digits, name="guarded", dataset=dataset)})

@@ -2,15 +2,14 @@
 
 import math
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SMALL
 from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from micronet_eval import plugins
 from micronet_eval.augmentation import (
     OPERATIONS,
     Augmentation,
@@ -147,34 +146,12 @@ def test_the_same_random_numbers_change_the_same():
 
 # --- the search -------------------------------------------------------------------------------------------------------
 
-RECIPE = """
-task = "guarded"
-seed = 1
-validation = 0.1
-[submission]
-name = "small"
-authors = ["test"]
-[architecture]
-name = "wide-resnet"
-depth = 10
-width = 1
-classes = 10
-channels = 1
-[[stages]]
+RECIPE = (
+    f'task = "guarded"\nseed = 1\nvalidation = 0.1{SMALL}'
+    + """[[stages]]
 train = { epochs = 2, learning_rate = 0.01, mixup = 0.2, flip = true AUGMENT }
 """
-
-
-@pytest.fixture
-def guarded(register):
-    """digits, whose test data must not be asked for."""
-    digits = plugins.lookup("task", "digits")
-
-    def dataset(root, split):
-        assert split == "train", "test data were asked for"
-        return digits.dataset(root, split)
-
-    register(tasks={"guarded": replace(digits, name="guarded", dataset=dataset)})
+)
 
 
 def test_a_policy_is_searched_without_test_data_and_training_applies_it(tmp_path, run, guarded):

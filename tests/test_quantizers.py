@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SMALL
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.utils import parametrize
@@ -185,19 +186,9 @@ def test_calibration_takes_no_more_training_data_than_asked_for(net, x):
     assert taken == [16, 16]
 
 
-RECIPE = """
-task = "digits"
-data = "noise"
-[submission]
-name = "small"
-authors = ["test"]
-[architecture]
-name = "wide-resnet"
-depth = 10
-width = 1
-classes = 10
-channels = 1
-[[stages]]
+RECIPE = (
+    f'task = "digits"\ndata = "noise"{SMALL}'
+    + """[[stages]]
 pruner = "low-rank"
 parameters = 40_000
 [[stages]]
@@ -209,6 +200,7 @@ quantizer = "QUANTIZER"
 [[stages]]
 train = { epochs = 1, learning_rate = 0.0001 }
 """
+)
 
 
 @pytest.mark.parametrize("name", ["lsq", "ternary"])

@@ -7,6 +7,7 @@ from decimal import Decimal
 
 import pytest
 import torch
+from conftest import SMALL
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,19 +24,7 @@ from micronet_plugins.low_rank import LowRank, factorizations
 from micronet_plugins.magnitude import Magnitude
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
-HEAD = """
-task = "{task}"
-seed = {seed}
-[submission]
-name = "small"
-authors = ["test"]
-[architecture]
-name = "wide-resnet"
-depth = 10
-width = 1
-classes = 10
-channels = 1
-"""
+HEAD = 'task = "{task}"\nseed = {seed}' + SMALL
 ALL_STAGES = [
     "train = { epochs = 1, learning_rate = 0.01 }",
     'pruner = "low-rank"\nparameters = 40_000',

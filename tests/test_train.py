@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SMALL
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -24,20 +25,7 @@ from micronet_eval.training import Training, loader, takes_channels_last, train
 from micronet_plugins.architectures import pyramidnet
 from micronet_plugins.shake_drop import ShakeDrop, keeps
 
-RECIPE = """
-task = "digits"
-seed = 3
-validation = 0.2
-[submission]
-name = "small"
-authors = ["test"]
-[architecture]
-name = "wide-resnet"
-depth = 10
-width = 1
-classes = 10
-channels = 1
-"""
+RECIPE = f'task = "digits"\nseed = 3\nvalidation = 0.2{SMALL}'
 ALL = (
     'epochs = 3, learning_rate = 0.02, optimizer = "sgd", mixup = 0.4, cutmix = 0.4, average = 0.9, warmup = 1, '
     'crop = 1, erase = 0.3, precision = "bf16"'
