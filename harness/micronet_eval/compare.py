@@ -26,8 +26,10 @@ from typing import Any
 import tomli_w
 
 from micronet_eval import plugins
-from micronet_eval.errors import InputError, SubmissionError
-from micronet_eval.submission import read_table
+from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.files import digest, read_whole
+from micronet_eval.isolation import AUTO, Isolation
+from micronet_eval.submission import TABLE_LIMIT, read_table
 from micronet_eval.task import METRICS
 
 Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
@@ -50,14 +52,16 @@ class Job:
     data: str | None = None
     kept: str = ""
     """Where bases are kept between jobs."""
+    isolation: Isolation = AUTO
+    """How the code of a submission is run."""
 
     @property
     def key(self) -> str:
         """What the result depends on: the recipe or the submission's bytes, and the version of the program."""
-        digest = hashlib.sha256(self.recipe.encode())
+        whole = hashlib.sha256(self.recipe.encode())
         for path in sorted(Path(self.folder).glob("*")) if self.folder else ():
-            digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
-        return f"{digest.hexdigest()[:32]}-{self.seed}-{version('micronet-eval')}"
+            whole.update(os.fsencode(path.name) + digest(path))
+        return f"{whole.hexdigest()[:32]}-{self.seed}-{version('micronet-eval')}"
 
 
 @dataclass(frozen=True)
@@ -181,14 +185,14 @@ def jobs_of(
     return found
 
 
-def job_of(path: Path, data: Path | None) -> Job:
+def job_of(path: Path, data: Path | None, isolation: Isolation = AUTO) -> Job:
     """A job for a recipe or for a submission's folder. Raises InputError where the path is neither."""
     root = None if data is None else str(data)
     if path.is_dir():
-        return Job(name=path.resolve().name, folder=str(path), data=root)
+        return Job(name=printable(path.resolve().name), folder=str(path), data=root, isolation=isolation)
     try:
-        return Job(name=path.stem if path.stem != "recipe" else path.resolve().parent.name,
-                   recipe=path.read_text(encoding="utf-8"), data=root)  # fmt: skip
+        return Job(name=printable(path.stem if path.stem != "recipe" else path.resolve().parent.name),
+                   recipe=read_whole(path, TABLE_LIMIT).decode(), data=root)  # fmt: skip
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no submission's folder and no recipe: {error}") from error
 
@@ -207,7 +211,7 @@ def run(job: Job) -> Result:
     data = None if job.data is None else Path(job.data)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            report = evaluate(job.folder or _made(job, Path(folder), data), data)
+            report = evaluate(job.folder or _made(job, Path(folder), data), data, isolation=job.isolation)
         except (InputError, SubmissionError) as error:
             told = str(error).replace(f"{folder}/", "")
             return Result(job.name, job.seed, error=told, seconds=time.perf_counter() - start)

@@ -18,7 +18,11 @@ from pydantic import ValidationError
 from micronet_eval import evaluation, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.evaluation import Report
+from micronet_eval.files import read_whole
+from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.scoring import Count, Module
+
+REPORT_LIMIT = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,16 @@ def diff(before: Report, after: Report) -> Diff:
     )
 
 
-def report_of(path: str | Path) -> Report:
+def report_of(path: str | Path, isolation: Isolation = AUTO) -> Report:
     """The report on a submission's folder, its quality not measured, or the one in a JSON file.
 
     Raises InputError that names the file.
     """
     path = Path(path)
     if path.is_dir() or path.suffix != ".json":
-        return evaluation.costs(path)
+        return evaluation.costs(path, isolation=isolation)
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return Report.model_validate_json(read_whole(path, REPORT_LIMIT).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:

@@ -40,7 +40,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
-from micronet_eval.files import write_whole
+from micronet_eval.files import locked, write_together, write_whole
 from micronet_eval.language import example_input
 from micronet_eval.merge import BOTH, merged, without_batch_norm
 from micronet_eval.paths import mean_account
@@ -49,6 +49,7 @@ from micronet_eval.scoring import score as score_of
 from micronet_eval.strategy import Context, Strategy
 from micronet_eval.structure import copied
 from micronet_eval.submission import (
+    MANIFEST,
     RECIPE,
     WEIGHTS,
     Architecture,
@@ -59,8 +60,8 @@ from micronet_eval.submission import (
     Step,
     Table,
     build,
+    manifest_bytes,
     read_toml,
-    write_manifest,
 )
 from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import trace
@@ -192,32 +193,35 @@ def compress(
     if not next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()).is_dir():
         raise InputError(f"{folder} cannot be made: a part of its path is a file; name another folder")
     run = _Run(path, data, log, progress)
-    recipe, text = run.recipe, path.read_bytes()
+    text = path.read_bytes()
     try:
-        kept = Kept(folder / KEPT, text, resume)
-        try:
-            run.all(kept)
-        except InputError:  # it would fail again
+        with locked(folder):
+            kept = Kept(folder / KEPT, text, resume)
+            try:
+                run.all(kept)
+            except InputError:  # it would fail again
+                kept.remove()
+                raise
+            write_together(folder, {RECIPE: text, **_written(run)})
             kept.remove()
-            raise
-        architecture = build(recipe.architecture, path)
-        packed = packing.pack(merged(run.model, run.example), architecture, run.example)
-        about = recipe.submission
-        manifest = Manifest(
-            name=about.name,
-            task=recipe.task,
-            authors=about.authors,
-            architecture=recipe.architecture,
-            claims=about.claims,
-            paths=about.paths,
-            provenance=Provenance(note=about.note, data=recipe.data, steps=run.steps),
-        )
-        packing.write(packed, folder / WEIGHTS)
-        write_manifest(folder, manifest)
-        write_whole(folder / RECIPE, text)
-        kept.remove()
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+
+
+def _written(run: _Run) -> dict[str, bytes]:
+    """The files of the submission that a run came to; the manifest is the last."""
+    recipe, about = run.recipe, run.recipe.submission
+    packed = packing.pack(merged(run.model, run.example), build(recipe.architecture, run.path), run.example)
+    manifest = Manifest(
+        name=about.name,
+        task=recipe.task,
+        authors=about.authors,
+        architecture=recipe.architecture,
+        claims=about.claims,
+        paths=about.paths,
+        provenance=Provenance(note=about.note, data=recipe.data, steps=run.steps),
+    )
+    return {WEIGHTS: packing.to_bytes(packed), MANIFEST: manifest_bytes(manifest)}
 
 
 def trained(recipe: str, folder: Path, data: Path | None = None) -> None:
@@ -230,7 +234,11 @@ def trained(recipe: str, folder: Path, data: Path | None = None) -> None:
         path = Path(name) / "recipe.toml"
         path.write_text(recipe, encoding="utf-8")
         _Run(path, data).all(Kept(Path(name) / KEPT, recipe.encode(), resume=False))
-        (Path(name) / KEPT).rename(folder)
+        try:
+            (Path(name) / KEPT).rename(folder)
+        except OSError:
+            if not folder.exists():  # else another run was faster, with the same outcome
+                raise
 
 
 class _Run:
@@ -377,10 +385,11 @@ class Kept:
         mark = folder / "recipe.sha256"
         if resume and not mark.exists():
             raise InputError(f"{folder} is not there: nothing was kept that could be resumed; run without --resume")
-        if resume and mark.read_text() != digest:
+        if resume and mark.read_bytes() != digest.encode():
             raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
         if not resume:
-            self.remove()
+            if folder.exists():
+                shutil.rmtree(folder)
             self.mark(folder, recipe)
 
     @staticmethod
@@ -391,11 +400,18 @@ class Kept:
     def step(self, number: int) -> Step | None:
         """The step that a stage came to, if it was run before."""
         path = self.folder / f"{number}.json"
-        return Step.model_validate_json(path.read_text()) if path.exists() else None
+        try:
+            return Step.model_validate_json(path.read_bytes()) if path.exists() else None
+        except ValidationError as error:
+            raise InputError(f"{path} is damaged; run without --resume") from error
 
     def weights(self, number: int) -> dict[str, Tensor]:
         """All parameters and buffers after a stage."""
-        saved: dict[str, Tensor] = torch.load(self.folder / f"{number}.pt", weights_only=True)
+        path = self.folder / f"{number}.pt"
+        try:
+            saved: dict[str, Tensor] = torch.load(path, weights_only=True)
+        except Exception as error:  # a damaged file makes torch raise many kinds
+            raise InputError(f"{path} is damaged or missing; run without --resume") from error
         return saved
 
     def epochs(self, number: int) -> Path:

@@ -201,7 +201,7 @@ def _layers(report: Report, every: bool, width: int) -> Table:
 
 def render_modules(report: Report, modules: Sequence[ModuleCost], width: int = 80) -> RenderableType:
     """The cost of each module, children below their parents; narrow terminals show less of each."""
-    title = f"{report.submission}: what each module costs, all that runs inside of it included"
+    title = Text(f"{report.submission}: what each module costs, all that runs inside of it included")
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", overflow="fold", min_width=8)
     columns: dict[str, Callable[[ModuleCost], str]] = {

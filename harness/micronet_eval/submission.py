@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError, hidden, printable
-from micronet_eval.files import check_file, write_whole
+from micronet_eval.files import check_file
 from micronet_eval.isolation import AUTO, Isolation, graph_of_file
 
 if sys.version_info >= (3, 11):
@@ -212,12 +212,12 @@ def task_of(manifest: Manifest, source: Path) -> Task:
     return task
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes submission.toml."""
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The text of submission.toml."""
     data = manifest.model_dump(exclude_none=True, exclude_defaults=True)
     which = "name" if manifest.architecture.file is None else "file"
     data["architecture"] = {which: manifest.architecture.name, **manifest.architecture.options}
-    write_whole(folder / MANIFEST, tomli_w.dumps(data).encode())
+    return tomli_w.dumps(data).encode()
 
 
 def build(architecture: Architecture, source: Path, weights: bool = False, isolation: Isolation = AUTO) -> nn.Module:
