@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import socket
 import sys
@@ -15,7 +16,7 @@ import torch
 from conftest import MODEL, RECIPE, own_folder
 from pydantic import ValidationError
 
-from micronet_eval import isolation
+from micronet_eval import isolation, quality
 from micronet_eval.batches import check_batches
 from micronet_eval.errors import InputError, SubmissionError
 from micronet_eval.evaluation import evaluate
@@ -45,7 +46,7 @@ def run_code(folder, code, **limits):
     """Runs a model.py; gives the message that it ends with."""
     (folder / "model.py").write_text(code)
     with pytest.raises(SubmissionError) as end:
-        graph_of_file(folder / "model.py", {}, Isolation(limits=Limits(**{"wall": 20, **limits})))
+        graph_of_file(folder / "model.py", {}, Isolation(limits=Limits(**limits)))
     return str(end.value)
 
 
@@ -55,6 +56,14 @@ FORKS = "import os, time\nfor i in range({}): os.fork() or {}\ntime.sleep(9)"
 # --- model.py: what it does to the machine ---
 
 
+@pytest.mark.attack("exits with status 0, or crashes", "one message, exit status 3")
+@pytest.mark.attack("loops for ever", "ended at `--limits wall` or `cpu`")
+@pytest.mark.attack("allocates 100 GB, alone or in many processes", "ended at `--limits memory`")
+@pytest.mark.attack("starts many processes", "ended at `--limits processes`")
+@pytest.mark.attack("opens files without end", "refused at `--limits files`")
+@pytest.mark.attack("writes without end", "refused at `--limits written`")
+@pytest.mark.attack("prints a fake report", "nobody reads what it prints")
+@pytest.mark.attack("returns anything but a module", "one message, exit status 3")
 @pytest.mark.parametrize(
     ("code", "limits", "message"),
     [
@@ -79,6 +88,7 @@ def test_code_that_fails_or_hits_a_limit(level, tmp_path, code, limits, message)
     assert told.startswith(str(tmp_path))
 
 
+@pytest.mark.attack("forks without end", "ended; no process is left")
 def test_a_fork_bomb_leaves_nothing_behind(level, tmp_path):
     began = time.monotonic()
     (tmp_path / "model.py").write_text("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
@@ -97,6 +107,7 @@ def running(mark):
     return found
 
 
+@pytest.mark.attack("forges the worker's answer: a report, a pickle, JSON 100,000 deep", "refused: no graph of a model")
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -119,6 +130,7 @@ os._exit(0)
         model_of(graph_of_file(tmp_path / "model.py", {}, Isolation()))
 
 
+@pytest.mark.attack("reads /etc/passwd, the test labels, its neighbours", "there are no such files")
 @pytest.mark.parametrize("place", ["/etc/passwd", "/etc/shadow", "{data}/test_labels", "{folder}/../beside"])
 def test_code_in_bubblewrap_reads_nothing_else(sandbox, tmp_path, place):
     folder = tmp_path / "folder"
@@ -129,6 +141,7 @@ def test_code_in_bubblewrap_reads_nothing_else(sandbox, tmp_path, place):
     assert "FileNotFoundError" in told
 
 
+@pytest.mark.attack("writes outside of its scratch folder", "read-only")
 def test_code_in_bubblewrap_writes_nothing_outside(sandbox, tmp_path):
     (tmp_path / "there").write_text("before")
     code = f"""
@@ -144,6 +157,7 @@ for path in ({str(tmp_path / "there")!r}, {str(tmp_path / "new")!r}, {sys.prefix
     assert not Path(sys.prefix, "new").exists()
 
 
+@pytest.mark.attack("opens a socket", "there is no network")
 def test_code_in_bubblewrap_has_no_network(sandbox, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -151,6 +165,7 @@ def test_code_in_bubblewrap_has_no_network(sandbox, tmp_path):
     assert "OSError" in told or "ConnectionRefusedError" in told
 
 
+@pytest.mark.attack("kills its parent, and all that it can", "it does not see them")
 def test_code_in_bubblewrap_cannot_kill_its_parent(sandbox, tmp_path):
     code = f"""
 import os
@@ -161,6 +176,7 @@ for pid in (os.getppid(), {os.getpid()}, -1):
     run_code(tmp_path, code)  # this process is still here to be told
 
 
+@pytest.mark.attack("reads the environment", "it is empty")
 def test_the_environment_is_not_shown(level, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "hush")
     assert "None" in run_code(tmp_path, "import os; raise ValueError(os.environ.get('SECRET'))")
@@ -184,6 +200,7 @@ def test_registered_architectures_run_no_code(submission, monkeypatch):
     assert evaluate(submission).isolation == NO_CODE
 
 
+@pytest.mark.attack("patches torch or the counter", "the report is the same")
 def test_patches_of_torch_and_of_the_counter_change_nothing(own, tmp_path):
     patches = """
 import sys, torch, json
@@ -204,6 +221,7 @@ ACROSS = MODEL.replace(
 )
 
 
+@pytest.mark.attack("computes across the examples of a batch", "refused: what is counted has to be what is measured")
 def test_a_model_that_costs_more_for_a_batch_than_its_examples(tmp_path):
     with pytest.raises(InputError, match=r"does something else for 49 examples at once than for one.*aten.mm"):
         evaluate(own_folder(tmp_path / "own", ACROSS))
@@ -221,6 +239,7 @@ class BySize(torch.nn.Module):
         return x + (x @ self.weight[:, :n]).sum(1, keepdim=True)
 
 
+@pytest.mark.attack("sees by the size of its batch that it is counted", "refused: every size is traced, too")
 def test_a_model_that_sees_by_its_batch_that_it_is_traced():
     one = trace(BySize(), torch.zeros(1, 64))
     check_batches(BySize(), (64,), one, [1])
@@ -228,22 +247,16 @@ def test_a_model_that_sees_by_its_batch_that_it_is_traced():
         check_batches(BySize(), (64,), one, [100])
 
 
+@pytest.mark.attack("branches on values", "refused: it cannot be traced")
 def test_a_forward_that_looks_at_values_is_no_graph(tmp_path):
     code = MODEL.replace("x = nn.func", "if x.sum() > 0: return x\n        x = nn.func")
     assert "cannot be traced" in run_code(tmp_path, code)
 
 
-def test_constants_in_the_code_have_to_be_in_the_file(own, tmp_path):
-    folder = shutil.copytree(own, tmp_path / "own")
-    hidden = MODEL.replace("-1))", "-1)) + torch.randn(10, generator=torch.Generator().manual_seed(1))")
-    (folder / "model.py").write_text(hidden)
-    with pytest.raises(InputError, match="the file lacks 1 tensors"):
-        evaluate(folder)
-
-
 EVIL = "x=__import__('os').system('true')"
 
 
+@pytest.mark.attack("makes up a graph that calls anything", "refused: it is not on the list")
 @pytest.mark.parametrize(
     "node",
     [
@@ -306,3 +319,131 @@ def test_exit_status_3_where_the_code_fails(own, run, tmp_path):
     status, out, err = run(folder)
     assert (status, out, err.count("\n")) == (3, "", 1)
     assert "ZeroDivisionError" in err
+
+
+# --- model.py: what it hides ------------------------------------------------------------------------------------------
+
+LAST = "return self.head(x.view(x.shape[0], -1))"
+GAIN = "self.gain = nn.Parameter(torch.ones(1, width, 1, 1))"
+SECRET = "torch.randn(10, generator=torch.Generator().manual_seed(1))"
+
+
+@pytest.mark.attack("hides weights in buffers, attributes, closures or globals", "refused: the file lacks them")
+@pytest.mark.attack("computes weights at run time from a seed", "refused: the file lacks them")
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        MODEL.replace(GAIN, f"{GAIN}\n        self.register_buffer('b', {SECRET})").replace(LAST, f"{LAST} + self.b"),
+        MODEL.replace(GAIN, f"{GAIN}\n        self.b = {SECRET}").replace(LAST, f"{LAST} + self.b"),
+        MODEL.replace("class Net", f"B = {SECRET}\n\nclass Net").replace(LAST, f"{LAST} + B"),
+        MODEL.replace("class Net", f"def f(b={SECRET}):\n    return lambda x: x + b\n\nclass Net").replace(
+            LAST, "return f()(self.head(x.view(x.shape[0], -1)))"
+        ),
+        MODEL.replace(LAST, f"{LAST} + {SECRET}"),
+        MODEL.replace(LAST, f"{LAST} + torch.tensor([float(i) for i in range(10)])"),
+    ],
+    ids=["buffer", "attribute", "global", "closure", "seed", "constants"],
+)
+def test_weights_outside_of_the_file(own, tmp_path, hidden):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").write_text(hidden)
+    with pytest.raises(InputError, match="the file lacks 1 tensors"):
+        evaluate(folder)
+
+
+@pytest.mark.attack("hides weights as numbers of its code", "each is stored: 32 bits")
+def test_numbers_that_are_multiplied_or_added_are_stored(own, tmp_path):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").write_text(MODEL.replace(LAST, f"{LAST} * 0.3 + 0.7"))
+    before, after = evaluate(own).storage, evaluate(folder).storage
+    assert after.bits == before.bits + 2 * 32
+    assert after.code_bits == 2 * 32
+
+
+@pytest.mark.attack("hides weights in bounds, paddings and comparisons", "refused: at most 16 such numbers")
+def test_numbers_that_no_rule_counts(tmp_path):
+    def clamped(many):
+        clamps = "".join(f".clamp(min={-0.31 - i}, max={0.37 + i})" for i in range(many))
+        return MODEL.replace(LAST, f"return self.head(x.view(x.shape[0], -1)){clamps}")
+
+    assert evaluate(own_folder(tmp_path / "few", clamped(8))).storage.code_bits == 0
+    with pytest.raises(InputError, match=r"model\.py has 18 numbers in its code that are not counted.*at most 16"):
+        evaluate(own_folder(tmp_path / "many", clamped(9)))
+
+
+@pytest.mark.attack("changes its weights while it is measured", "refused: a hash before and after")
+def test_weights_that_change_while_the_model_runs(tmp_path):
+    changing = MODEL.replace("* self.gain", "* self.gain.mul_(2)")
+    with pytest.raises(InputError, match=r"the model changes 'gain' while it runs"):
+        evaluate(own_folder(tmp_path / "own", changing))
+
+
+@pytest.mark.attack("behaves otherwise while it is traced", "only what was traced is ever run")
+def test_a_forward_that_knows_that_it_is_traced(tmp_path):
+    two = MODEL.replace("x = nn.func", "if type(x).__name__ != 'Proxy': return answers(x)\n        x = nn.func")
+    assert evaluate(own_folder(tmp_path / "two", two)) == evaluate(own_folder(tmp_path / "one")).model_copy(
+        update={"submission": "two"}
+    )
+
+
+@pytest.mark.attack("gives outputs that are compared with the labels of all examples", "refused: a row for each")
+@pytest.mark.parametrize("shape", ["[:, :, None]", ".view(1, -1)", "[0]"])
+def test_outputs_of_another_shape(tmp_path, shape):
+    with pytest.raises((InputError, SubmissionError), match=r"a row of classes for each|for 49 examples at once|fails"):
+        evaluate(own_folder(tmp_path / "own", MODEL.replace(LAST, f"{LAST}{shape}")))
+
+
+@pytest.mark.attack("gives outputs that are no numbers", "refused")
+def test_outputs_that_are_no_numbers(tmp_path):
+    broken = MODEL.replace(LAST, f"{LAST.replace('return', 'x =')}\n        return (x - x) / (x - x)")
+    with pytest.raises(InputError, match="outputs are not numbers"):
+        evaluate(own_folder(tmp_path / "own", broken))
+
+
+@pytest.mark.attack("gives log-probabilities of which one is no number", "refused: they do not sum to one")
+def test_log_probabilities_that_hide_behind_nan():
+    certain = torch.zeros(1, 3, 5)
+    certain[..., 4] = torch.nan
+    with pytest.raises(InputError, match="returns no log-probabilities"):
+        quality._chosen(certain, torch.zeros(1, 3, dtype=torch.int64))
+
+
+# --- evaluations without end ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.attack("an architecture with options that take days", "ended at `--limits evaluation`, exit status 3")
+def test_an_evaluation_without_end(submission, run):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text().replace("depth = 10", "depth = 6000004"))
+    status, out, err = run(submission, "--limits", "evaluation=2")
+    assert (status, out) == (3, "")
+    assert err == f"micronet-eval: {submission}: it took more than 2 seconds (--limits evaluation)\n"
+
+
+@pytest.mark.attack("a model whose activations take more memory than there is", "one message, exit status 3")
+def test_a_model_that_needs_more_memory_than_there_is(own, run, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    folder = shutil.copytree(own, tmp_path / "own")
+    doubled = "y = x\n        for i in range(30): y = torch.cat([y, y], 1)\n        "
+    grown = MODEL.replace(LAST, f"{doubled}{LAST} + y.mean()")
+    (folder / "model.py").write_text(grown)
+    status, out, err = run(folder)
+    assert (status, out, err.count("\n")) == (3, "", 1)
+    assert "needs more memory than this machine has free" in err
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize(
+    "command", ["evaluate", "check", "compare", "leaderboard", "explain", "diff", "rules", "validate", "import"]
+)
+def test_every_command_that_opens_a_submission_asks_for_isolation(own, run, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(isolation, "bubblewrap", lambda: None)
+    words = {"explain": [own, "conv"], "diff": [own, own], "import": [own, own / "state.pt", "-o", tmp_path / "out"]}
+    more = {"compare": ["--results", tmp_path / "results", "--executor", "here"]}
+    _, out, err = run(command, *words.get(command, [own]), *more.get(command, []), "--isolation", "required")
+    assert "--isolation required: bubblewrap does not work here" in out + err
+
+
+def test_the_report_says_at_which_level_the_code_was_run(level, own, run):
+    _, out, _ = run(own)
+    assert f"isolation {level}" in " ".join(out.split())

@@ -419,6 +419,43 @@ def import_(folder: Path, state_dict: Path, output: Path, isolation: Isolation) 
 
 
 @cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_format
+@_data
+@_isolated
+def validate(folders: tuple[Path, ...], style: str, data: Path | None, isolation: Isolation) -> None:
+    """List all that is wrong with submissions, by rule, with the place and the mend; exit status 2 if anything is."""
+    from micronet_eval.validating import validate
+
+    found = [finding for folder in folders for finding in validate(folder, data, isolation)]
+    fields = ("kind", "rule", "place", "told", "mend")
+    if found or style == "json":
+        _show_rows([{name: getattr(finding, name) for name in fields} for finding in found], style)
+    else:
+        click.echo("valid")
+    sys.exit(BAD_INPUT if any(finding.kind == "error" for finding in found) else 0)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@_data
+def reproduce(folder: Path, data: Path | None) -> None:
+    """Run a submission's recipe again and compare the weights bit for bit; exit status 1 where they differ."""
+    from micronet_eval.reproducing import reproduce
+
+    with _progress("training, at most") as progress:
+        found = reproduce(folder, data, click.echo, progress or (lambda done, total: None))
+    told = [*found.remarks, *(f"only one of the two has {name!r}" for name in found.others)]
+    told += [
+        f"{d.tensor}: {d.values:,} of {d.of:,} values differ, by {d.largest:.3g} at most" for d in found.differences
+    ]
+    for line in told:
+        click.echo(printable(line))
+    click.echo("the weights are the same, bit for bit" if found.identical else "the weights differ")
+    sys.exit(0 if found.identical else FAILED)
+
+
+@cli.command()
 @click.argument("name", required=False)
 @_format
 def strategies(name: str | None, style: str) -> None:

@@ -159,6 +159,8 @@ def _details(report: Report) -> Table:
         if figure.additions:
             table.add_row(Text(label, "bold"), f"{name} accumulators: {_figure(figure)}")
             label = ""
+    if storage.file_bytes is not None:
+        table.add_row(Text("isolation", "bold"), report.isolation)
     if report.freebie:
         table.add_row("", "counted as 16 bit: nothing is quantized below 16 bits (freebie)")
     for path in report.paths:
