@@ -196,9 +196,10 @@ def test_a_read_only_disk(own, tmp_path):
         pytest.skip("bubblewrap is not installed, or has no namespaces")
     command = Path(sys.executable).with_name("micronet-eval")
     sandbox = [bwrap, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/var/tmp"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/var/tmp"}
     ended = subprocess.run(
         [*sandbox, command, "import", own, own / "state.pt", "-o", tmp_path / "out"],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/var/tmp"},
+        capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr == (

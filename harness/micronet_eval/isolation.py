@@ -337,6 +337,8 @@ def _restrict(limits: Limits, level: str) -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+    if level != "none":
+        os.nice(10)  # whoever watches comes first: else a fork bomb is faster than its end
     for name, value in (
         ("RLIMIT_AS", limits.memory),
         ("RLIMIT_CPU", limits.cpu),
