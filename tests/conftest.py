@@ -1,9 +1,10 @@
-"""One small valid submission, made once by the real recipe; the command in this process; plugins for one test."""
+"""Two small valid submissions, made once; the command in this process; plugins for one test."""
 
 import shutil
 import sys
 
 import pytest
+import torch
 
 SMALL = """
 [submission]
@@ -32,6 +33,50 @@ merge = "batch-norm"
 quantizer = "fixed-point"
 """
 )
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.act = nn.ReLU()
+        self.gain = nn.Parameter(torch.ones(1, width, 1, 1))
+        self.head = nn.Linear(width * 16, 10)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.act(self.norm(self.conv(x))), 2) * self.gain
+        return self.head(x.view(x.shape[0], -1))
+
+def build(width=4):
+    return Net(width)
+"""
+OWN_MANIFEST = 'name = "own"\ntask = "digits"\nauthors = ["x"]\narchitecture = { file = "model.py", width = 3 }\n'
+
+
+def own_folder(folder, code=MODEL):
+    """A submission with model.py, whose weights are those that its own build() draws."""
+    from micronet_eval.importing import import_weights
+
+    folder.mkdir()
+    (folder / "model.py").write_text(code)
+    (folder / "submission.toml").write_text(OWN_MANIFEST)
+    namespace = {}
+    exec(code, namespace)
+    torch.manual_seed(0)
+    torch.save(namespace["build"](3).state_dict(), folder / "state.pt")
+    import_weights(folder, folder / "state.pt", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """A submission with a model.py that means no harm; not to be damaged."""
+    return own_folder(tmp_path_factory.mktemp("own") / "own")
 
 
 @pytest.fixture(scope="session")

@@ -4,51 +4,27 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPE
+from conftest import MODEL, RECIPE, own_folder
 from pydantic import ValidationError
 
-from micronet_eval import isolation, packing
+from micronet_eval import isolation, quality
 from micronet_eval.batches import check_batches
-from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.errors import InputError, SubmissionError
 from micronet_eval.evaluation import evaluate
-from micronet_eval.files import write_whole
 from micronet_eval.graph import Graph, model_of
-from micronet_eval.importing import import_weights
 from micronet_eval.isolation import NO_CODE, Isolation, Limits, graph_of_file
 from micronet_eval.structure import StructureError
 from micronet_eval.trace import trace
 
-MODEL = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(1, width, 3, padding=1)
-        self.norm = nn.BatchNorm2d(width)
-        self.act = nn.ReLU()
-        self.gain = nn.Parameter(torch.ones(1, width, 1, 1))
-        self.head = nn.Linear(width * 16, 10)
-
-    def forward(self, x):
-        x = nn.functional.max_pool2d(self.act(self.norm(self.conv(x))), 2) * self.gain
-        return self.head(x.view(x.shape[0], -1))
-
-def build(width=4):
-    return Net(width)
-"""
-MANIFEST = 'name = "own"\ntask = "digits"\nauthors = ["x"]\narchitecture = { file = "model.py", width = 3 }\n'
 LEVELS = ["limits only", pytest.param("bubblewrap", marks=pytest.mark.skipif(
     isolation.bubblewrap() is None, reason="bubblewrap is not installed, or has no namespaces"))]  # fmt: skip
 
@@ -70,34 +46,24 @@ def run_code(folder, code, **limits):
     """Runs a model.py; gives the message that it ends with."""
     (folder / "model.py").write_text(code)
     with pytest.raises(SubmissionError) as end:
-        graph_of_file(folder / "model.py", {}, Isolation(limits=Limits(**{"wall": 20, **limits})))
+        graph_of_file(folder / "model.py", {}, Isolation(limits=Limits(**limits)))
     return str(end.value)
-
-
-def own_folder(folder, code=MODEL):
-    """A submission with model.py, whose weights are those that its own build() draws."""
-    folder.mkdir()
-    (folder / "model.py").write_text(code)
-    (folder / "submission.toml").write_text(MANIFEST)
-    namespace = {}
-    exec(code, namespace)
-    torch.manual_seed(0)
-    torch.save(namespace["build"](3).state_dict(), folder / "state.pt")
-    import_weights(folder, folder / "state.pt", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    return own_folder(tmp_path_factory.mktemp("own") / "own")
 
 
 FORKS = "import os, time\nfor i in range({}): os.fork() or {}\ntime.sleep(9)"
 
 
-# --- model.py: what it does to the machine ----------------------------------------------------------------------------
+# --- model.py: what it does to the machine ---
 
 
+@pytest.mark.attack("exits with status 0, or crashes", "one message, exit status 3")
+@pytest.mark.attack("loops for ever", "ended at `--limits wall` or `cpu`")
+@pytest.mark.attack("allocates 100 GB, alone or in many processes", "ended at `--limits memory`")
+@pytest.mark.attack("starts many processes", "ended at `--limits processes`")
+@pytest.mark.attack("opens files without end", "refused at `--limits files`")
+@pytest.mark.attack("writes without end", "refused at `--limits written`")
+@pytest.mark.attack("prints a fake report", "nobody reads what it prints")
+@pytest.mark.attack("returns anything but a module", "one message, exit status 3")
 @pytest.mark.parametrize(
     ("code", "limits", "message"),
     [
@@ -122,6 +88,7 @@ def test_code_that_fails_or_hits_a_limit(level, tmp_path, code, limits, message)
     assert told.startswith(str(tmp_path))
 
 
+@pytest.mark.attack("forks without end", "ended; no process is left")
 def test_a_fork_bomb_leaves_nothing_behind(level, tmp_path):
     began = time.monotonic()
     (tmp_path / "model.py").write_text("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
@@ -140,6 +107,7 @@ def running(mark):
     return found
 
 
+@pytest.mark.attack("forges the worker's answer: a report, a pickle, JSON 100,000 deep", "refused: no graph of a model")
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -162,6 +130,7 @@ os._exit(0)
         model_of(graph_of_file(tmp_path / "model.py", {}, Isolation()))
 
 
+@pytest.mark.attack("reads /etc/passwd, the test labels, its neighbours", "there are no such files")
 @pytest.mark.parametrize("place", ["/etc/passwd", "/etc/shadow", "{data}/test_labels", "{folder}/../beside"])
 def test_code_in_bubblewrap_reads_nothing_else(sandbox, tmp_path, place):
     folder = tmp_path / "folder"
@@ -172,6 +141,7 @@ def test_code_in_bubblewrap_reads_nothing_else(sandbox, tmp_path, place):
     assert "FileNotFoundError" in told
 
 
+@pytest.mark.attack("writes outside of its scratch folder", "read-only")
 def test_code_in_bubblewrap_writes_nothing_outside(sandbox, tmp_path):
     (tmp_path / "there").write_text("before")
     code = f"""
@@ -187,6 +157,7 @@ for path in ({str(tmp_path / "there")!r}, {str(tmp_path / "new")!r}, {sys.prefix
     assert not Path(sys.prefix, "new").exists()
 
 
+@pytest.mark.attack("opens a socket", "there is no network")
 def test_code_in_bubblewrap_has_no_network(sandbox, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -194,6 +165,7 @@ def test_code_in_bubblewrap_has_no_network(sandbox, tmp_path):
     assert "OSError" in told or "ConnectionRefusedError" in told
 
 
+@pytest.mark.attack("kills its parent, and all that it can", "it does not see them")
 def test_code_in_bubblewrap_cannot_kill_its_parent(sandbox, tmp_path):
     code = f"""
 import os
@@ -204,12 +176,13 @@ for pid in (os.getppid(), {os.getpid()}, -1):
     run_code(tmp_path, code)  # this process is still here to be told
 
 
+@pytest.mark.attack("reads the environment", "it is empty")
 def test_the_environment_is_not_shown(level, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "hush")
     assert "None" in run_code(tmp_path, "import os; raise ValueError(os.environ.get('SECRET'))")
 
 
-# --- model.py: what it does to the count ------------------------------------------------------------------------------
+# --- model.py: what it does to the count ---
 
 
 def test_a_model_of_ones_own_is_counted_and_measured(level, own):
@@ -227,6 +200,7 @@ def test_registered_architectures_run_no_code(submission, monkeypatch):
     assert evaluate(submission).isolation == NO_CODE
 
 
+@pytest.mark.attack("patches torch or the counter", "the report is the same")
 def test_patches_of_torch_and_of_the_counter_change_nothing(own, tmp_path):
     patches = """
 import sys, torch, json
@@ -247,6 +221,7 @@ ACROSS = MODEL.replace(
 )
 
 
+@pytest.mark.attack("computes across the examples of a batch", "refused: what is counted has to be what is measured")
 def test_a_model_that_costs_more_for_a_batch_than_its_examples(tmp_path):
     with pytest.raises(InputError, match=r"does something else for 49 examples at once than for one.*aten.mm"):
         evaluate(own_folder(tmp_path / "own", ACROSS))
@@ -264,6 +239,7 @@ class BySize(torch.nn.Module):
         return x + (x @ self.weight[:, :n]).sum(1, keepdim=True)
 
 
+@pytest.mark.attack("sees by the size of its batch that it is counted", "refused: every size is traced, too")
 def test_a_model_that_sees_by_its_batch_that_it_is_traced():
     one = trace(BySize(), torch.zeros(1, 64))
     check_batches(BySize(), (64,), one, [1])
@@ -271,22 +247,16 @@ def test_a_model_that_sees_by_its_batch_that_it_is_traced():
         check_batches(BySize(), (64,), one, [100])
 
 
+@pytest.mark.attack("branches on values", "refused: it cannot be traced")
 def test_a_forward_that_looks_at_values_is_no_graph(tmp_path):
     code = MODEL.replace("x = nn.func", "if x.sum() > 0: return x\n        x = nn.func")
     assert "cannot be traced" in run_code(tmp_path, code)
 
 
-def test_constants_in_the_code_have_to_be_in_the_file(own, tmp_path):
-    folder = shutil.copytree(own, tmp_path / "own")
-    hidden = MODEL.replace("-1))", "-1)) + torch.randn(10, generator=torch.Generator().manual_seed(1))")
-    (folder / "model.py").write_text(hidden)
-    with pytest.raises(InputError, match="the file lacks 1 tensors"):
-        evaluate(folder)
-
-
 EVIL = "x=__import__('os').system('true')"
 
 
+@pytest.mark.attack("makes up a graph that calls anything", "refused: it is not on the list")
 @pytest.mark.parametrize(
     "node",
     [
@@ -351,239 +321,129 @@ def test_exit_status_3_where_the_code_fails(own, run, tmp_path):
     assert "ZeroDivisionError" in err
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- model.py: what it hides ------------------------------------------------------------------------------------------
+
+LAST = "return self.head(x.view(x.shape[0], -1))"
+GAIN = "self.gain = nn.Parameter(torch.ones(1, width, 1, 1))"
+SECRET = "torch.randn(10, generator=torch.Generator().manual_seed(1))"
 
 
-TOO_LARGE = b'{"values":{"dtype":"U8","shape":[9876543210],"data_offsets":[0,9876543210]}}'
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
+@pytest.mark.attack("hides weights in buffers, attributes, closures or globals", "refused: the file lacks them")
+@pytest.mark.attack("computes weights at run time from a seed", "refused: the file lacks them")
 @pytest.mark.parametrize(
-    "name", ["weights.safetensors", "submission.toml", "recipe.toml", "state.pt", "state.safetensors"]
-)
-def test_a_pickle_under_any_name_is_not_loaded(submission, run, tmp_path, name):
-    (submission / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    words = {"recipe.toml": ("compress", submission / name, "-o", tmp_path / "out")}
-    if name.startswith("state"):
-        words[name] = ("import", submission, submission / name, "-o", tmp_path / "out")
-    status, _, err = run(*words.get(name, (submission,)))
-    assert (status, err.count("\n")) == (2, 1)
-    assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "submission.toml"])
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "sparse", "loop"])
-def test_what_is_no_ordinary_file(submission, run, name, kind):
-    path = submission / name
-    path.unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "loop":
-        path.symlink_to(path)
-    else:
-        with path.open("wb") as file:
-            file.truncate(1 << 40)
-    status, out, err = run(submission)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-
-
-@pytest.mark.parametrize("link", ["/etc/passwd", "../model.py"])
-def test_a_model_that_is_a_link(own, run, tmp_path, link):
-    folder = shutil.copytree(own, tmp_path / "own")
-    (folder / "model.py").rename(tmp_path / "model.py")
-    (folder / "model.py").symlink_to(link)
-    status, _, err = run(folder)
-    assert status == 2
-    assert "no ordinary file" in err
-
-
-@pytest.mark.parametrize("name", ["../model.py", "/etc/passwd", "model.py\\u0000", "other.py"])
-def test_a_model_somewhere_else(own, run, tmp_path, name):
-    folder = shutil.copytree(own, tmp_path / "own")
-    (folder / "submission.toml").write_text(MANIFEST.replace("model.py", name))
-    status, _, err = run(folder)
-    assert (status, err.count("\n")) == (2, 1)
-
-
-@pytest.mark.parametrize(
-    "data",
+    "hidden",
     [
-        (1 << 62).to_bytes(8, "little") + b"{}",
-        (90).to_bytes(8, "little") + TOO_LARGE.ljust(90),
-        (100_002).to_bytes(8, "little") + b"[" * 100_002,
-        b"",
+        MODEL.replace(GAIN, f"{GAIN}\n        self.register_buffer('b', {SECRET})").replace(LAST, f"{LAST} + self.b"),
+        MODEL.replace(GAIN, f"{GAIN}\n        self.b = {SECRET}").replace(LAST, f"{LAST} + self.b"),
+        MODEL.replace("class Net", f"B = {SECRET}\n\nclass Net").replace(LAST, f"{LAST} + B"),
+        MODEL.replace("class Net", f"def f(b={SECRET}):\n    return lambda x: x + b\n\nclass Net").replace(
+            LAST, "return f()(self.head(x.view(x.shape[0], -1)))"
+        ),
+        MODEL.replace(LAST, f"{LAST} + {SECRET}"),
+        MODEL.replace(LAST, f"{LAST} + torch.tensor([float(i) for i in range(10)])"),
     ],
-    ids=["length", "tensor", "nesting", "empty"],
-)  # fmt: skip
-def test_headers_that_promise_too_much(submission, run, data):
-    (submission / "weights.safetensors").write_bytes(data)
-    status, _, err = run(submission)
-    assert (status, err.count("\n")) == (2, 1)
+    ids=["buffer", "attribute", "global", "closure", "seed", "constants"],
+)
+def test_weights_outside_of_the_file(own, tmp_path, hidden):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").write_text(hidden)
+    with pytest.raises(InputError, match="the file lacks 1 tensors"):
+        evaluate(folder)
 
 
-def test_a_tensor_of_more_elements_than_memory(submission):
-    packed = packing.read(submission / "weights.safetensors")
-    large = {"type": "Linear", "in_features": 1 << 20, "out_features": 1 << 20}
-    structure = packing.Structure(layers={"": large}, tensors=[("0.weight", "fixed-point:4", "bitmask")])
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    with pytest.raises(InputError, match="elements; at most"):
-        packing.unpack(packing.Packed(structure.model_copy(update={"layers": {"0": large}}), packed.streams, {}), model)
+@pytest.mark.attack("hides weights as numbers of its code", "each is stored: 32 bits")
+def test_numbers_that_are_multiplied_or_added_are_stored(own, tmp_path):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").write_text(MODEL.replace(LAST, f"{LAST} * 0.3 + 0.7"))
+    before, after = evaluate(own).storage, evaluate(folder).storage
+    assert after.bits == before.bits + 2 * 32
+    assert after.code_bits == 2 * 32
+
+
+@pytest.mark.attack("hides weights in bounds, paddings and comparisons", "refused: at most 16 such numbers")
+def test_numbers_that_no_rule_counts(tmp_path):
+    def clamped(many):
+        clamps = "".join(f".clamp(min={-0.31 - i}, max={0.37 + i})" for i in range(many))
+        return MODEL.replace(LAST, f"return self.head(x.view(x.shape[0], -1)){clamps}")
+
+    assert evaluate(own_folder(tmp_path / "few", clamped(8))).storage.code_bits == 0
+    with pytest.raises(InputError, match=r"model\.py has 18 numbers in its code that are not counted.*at most 16"):
+        evaluate(own_folder(tmp_path / "many", clamped(9)))
+
+
+@pytest.mark.attack("changes its weights while it is measured", "refused: a hash before and after")
+def test_weights_that_change_while_the_model_runs(tmp_path):
+    changing = MODEL.replace("* self.gain", "* self.gain.mul_(2)")
+    with pytest.raises(InputError, match=r"the model changes 'gain' while it runs"):
+        evaluate(own_folder(tmp_path / "own", changing))
+
+
+@pytest.mark.attack("behaves otherwise while it is traced", "only what was traced is ever run")
+def test_a_forward_that_knows_that_it_is_traced(tmp_path):
+    two = MODEL.replace("x = nn.func", "if type(x).__name__ != 'Proxy': return answers(x)\n        x = nn.func")
+    assert evaluate(own_folder(tmp_path / "two", two)) == evaluate(own_folder(tmp_path / "one")).model_copy(
+        update={"submission": "two"}
+    )
+
+
+@pytest.mark.attack("gives outputs that are compared with the labels of all examples", "refused: a row for each")
+@pytest.mark.parametrize("shape", ["[:, :, None]", ".view(1, -1)", "[0]"])
+def test_outputs_of_another_shape(tmp_path, shape):
+    with pytest.raises((InputError, SubmissionError), match=r"a row of classes for each|for 49 examples at once|fails"):
+        evaluate(own_folder(tmp_path / "own", MODEL.replace(LAST, f"{LAST}{shape}")))
+
+
+@pytest.mark.attack("gives outputs that are no numbers", "refused")
+def test_outputs_that_are_no_numbers(tmp_path):
+    broken = MODEL.replace(LAST, f"{LAST.replace('return', 'x =')}\n        return (x - x) / (x - x)")
+    with pytest.raises(InputError, match="outputs are not numbers"):
+        evaluate(own_folder(tmp_path / "own", broken))
+
+
+@pytest.mark.attack("gives log-probabilities of which one is no number", "refused: they do not sum to one")
+def test_log_probabilities_that_hide_behind_nan():
+    certain = torch.zeros(1, 3, 5)
+    certain[..., 4] = torch.nan
+    with pytest.raises(InputError, match="returns no log-probabilities"):
+        quality._chosen(certain, torch.zeros(1, 3, dtype=torch.int64))
+
+
+# --- evaluations without end ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.attack("an architecture with options that take days", "ended at `--limits evaluation`, exit status 3")
+def test_an_evaluation_without_end(submission, run):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text().replace("depth = 10", "depth = 6000004"))
+    status, out, err = run(submission, "--limits", "evaluation=2")
+    assert (status, out) == (3, "")
+    assert err == f"micronet-eval: {submission}: it took more than 2 seconds (--limits evaluation)\n"
+
+
+@pytest.mark.attack("a model whose activations take more memory than there is", "one message, exit status 3")
+def test_a_model_that_needs_more_memory_than_there_is(own, run, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    folder = shutil.copytree(own, tmp_path / "own")
+    doubled = "y = x\n        for i in range(30): y = torch.cat([y, y], 1)\n        "
+    grown = MODEL.replace(LAST, f"{doubled}{LAST} + y.mean()")
+    (folder / "model.py").write_text(grown)
+    status, out, err = run(folder)
+    assert (status, out, err.count("\n")) == (3, "", 1)
+    assert "needs more memory than this machine has free" in err
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a = " + "[" * 100_000, "no valid TOML"),
-        ("a." * 50_000 + "b = 1", "more than 100 dots"),
-        ("1." * 50_000 + "b = 1", "more than 100 dots"),
-        ("a = " + "1" * 10_000, "no valid TOML"),
-        ("[claims]\nscore = 1e999999999", "too large, too small, or too long"),
-        ("[frequencies]\nclusters = [1e-999999999]", "too large, too small, or too long"),
-        ('note = "\\u001b]0;owned\\u0007"', "control character U+001B"),
-        ('note = "\\u202eevil"', "control character U+202E"),
-        ('"\\u009bkey" = 1', "control character U+009B"),
-    ],
+    "command", ["evaluate", "check", "compare", "leaderboard", "explain", "diff", "rules", "validate", "import"]
 )
-def test_toml_that_bombs_or_hides(submission, run, text, message):
-    manifest = submission / "submission.toml"
-    manifest.write_text(manifest.read_text() + "\n" + text)
-    status, out, err = run(submission)
-    assert (status, out) == (2, "")
-    assert message in err
-    assert len(err) < 200_000
+def test_every_command_that_opens_a_submission_asks_for_isolation(own, run, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(isolation, "bubblewrap", lambda: None)
+    words = {"explain": [own, "conv"], "diff": [own, own], "import": [own, own / "state.pt", "-o", tmp_path / "out"]}
+    more = {"compare": ["--results", tmp_path / "results", "--executor", "here"]}
+    _, out, err = run(command, *words.get(command, [own]), *more.get(command, []), "--isolation", "required")
+    assert "--isolation required: bubblewrap does not work here" in out + err
 
 
-def test_a_name_that_looks_like_another(submission, run):
-    manifest = submission / "submission.toml"
-    manifest.write_text(manifest.read_text().replace("digits", "dіgits"))  # Cyrillic
-    status, _, err = run(submission)
-    assert status == 2
-    assert r"'d\u0456gits'" in err
-
-
-def test_a_folder_whose_name_a_terminal_obeys(submission, run):
-    bad = submission.rename(submission.with_name("\x1b[31mred\u202e"))
-    _, out, _ = run(bad, "--format", "csv")
-    assert out
-    assert "\x1b" not in out
-    (bad / "submission.toml").unlink()
-    _, _, err = run(bad)
-    assert r"\x1b[31mred\u202e" in err
-    assert "\x1b" not in err
-
-
-def test_printable_leaves_the_languages_of_the_world_alone():
-    assert printable("Zoë 李 \n") == "Zoë 李 \n"
-    assert printable("\x1b\x9b\u200e\ud800") == r"\x1b\x9b\u200e\ud800"
-
-
-@pytest.mark.parametrize("bits", [0x7FC01234, 0xFFC00001, 0x7F800000])
-def test_payloads_of_nan(bits):
-    plain = torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32)
-    with pytest.raises(InputError, match="NaN or infinity"):
-        _unpacked(plain)
-
-
-@pytest.mark.parametrize(("bits", "kept"), [(-(1 << 31), 0), (1, 1), (0x807FFF, 0x807FFF)])
-def test_negative_zero_loses_its_sign_and_denormals_are_counted(bits, kept):
-    plain = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
-    assert _unpacked(plain).view(torch.int32).item() == kept
-
-
-def _unpacked(plain):
-    structure = packing.Structure(tensors=[("weight", "float32", "plain")])
-    streams = dict.fromkeys(("values", "masks", "overhead"), torch.zeros(0, dtype=torch.uint8).numpy())
-    packed = packing.Packed(structure, streams, {"weight": plain.view(1, 1)})
-    return packing.unpack(packed, torch.nn.Linear(1, 1, bias=False)).weight.detach()
-
-
-# --- faults -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("function", ["fsync", "fdopen"])
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, function):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def full(*args, **options):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, function, full)
-        with pytest.raises(OSError, match="No space left on device"):
-            write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("place", ["/proc/none", "/dev/null/none"])
-def test_a_folder_that_cannot_be_written(own, run, place):
-    status, _, err = run("import", own, own / "state.pt", "-o", place)
-    assert (status, err.count("\n")) == (2, 1)
-    assert f"{place} cannot be written" in err
-
-
-def test_a_disk_that_fills_up_during_compress(made, run, tmp_path, monkeypatch):
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    words = ("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out")
-    room = iter(range(5))
-    sync = os.fsync
-
-    def fills_up(descriptor):
-        if next(room, None) is None:
-            raise OSError(28, "No space left on device")
-        sync(descriptor)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", fills_up)
-        status, _, err = run(*words)
-    assert (status, err.count("\n")) == (2, 1)
-    assert "cannot be written: No space left on device" in err
-    assert not (tmp_path / "out" / "weights.safetensors").exists()
-    status, _, err = run(*words, "--resume")
-    assert status == 0, err
-    for name in ("weights.safetensors", "submission.toml"):
-        assert (tmp_path / "out" / name).read_bytes() == (made / name).read_bytes()
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "submission.toml"])
-def test_a_file_that_vanishes_while_it_is_read(submission, run, monkeypatch, name):
-    def vanish(path, most):
-        if path.name == name:
-            path.unlink()
-
-    for module in ("packing", "submission"):
-        monkeypatch.setattr(f"micronet_eval.{module}.check_file", vanish)
-    status, out, err = run(submission)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert f"{name} is missing" in err
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
-def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path, number, status):
-    endless = RECIPE.replace("statistics = { batches = 1 }", "train = { epochs = 100000, learning_rate = 0.001 }")
-    assert endless != RECIPE
-    (tmp_path / "recipe.toml").write_text(endless)
-    command = Path(sys.executable).with_name("micronet-eval")
-    words = [command, "compress", tmp_path / "recipe.toml", "-o", tmp_path / "out"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline()  # it is at work
-        time.sleep(0.5)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == status, err
-    assert "Traceback" not in err
-    left = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
-    assert not {"weights.safetensors", "submission.toml"} & set(left)
-    assert not [name for name in left if name.startswith((".weights", ".submission"))]
+def test_the_report_says_at_which_level_the_code_was_run(level, own, run):
+    _, out, _ = run(own)
+    assert f"isolation {level}" in " ".join(out.split())

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -60,8 +61,21 @@ _isolation = click.option(
 _limits = click.option(
     "--limits",
     default="",
-    help="Limits of that code, for example memory=4G,cpu=60,wall=60,processes=32,files=256,written=64M.",
+    help="Limits of that code, for example memory=4G,cpu=60,wall=60,processes=32,files=256,written=64M; "
+    "evaluation=3600 limits the seconds of a whole evaluation.",
 )
+
+
+def _isolated(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --isolation and --limits to a command that opens submissions, which gets them as `isolation`."""
+
+    @wraps(command)
+    def with_isolation(*words: Any, mode: Mode, limits: str, **options: Any) -> Any:
+        return command(*words, isolation=Isolation(mode, Limits.parse(limits)), **options)
+
+    return _isolation(_limits(with_isolation))
+
+
 _cross_check = click.option(
     "--cross-check", is_flag=True, help="Ask fvcore and FlopCounterMode, too; say what differs."
 )
@@ -84,8 +98,7 @@ def cli() -> None:
 @_ruleset
 @_cross_check
 @_html
-@_isolation
-@_limits
+@_isolated
 def evaluate(
     folders: tuple[Path, ...],
     layers: bool,
@@ -94,14 +107,13 @@ def evaluate(
     ruleset: str,
     cross_check: bool,
     html: Path | None,
-    mode: Mode,
-    limits: str,
+    isolation: Isolation,
 ) -> None:
     """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
     from micronet_eval.evaluation import evaluate
 
     outcomes: list[tuple[Path, Report | Exception]] = []
-    status, isolation = 0, Isolation(mode, Limits.parse(limits))
+    status = 0
     for folder in folders:
         try:
             with _progress(f"measuring {folder.name}") as progress:
@@ -174,6 +186,7 @@ def count(
 @click.option("--summary", type=click.Path(path_type=Path), help="Append a summary in Markdown to this file.")
 @_ruleset
 @_data
+@_isolated
 def check(
     folder: Path,
     max_score: float | None,
@@ -182,6 +195,7 @@ def check(
     summary: Path | None,
     ruleset: str,
     data: Path | None,
+    isolation: Isolation,
 ) -> None:
     """Check a submission in continuous integration: limits, claims, the threshold; exit status 1 if one fails."""
     from micronet_eval.checking import checks, to_junit, to_summary
@@ -189,7 +203,7 @@ def check(
     from micronet_eval.files import write_whole
 
     with _progress(f"measuring {folder.name}") as progress:
-        report = evaluate(folder, data, progress, ruleset=ruleset)
+        report = evaluate(folder, data, progress, ruleset=ruleset, isolation=isolation)
     found = checks(report, max_score, min_quality)
     text = to_summary(report, found)
     try:
@@ -242,6 +256,7 @@ def check(
 )
 @_html
 @_data
+@_isolated
 def compare(
     paths: tuple[Path, ...],
     on: Path | None,
@@ -258,6 +273,7 @@ def compare(
     style: str,
     html: Path | None,
     data: Path | None,
+    isolation: Isolation,
 ) -> None:
     """Lay strategies side by side: a grid of them on one trained network, recipes, submissions.
 
@@ -279,6 +295,7 @@ def compare(
         data=data,
         sort=sort,
         columns=columns,
+        isolation=isolation,
         live=_live,
     )
     if html is not None:
@@ -300,7 +317,10 @@ def compare(
 @_html
 @_format
 @_data
-def leaderboard(folders: tuple[Path, ...], html: Path | None, style: str, data: Path | None) -> None:
+@_isolated
+def leaderboard(
+    folders: tuple[Path, ...], html: Path | None, style: str, data: Path | None, isolation: Isolation
+) -> None:
     """Rank submissions by task, beside the leaderboard of 2019.
 
     FOLDERS are submissions, or folders that hold some.
@@ -310,7 +330,7 @@ def leaderboard(folders: tuple[Path, ...], html: Path | None, style: str, data: 
     found = []
     for name, folder in ranking.named(folders).items():
         with _progress(f"measuring {name}") as progress:
-            found.append(ranking.judge(name, folder, data, progress))
+            found.append(ranking.judge(name, folder, data, progress, isolation))
     _write_pages(found, html)
     boards = ranking.boards(found)
     if style == "table":
@@ -329,13 +349,15 @@ def leaderboard(folders: tuple[Path, ...], html: Path | None, style: str, data: 
 @click.argument("module")
 @_ruleset
 @_either
-def explain(folder: Path, module: str, ruleset: str, style: str) -> None:
+@_isolated
+def explain(folder: Path, module: str, ruleset: str, style: str, isolation: Isolation) -> None:
     """Show the formula of every operation of a submission's module, with its numbers."""
     from dataclasses import asdict
 
     from micronet_eval.explaining import explain
+    from micronet_eval.opening import open_submission
 
-    explanations = explain(folder, module, ruleset)
+    explanations = explain(open_submission(folder, isolation=isolation), module, ruleset)
     if style == "json":
         click.echo(json.dumps([{**asdict(e), "lines": [*map(list, e.lines)]} for e in explanations], indent=2))
     else:
@@ -347,11 +369,12 @@ def explain(folder: Path, module: str, ruleset: str, style: str) -> None:
 @click.argument("after", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="Show every module, not only those that changed most.")
 @_either
-def diff(before: Path, after: Path, layers: bool, style: str) -> None:
+@_isolated
+def diff(before: Path, after: Path, layers: bool, style: str, isolation: Isolation) -> None:
     """Split the change of the score between two submissions, or two JSON reports, into its causes."""
     from micronet_eval.diffing import diff
 
-    found = diff(before, after)
+    found = diff(before, after, isolation)
     if style == "json":
         click.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -361,12 +384,14 @@ def diff(before: Path, after: Path, layers: bool, style: str) -> None:
 @cli.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @_format
-def rules(folders: tuple[Path, ...], style: str) -> None:
+@_isolated
+def rules(folders: tuple[Path, ...], style: str, isolation: Isolation) -> None:
     """List the rules of the score by id, and which of the submissions in FOLDERS exercise each."""
     from micronet_eval.opening import open_submission
     from micronet_eval.rules import RULES, evidence_on
 
-    submissions = [(folder.resolve().name, evidence_on(open_submission(folder))) for folder in folders]
+    opened = [open_submission(folder, isolation=isolation) for folder in folders]
+    submissions = [(printable(o.folder.resolve().name), evidence_on(o)) for o in opened]
     rows: list[dict[str, object]] = []
     for rule in RULES:
         by = ", ".join(name for name, evidence in submissions if rule.exercised and rule.exercised(evidence))
@@ -459,12 +484,50 @@ def new(kind: plugins.Kind, name: str, output: Path | None) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("state_dict", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-def import_(folder: Path, state_dict: Path, output: Path) -> None:
+@_isolated
+def import_(folder: Path, state_dict: Path, output: Path, isolation: Isolation) -> None:
     """Make a submission of the weights in STATE_DICT (safetensors or torch.save) and the submission.toml in FOLDER."""
     from micronet_eval.importing import import_weights
 
-    import_weights(folder, state_dict, output)
+    import_weights(folder, state_dict, output, isolation)
     click.echo(f"wrote {output}")
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_format
+@_data
+@_isolated
+def validate(folders: tuple[Path, ...], style: str, data: Path | None, isolation: Isolation) -> None:
+    """List all that is wrong with submissions, by rule, with the place and the mend; exit status 2 if anything is."""
+    from micronet_eval.validating import validate
+
+    found = [finding for folder in folders for finding in validate(folder, data, isolation)]
+    fields = ("kind", "rule", "place", "told", "mend")
+    if found or style == "json":
+        _show_rows([{name: getattr(finding, name) for name in fields} for finding in found], style)
+    else:
+        click.echo("valid")
+    sys.exit(BAD_INPUT if any(finding.kind == "error" for finding in found) else 0)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@_data
+def reproduce(folder: Path, data: Path | None) -> None:
+    """Run a submission's recipe again and compare the weights bit for bit; exit status 1 where they differ."""
+    from micronet_eval.reproducing import reproduce
+
+    with _progress("training, at most") as progress:
+        found = reproduce(folder, data, click.echo, progress or (lambda done, total: None))
+    told = [*found.remarks, *(f"only one of the two has {name!r}" for name in found.others)]
+    told += [
+        f"{d.tensor}: {d.values:,} of {d.of:,} values differ, by {d.largest:.3g} at most" for d in found.differences
+    ]
+    for line in told:
+        click.echo(printable(line))
+    click.echo("the weights are the same, bit for bit" if found.identical else "the weights differ")
+    sys.exit(0 if found.identical else FAILED)
 
 
 @cli.command()
@@ -588,10 +651,11 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(escape(printable(what)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -707,10 +771,11 @@ def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
     else:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table()
         for name in rows[0]:
             table.add_column(name, overflow="fold", no_wrap=name in ("name", "storage", "math"))
         for row in rows:
-            table.add_row(*(str(value) for value in row.values()))
+            table.add_row(*(Text(str(value)) for value in row.values()))
         Console().print(table)

@@ -18,7 +18,11 @@ from pydantic import ValidationError
 from micronet_eval import evaluation, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.evaluation import Report
+from micronet_eval.files import read_whole
+from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.scoring import Count, Module
+
+REPORT_LIMIT = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,12 @@ class Diff:
         }
 
 
-def diff(before: Report | str | Path, after: Report | str | Path) -> Diff:
+def diff(before: Report | str | Path, after: Report | str | Path, isolation: Isolation = AUTO) -> Diff:
     """Splits the change of the score between two reports, or what `report_of` makes one of.
 
     Raises InputError where the two scores cannot be compared.
     """
-    before, after = report_of(before), report_of(after)
+    before, after = report_of(before, isolation), report_of(after, isolation)
     for name in ("task", "ruleset"):
         if (one := getattr(before, name)) != (other := getattr(after, name)):
             raise InputError(f"{before.submission} and {after.submission} differ in {name}: {one!r} and {other!r}")
@@ -93,7 +97,7 @@ def diff(before: Report | str | Path, after: Report | str | Path) -> Diff:
     )
 
 
-def report_of(source: Report | str | Path) -> Report:
+def report_of(source: Report | str | Path, isolation: Isolation = AUTO) -> Report:
     """The report on a submission's folder, its quality not measured, or the one in a JSON file.
 
     Raises InputError that names the file.
@@ -102,9 +106,9 @@ def report_of(source: Report | str | Path) -> Report:
         return source
     path = Path(source)
     if path.is_dir() or path.suffix != ".json":
-        return evaluation.costs(path)
+        return evaluation.costs(path, isolation=isolation)
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return Report.model_validate_json(read_whole(path, REPORT_LIMIT).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:

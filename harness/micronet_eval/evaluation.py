@@ -12,18 +12,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
-from torch import nn
+from torch import Tensor, nn
 
-from micronet_eval import crosscheck, plugins
+from micronet_eval import crosscheck, plugins, proof
 from micronet_eval.accumulators import WhatIf, what_if
 from micronet_eval.activation import Activation, activation_peak
 from micronet_eval.batches import check_batches
+from micronet_eval.bounds import bounded
 from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.explaining import Explanation, explanations
+from micronet_eval.formats import FLOAT8
 from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged, merged_trace
 from micronet_eval.opening import Opened, formulas, open_submission
@@ -70,7 +73,11 @@ class PathCost(BaseModel):
 
 
 class Report(BaseModel):
-    """All that an evaluation found; its JSON is described by docs/report.schema.json."""
+    """All that an evaluation found; its JSON is described by docs/report.schema.json.
+
+    `weights_sha256` is over the values that were counted, and the same before and after they were measured; empty where
+    nothing was.
+    """
 
     model_config = ConfigDict(frozen=True)
     schema_version: int = Field(default=1, serialization_alias="schema")
@@ -92,6 +99,7 @@ class Report(BaseModel):
     coverage: Coverage
     cross_check: CrossCheck | None
     isolation: Level = "none"
+    weights_sha256: str = ""
     environment: dict[str, str]
     provenance: str
     warnings: tuple[str, ...]
@@ -170,25 +178,44 @@ def evaluate(
     """
     ruleset_of(ruleset)  # an unknown one is told before anything is opened
     root = None if data is None else Path(data)
-    opened = open_submission(folder, root, isolation)
+    with bounded(isolation.limits.evaluation, str(folder)):
+        return measured(open_submission(folder, root, isolation), root, progress, ruleset, cross_check)
+
+
+def measured(
+    opened: Opened,
+    data: Path | None = None,
+    progress: Progress | None = None,
+    ruleset: str = DEFAULT,
+    cross_check: bool = False,
+) -> Report:
+    """As `evaluate`, of a submission that is open already."""
     counted = opened.account(ruleset)  # what cannot be counted is told before anything is measured
+    weights = proof.counted(opened.trace)
     try:
-        quality = measure(opened.model, opened.task, root, opened.claimed_quality, progress)
+        quality = measure(opened.model, opened.task, data, opened.claimed_quality, progress)
         if opened.isolation != NO_CODE:
             sizes = sorted({min(BATCH, quality.examples), quality.examples % BATCH} - {0, 1})
             check_batches(opened.model, opened.task.input_shape, opened.trace, sizes)
+        if other := proof.changed(opened.model, weights):
+            raise InputError(
+                f"the model changes {other[0]!r} while it runs; what is counted has to be what is measured"
+            )
     except InputError as error:
         raise InputError(f"{opened.folder / WEIGHTS}: {error}") from error
-    except (RuntimeError, ArithmeticError, AttributeError, IndexError, TypeError, ValueError, MemoryError) as error:
-        if opened.isolation == NO_CODE:
+    except (RuntimeError, ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+        if "allocate memory" in str(error):
             raise
+        if opened.isolation == NO_CODE:
+            raise InputError(f"{opened.folder / WEIGHTS}: the model fails on the test data: {error}") from error
         raise SubmissionError(f"{opened.folder}: the model of model.py fails on the test data: {error}") from error
-    return _report_on(opened, counted, quality, ruleset, cross_check)
+    report = _report_on(opened, counted, quality, ruleset, cross_check)
+    return report.model_copy(update={"weights_sha256": proof.whole(weights.items())})
 
 
-def costs(folder: str | Path, ruleset: str = DEFAULT) -> Report:
+def costs(folder: str | Path, ruleset: str = DEFAULT, isolation: Isolation = AUTO) -> Report:
     """The report on a submission whose quality is not measured. Raises InputError where the submission is wrong."""
-    return report_on(open_submission(folder), ruleset)
+    return report_on(open_submission(folder, isolation=isolation), ruleset)
 
 
 def report_on(opened: Opened, ruleset: str = DEFAULT) -> Report:
@@ -276,10 +303,25 @@ def _report(
         cross_check=None,
         environment=_environment(),
         provenance="",
-        warnings=_wide(counted),
+        warnings=(*_not_finite(counted), *_wide(counted)),
     )
     report._counted = counted
     return report
+
+
+def _not_finite(counted: Account) -> tuple[str, ...]:
+    """Says where weights are no numbers: they are counted as any others, but no file may hold them."""
+    bad = [s.name for s in counted.stored if not s.in_code and not _is_finite(s.tensor)]
+    if not bad:
+        return ()
+    several = f"{len(bad)} tensors hold" if len(bad) > 1 else "1 tensor holds"
+    return (f"{several} NaN or infinity, the first is {bad[0]!r}; the model cannot be packed",)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.dtype in FLOAT8 else tensor).all())
 
 
 def _wide(counted: Account) -> tuple[str, ...]:

@@ -9,14 +9,22 @@ from __future__ import annotations
 import keyword
 import operator
 from collections.abc import Callable, Container, Mapping
+from math import inf
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
 
+from micronet_eval.precision import numbers
 from micronet_eval.structure import StructureError, build_layer, describe, submodule
+from micronet_eval.trace import Trace
+
+MOST_NODES = 50_000
+MOST_NUMBERS = 16
+"""Different numbers in the code of a model that no rule counts, as the bounds of a clamp; more could be its weights."""
 
 MOST_ELEMENTS = 1 << 30
 """Of one tensor; a graph that declares a larger one is refused before memory is asked for."""
@@ -65,7 +73,7 @@ class Graph(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     layers: dict[Path, dict[str, Any]]
     tensors: dict[Path, Kept]
-    nodes: list[Node] = Field(max_length=100_000)
+    nodes: list[Node] = Field(max_length=MOST_NODES)
 
 
 def _table(prefix: str, home: Any, names: str) -> dict[str, Callable[..., Any]]:
@@ -102,6 +110,24 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 
 METHODS = frozenset(f"{_OF_TENSORS} {_METHODS}".split())
 _NAMES = {id(function): name for name, function in reversed(list(FUNCTIONS.items()))}
+
+
+_OF_VALUES = (
+    "clamp clamp_min clamp_max hardtanh threshold masked_fill constant_pad_nd pow eq ne lt le gt ge remainder fmod "
+    "floor_divide lerp where elu celu softplus hardshrink softshrink full scalar_tensor fill"
+)
+_TAKE_VALUES = frozenset(f"aten.{name}" for name in _OF_VALUES.split())
+"""Operations whose whole numbers are values; those of others are sizes and places."""
+
+
+def uncounted_numbers(recorded: Trace) -> set[float]:
+    """The numbers of an executed graph that no rule counts; zero, one and infinity say nothing."""
+    found: set[float] = set()
+    for op in recorded.ops:
+        given = [a for a in tree_flatten((op.args, op.kwargs))[0] if type(a) in (int, float)]
+        values = {float(a) for a in given if type(a) is float or op.name in _TAKE_VALUES}
+        found |= values - set(map(float, numbers(op)))
+    return {number for number in found if abs(number) not in (0.0, 0.5, 1.0, inf)}
 
 
 # --- model -> data ----------------------------------------------------------------------------------------------------

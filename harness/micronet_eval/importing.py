@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from micronet_eval import packing
 from micronet_eval.errors import InputError
-from micronet_eval.files import write_whole
+from micronet_eval.files import LARGEST, check_file, locked, read_whole, write_together
+from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.merge import merged
-from micronet_eval.submission import MANIFEST, WEIGHTS, build, read_manifest, task_of, write_manifest
+from micronet_eval.submission import MANIFEST, TABLE_LIMIT, WEIGHTS, build, manifest_bytes, read_manifest, task_of
 
 
-def import_weights(folder: Path, path: Path, output: Path) -> None:
+def import_weights(folder: Path, path: Path, output: Path, isolation: Isolation = AUTO) -> None:
     """Writes the submission that the submission.toml in `folder` describes, with the weights of a state dict.
 
     The state dict has the architecture's names, or others that the architecture translates when it is loaded (by
@@ -26,18 +27,22 @@ def import_weights(folder: Path, path: Path, output: Path) -> None:
     task, architecture = task_of(manifest, folder / MANIFEST), manifest.architecture
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder; name another one to write")
-    model = build(architecture, folder / MANIFEST, weights=True)
+    model = build(architecture, folder / MANIFEST, True, isolation)
     load_state(model, read_state_dict(path), path, architecture.name)
     example = torch.zeros(1, *task.input_shape)
     try:
-        packed = packing.pack(merged(model, example), build(architecture, folder / MANIFEST), example)
+        plain = build(architecture, folder / MANIFEST, isolation=isolation)
+        packed = packing.pack(merged(model, example), plain, example)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     try:
-        if architecture.file is not None and output.resolve() != folder.resolve():
-            write_whole(output / architecture.file, (folder / architecture.file).read_bytes())
-        packing.write(packed, output / WEIGHTS)
-        write_manifest(output, manifest)
+        code = [] if architecture.file is None else [architecture.file]
+        with locked(output):
+            write_together(
+                output,
+                {name: read_whole(folder / name, TABLE_LIMIT) for name in code}
+                | {WEIGHTS: packing.file_bytes(packed), MANIFEST: manifest_bytes(manifest)},
+            )
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}; name another folder") from error
 
@@ -46,6 +51,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a torch.save without code (`weights_only`), by name."""
     if not path.is_file():
         raise InputError(f"{path} is missing: name a state dict, a .safetensors file or one written by torch.save")
+    check_file(path, LARGEST)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

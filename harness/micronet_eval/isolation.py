@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,7 +48,10 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a worker may use: memory and writing in bytes, processor and wall time in seconds, processes, open files."""
+    """What a worker may use: memory and writing in bytes, processor and wall time in seconds, processes, open files.
+
+    `evaluation` is how many seconds one submission may take from its opening to its report, whatever it runs.
+    """
 
     memory: int = 8 << 30
     cpu: int = 120
@@ -56,11 +59,12 @@ class Limits:
     processes: int = 64
     files: int = 256
     written: int = 64 << 20
+    evaluation: int = 24 * 3600
 
     @classmethod
     def parse(cls, text: str) -> Limits:
         """Reads `memory=4G,wall=60`; what is not named keeps its default. Raises InputError."""
-        names = [field.name for field in fields(cls)]
+        names = [limit.name for limit in fields(cls)]
         found: dict[str, int] = {}
         for part in filter(None, text.split(",")):
             name, _, value = (word.strip() for word in part.partition("="))
@@ -103,7 +107,10 @@ def bubblewrap() -> str | None:
     if found is None or not sys.platform.startswith("linux"):
         return None
     tried = [found, *_namespaces(), *_system(), *_scratch(1 << 20), "true"]
-    works = subprocess.run(tried, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=20)
+    try:
+        works = subprocess.run(tried, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
     return found if works.returncode == 0 else None
 
 
@@ -253,43 +260,64 @@ def _how(status: int) -> str:
     return f"ended without a model, with exit status {status}"
 
 
-def _watch(pid: int, limits: Limits) -> None:
-    """Raises _Ended where a worker and all that it started are too many, or too large together. Linux only."""
-    family = _family(pid)
-    if len(family) > limits.processes:
-        raise _Ended(f"started more than {limits.processes} processes (--limits processes)")
-    if sum(family.values()) > limits.memory:
-        raise _Ended("used more memory than it may (--limits memory)")
+@dataclass(frozen=True)
+class _Process:
+    """A running process; number and start together name it for ever, its number alone may be used again."""
+
+    number: int
+    started: int
+    parent: int = field(compare=False)
+    session: int = field(compare=False)
+    memory: int = field(compare=False)
 
 
-def _family(pid: int) -> dict[int, int]:
-    """Process -> bytes in memory, of a worker, its descendants, and all in its session."""
-    parents, sizes, family = dict[int, int](), dict[int, int](), {pid}
+def _processes() -> list[_Process]:
+    """All that can be seen and are not dead. Linux only; elsewhere there are none."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):
             words = entry.read_text(errors="replace").rpartition(")")[2].split()
-            number = int(entry.parent.name)
-            parents[number], sizes[number] = int(words[1]), int(words[21]) * os.sysconf("SC_PAGE_SIZE")
-            if int(words[3]) == pid:
-                family.add(number)
-    grown = True
-    while grown:
-        more = {child for child, parent in parents.items() if parent in family} - family
+            if words[0] not in "ZX":
+                memory = int(words[21]) * os.sysconf("SC_PAGE_SIZE")
+                found.append(_Process(int(entry.parent.name), int(words[19]), int(words[1]), int(words[3]), memory))
+    return found
+
+
+def _family(pid: int, processes: list[_Process]) -> set[_Process]:
+    """A worker, its descendants, and all in its session."""
+    family = {p for p in processes if pid in (p.number, p.session)}
+    numbers = {pid, *(p.number for p in family)}
+    while more := {p for p in processes if p.parent in numbers} - family:
         family |= more
-        grown = bool(more)
-    return {number: sizes.get(number, 0) for number in family}
+        numbers |= {p.number for p in more}
+    return family
+
+
+def _watch(pid: int, limits: Limits) -> None:
+    """Raises _Ended where a worker and all that it started are too many, or too large together. Linux only."""
+    family = _family(pid, _processes())
+    if len(family) > limits.processes:
+        raise _Ended(f"started more than {limits.processes} processes (--limits processes)")
+    if sum(process.memory for process in family) > limits.memory:
+        raise _Ended("used more memory than it may (--limits memory)")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a worker and all that it started; with bubblewrap the kernel ends the whole namespace."""
+    """Ends a worker and all that it started, and waits until none is left.
+
+    With bubblewrap the kernel ends the whole namespace, but not before this process goes on.
+    """
+    known = _family(process.pid, _processes())
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for _ in range(100):  # what has left the session, or is forking just now
-        left = _family(process.pid).keys() - {process.pid}
-        for number in left:
+    for _ in range(250):
+        running = _processes()
+        known |= _family(process.pid, running)  # what has left the session, or was forking just now
+        left = known & set(running)
+        for one in left:
             with suppress(OSError):
-                os.kill(number, signal.SIGKILL)
+                os.kill(one.number, signal.SIGKILL)
         if not left:
             break
         time.sleep(TICK)
@@ -310,7 +338,7 @@ def _restrict(limits: Limits, level: str) -> None:
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     if level != "none":
-        os.nice(10)  # whoever watches comes first
+        os.nice(10)  # whoever watches comes first: else a fork bomb is faster than its end
     for name, value in (
         ("RLIMIT_AS", limits.memory),
         ("RLIMIT_CPU", limits.cpu),

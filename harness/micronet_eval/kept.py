@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from micronet_eval.errors import InputError
@@ -28,10 +29,11 @@ class Kept:
         mark = folder / "recipe.sha256"
         if resume and not mark.exists():
             raise InputError(f"{folder} is not there: nothing was kept that could be resumed; run without --resume")
-        if resume and mark.read_text() != digest:
+        if resume and mark.read_bytes() != digest.encode():
             raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
         if not resume:
-            self.remove()
+            if team().first and folder.exists():
+                shutil.rmtree(folder)
             self.mark(folder, recipe)
         team().wait()
 
@@ -45,11 +47,18 @@ class Kept:
     def step(self, number: int) -> Step | None:
         """The step that a stage came to, if it was run before."""
         path = self.folder / f"{number}.json"
-        return Step.model_validate_json(path.read_text()) if path.exists() else None
+        try:
+            return Step.model_validate_json(path.read_bytes()) if path.exists() else None
+        except ValidationError as error:
+            raise InputError(f"{path} is damaged; run without --resume") from error
 
     def weights(self, number: int) -> dict[str, Tensor]:
         """All parameters and buffers after a stage."""
-        saved: dict[str, Tensor] = torch.load(self.folder / f"{number}.pt", weights_only=True)
+        path = self.folder / f"{number}.pt"
+        try:
+            saved: dict[str, Tensor] = torch.load(path, weights_only=True)
+        except Exception as error:  # a damaged file makes torch raise many kinds
+            raise InputError(f"{path} is damaged or missing; run without --resume") from error
         return saved
 
     def epochs(self, number: int) -> Path:

@@ -10,9 +10,11 @@ from pathlib import Path
 from torch import nn
 
 from micronet_eval import packing, plugins
+from micronet_eval.bounds import bounded
 from micronet_eval.conditional import exact_shares
 from micronet_eval.costs import Formula
 from micronet_eval.errors import InputError
+from micronet_eval.graph import MOST_NUMBERS, uncounted_numbers
 from micronet_eval.isolation import AUTO, NO_CODE, Isolation, Level
 from micronet_eval.language import Shares, Steps, cutoffs_of, example_input, per_token, shares_of_clusters, steps
 from micronet_eval.merge import merged
@@ -31,6 +33,8 @@ from micronet_eval.trace import Example, Trace, trace, trace_each
 class Opened:
     """A submission ready to be counted: the model as it was unpacked, batch norm merged, and its trace.
 
+    `isolation` is the level that the submission's own code was run at, `how` what was asked for.
+
     Of a language model the trace is that of `steps`, and `clusters` says which share of the tokens lies in each cluster
     of the vocabulary (None: unknown); `remark` tells where that was not measured.
     """
@@ -42,6 +46,7 @@ class Opened:
     example: Example
     trace: Trace
     isolation: Level = NO_CODE
+    how: Isolation = AUTO
     steps: Steps | None = None
     clusters: Shares | None = None
     remark: str = ""
@@ -93,6 +98,11 @@ def open_submission(folder: str | Path, data: Path | None = None, isolation: Iso
     the submission's own code is run, where it has any.
     """
     folder = Path(folder)
+    with bounded(isolation.limits.evaluation, str(folder)):
+        return _open(folder, data, isolation)
+
+
+def _open(folder: Path, data: Path | None, isolation: Isolation) -> Opened:
     manifest = read_manifest(folder)
     where = folder / MANIFEST
     task = task_of(manifest, where)
@@ -114,8 +124,15 @@ def open_submission(folder: str | Path, data: Path | None = None, isolation: Iso
             raise InputError(f"the file lacks {len(missing)} tensors that the model uses, the first is {missing[0]!r}")
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
-    level = NO_CODE if manifest.architecture.file is None else isolation.level
-    opened = Opened(folder, manifest, task, model, example, recorded, level)
+    level = NO_CODE
+    if manifest.architecture.file is not None:
+        level = isolation.level
+        if len(hidden := sorted(uncounted_numbers(recorded))) > MOST_NUMBERS:
+            raise InputError(
+                f"{where}: field 'architecture.file': model.py has {len(hidden)} numbers in its code that are not "
+                f"counted, as {hidden[0]:.6g}; at most {MOST_NUMBERS} are possible, make the others parameters"
+            )
+    opened = Opened(folder, manifest, task, model, example, recorded, level, isolation)
     if each is None:
         return opened
     claimed = None if manifest.frequencies is None else manifest.frequencies.shares

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
-from micronet_eval.files import check_file, write_whole
+from micronet_eval.files import LARGEST, check_file, write_whole
 from micronet_eval.formats import (
     ActivationQuantizer,
     Format,
@@ -55,7 +55,6 @@ from micronet_eval.trace import Example, constant, trace
 _KEY, _KIND = "micronet-packed", {"version": 1}
 _STREAMS = ("values", "masks", "overhead", "structure")
 _STRUCTURE_LIMIT = 64 << 20  # bytes of JSON; more is a decompression bomb
-_FILE_LIMIT = 8 << 30  # bytes; a sparse file may claim any size
 _MOST_ELEMENTS = 1 << 30  # of one tensor: a mask of 1 bit can claim any number of zeros
 
 Layout = Annotated[str, StringConstraints(pattern=r"^(dense|bitmask|blocks:[1-9]\d{0,9}x[1-9]\d{0,9}|overhead|plain)$")]
@@ -376,17 +375,22 @@ def _assign(model: nn.Module, places: _Places, name: str, value: Tensor, number_
 
 
 def write(packed: Packed, path: Path) -> None:
-    """Writes the file whole or not at all; the same model gives the same bytes."""
+    """Writes the file whole or not at all."""
+    write_whole(path, file_bytes(packed))
+
+
+def file_bytes(packed: Packed) -> bytes:
+    """What the file holds; the same model gives the same bytes."""
     text = packed.structure.model_dump_json().encode()
     streams = {**packed.streams, "structure": np.frombuffer(zlib.compress(text, 9), np.uint8)}
     tensors = {name: torch.from_numpy(stream.copy()) for name, stream in streams.items()}
-    write_whole(path, save({**tensors, **packed.plain}, metadata=_metadata(streams, packed.plain)))
+    return save({**tensors, **packed.plain}, metadata=_metadata(streams, packed.plain))
 
 
 def read(path: Path) -> Packed:
     """Reads a packed file. Raises InputError where it is missing, truncated, changed, or of another kind."""
     try:
-        check_file(path, _FILE_LIMIT)
+        check_file(path, LARGEST)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             if _KEY not in metadata:

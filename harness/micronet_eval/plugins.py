@@ -84,7 +84,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence about a name that is not known, with the nearest ones that are."""
     known = list(known)
     near = difflib.get_close_matches(name, known, cutoff=0.5)
-    return f"unknown {kind} {name!a}; {'nearest' if near else 'known'}: {', '.join(near or known)}"
+    return f"unknown {kind} {name[:100]!a}; {'nearest' if near else 'known'}: {', '.join(near or known)}"
 
 
 def formulas() -> Mapping[str, Formula]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def count_correct(
     conditional = conditional_of(model)
     total = len(dataset)  # type: ignore[arg-type]
     correct = done = 0
-    for inputs, labels in DataLoader(dataset, batch_size=BATCH):
-        correct += int((model(inputs).argmax(1) == labels).sum())
+    for inputs, labels in _batches(dataset, BATCH):
+        correct += int((_classes(model(inputs), labels) == labels).sum())
         done += len(labels)
         if conditional is not None:
             taken.update(conditional.taken)
@@ -115,13 +115,42 @@ def count_correct(
     return correct, total
 
 
+def _classes(outputs: Any, labels: Tensor) -> Tensor:
+    """The class of the largest output of each example. Raises InputError where the outputs are not one row for each.
+
+    An output of another shape would be compared with the labels of other examples.
+    """
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(labels) or not outputs.shape[1]:
+        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(
+            f"the model gives {given} for {len(labels)} examples; it has to give a row of classes for each"
+        )
+    if bool(outputs.isnan().any()):
+        raise InputError("the model's outputs are not numbers")
+    return outputs.argmax(1)
+
+
+def _batches(dataset: Dataset[Any], size: int) -> Iterator[Any]:
+    """Batches of a data set, in order. Raises InputError where it cannot be read, or what reads it dies."""
+    batches = iter(DataLoader(dataset, batch_size=size))
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever a data set raises
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"the test data cannot be read: {why}; look after the folder of --data") from error
+        yield batch
+
+
 def negative_log_likelihood(
     model: nn.Module, dataset: Dataset[Any], progress: Progress | None = None
 ) -> tuple[float, int]:
     """Of a stream of tokens, in nats, and how many were predicted; the state goes on from piece to piece."""
     pieces = len(dataset)  # type: ignore[arg-type]
     loss, tokens, state = 0.0, 0, None
-    for i, (inputs, labels) in enumerate(DataLoader(dataset, batch_size=1)):
+    for i, (inputs, labels) in enumerate(_batches(dataset, 1)):
         try:
             log_probabilities, state = model(inputs, state)
         except IndexError as error:
@@ -142,6 +171,6 @@ def _chosen(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     if (largest := int(labels.max())) >= log_probabilities.shape[-1]:
         raise InputError(f"the model predicts {log_probabilities.shape[-1]:,} tokens; the data has token {largest:,}")
     off = log_probabilities.logsumexp(-1).abs().max().item()
-    if off > NORMALISED:
+    if not off <= NORMALISED:  # NaN, too
         raise InputError(f"the model returns no log-probabilities: the logarithm of their sum is {off:.3g}, not 0")
     return log_probabilities.gather(-1, labels.unsqueeze(-1))

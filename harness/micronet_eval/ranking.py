@@ -15,10 +15,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from micronet_eval.errors import InputError, SubmissionError
+from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.evaluation import Report, evaluate
+from micronet_eval.files import read_whole
+from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.quality import Progress, Quality
-from micronet_eval.submission import MANIFEST, RECIPE, Claims, Manifest, read_manifest
+from micronet_eval.submission import MANIFEST, RECIPE, TABLE_LIMIT, Claims, Manifest, read_manifest
 from micronet_eval.task import METRICS
 
 if sys.version_info >= (3, 11):
@@ -132,10 +134,16 @@ def leaderboard(*folders: str | Path, data: str | Path | None = None) -> list[Bo
     return boards([judge(name, path, root) for name, path in named(map(Path, folders)).items()])
 
 
-def judge(name: str, folder: Path, data: Path | None = None, progress: Progress | None = None) -> Judged:
+def judge(
+    name: str,
+    folder: Path,
+    data: Path | None = None,
+    progress: Progress | None = None,
+    isolation: Isolation = AUTO,
+) -> Judged:
     """Evaluates a submission; what is wrong with it is part of the result, and never ends the leaderboard."""
     try:
-        return judged(name, folder, evaluate(folder, data, progress))
+        return judged(name, folder, evaluate(folder, data, progress, isolation=isolation))
     except (InputError, SubmissionError) as error:
         return judged(name, folder, error)
 
@@ -147,12 +155,13 @@ def judged(name: str, folder: Path, outcome: Report | Exception) -> Judged:
     except InputError:
         manifest = None
     try:
-        recipe = (folder / RECIPE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        recipe = printable(read_whole(folder / RECIPE, TABLE_LIMIT).decode())
+    except (OSError, UnicodeDecodeError, InputError):
         recipe = ""
+    name = printable(name)
     if isinstance(outcome, Report):
         return Judged(name, manifest, outcome, recipe=recipe)
-    return Judged(name, manifest, None, str(outcome).replace(f"{folder}/", ""), recipe)
+    return Judged(name, manifest, None, printable(str(outcome).replace(f"{folder}/", "")), recipe)
 
 
 # --- ranking ----------------------------------------------------------------------------------------------------------

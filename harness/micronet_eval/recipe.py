@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from micronet_eval import packing, plugins
 from micronet_eval.errors import InputError
-from micronet_eval.files import write_whole
+from micronet_eval.files import locked, write_together
 from micronet_eval.importing import load_state, read_state_dict
 from micronet_eval.kept import KEPT, Kept
 from micronet_eval.language import example_input
@@ -52,6 +53,7 @@ from micronet_eval.scoring import score as score_of
 from micronet_eval.strategy import Context, Strategy
 from micronet_eval.structure import copied
 from micronet_eval.submission import (
+    MANIFEST,
     RECIPE,
     WEIGHTS,
     Architecture,
@@ -62,8 +64,8 @@ from micronet_eval.submission import (
     Step,
     Table,
     build,
+    manifest_bytes,
     read_toml,
-    write_manifest,
 )
 from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import trace
@@ -230,18 +232,17 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
     run = begin()
     text = path.read_bytes()
     try:
-        kept = Kept(folder / KEPT, text, resume)
-        try:
-            run.all(kept)
-        except InputError:  # it would fail again
-            kept.remove()
-            raise
-        if team().first:
-            if state_dict:
-                write_whole(folder / state_dict, safetensors(_contiguous(run.model)))
-            run.write(folder)
-            write_whole(folder / RECIPE, text)
-            kept.remove()
+        with locked(folder) if team().first else nullcontext():
+            kept = Kept(folder / KEPT, text, resume)
+            try:
+                run.all(kept)
+            except InputError:  # it would fail again
+                kept.remove()
+                raise
+            if team().first:
+                state = {state_dict: safetensors(_contiguous(run.model))} if state_dict else {}
+                write_together(folder, {RECIPE: text, **state, **_written(run)})
+                kept.remove()
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
     team().wait()
@@ -249,6 +250,22 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
 
 def _contiguous(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in model.state_dict().items()}
+
+
+def _written(run: _Run) -> dict[str, bytes]:
+    """The files of the submission that a run came to; the manifest is the last."""
+    recipe, about = run.recipe, run.recipe.submission
+    packed = packing.pack(merged(run.model, run.example), build(recipe.architecture, run.path), run.example)
+    manifest = Manifest(
+        name=about.name,
+        task=recipe.task,
+        authors=about.authors,
+        architecture=recipe.architecture,
+        claims=about.claims,
+        paths=about.paths,
+        provenance=Provenance(note=about.note, data=recipe.data, steps=run.steps),
+    )
+    return {WEIGHTS: packing.file_bytes(packed), MANIFEST: manifest_bytes(manifest)}
 
 
 def trained(recipe: str, folder: Path, data: Path | None = None) -> None:
@@ -261,7 +278,11 @@ def trained(recipe: str, folder: Path, data: Path | None = None) -> None:
         path = Path(name) / "recipe.toml"
         path.write_text(recipe, encoding="utf-8")
         _Run(path, data).all(Kept(Path(name) / KEPT, recipe.encode(), resume=False))
-        (Path(name) / KEPT).rename(folder)
+        try:
+            (Path(name) / KEPT).rename(folder)
+        except OSError:
+            if not folder.exists():  # else another run was faster, with the same outcome
+                raise
 
 
 class _Run:
@@ -394,23 +415,6 @@ class _Run:
         if teacher is None:
             raise InputError("train: distill learns from the uncompressed model; compress it first, or name a teacher")
         return teacher
-
-    def write(self, folder: Path) -> None:
-        """Writes the submission."""
-        about = self.recipe.submission
-        architecture = build(self.recipe.architecture, self.path)
-        packed = packing.pack(merged(self.model, self.example), architecture, self.example)
-        manifest = Manifest(
-            name=about.name,
-            task=self.recipe.task,
-            authors=about.authors,
-            architecture=self.recipe.architecture,
-            claims=about.claims,
-            paths=about.paths,
-            provenance=Provenance(note=about.note, data=self.recipe.data, steps=self.steps),
-        )
-        packing.write(packed, folder / WEIGHTS)
-        write_manifest(folder, manifest)
 
     def _done(self, batches: int) -> None:
         self.trained += batches

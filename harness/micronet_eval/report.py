@@ -136,6 +136,8 @@ def _details(report: Report) -> Table:
         if figure.additions:
             table.add_row(Text(label, "bold"), f"{name} accumulators: {_figure(figure)}")
             label = ""
+    if storage.file_bytes is not None:
+        table.add_row(Text("isolation", "bold"), report.isolation)
     if report.freebie:
         table.add_row("", "counted as 16 bit: nothing is quantized below 16 bits (freebie)")
     for path in report.paths:
@@ -178,7 +180,7 @@ def _layers(report: Report, every: bool, width: int) -> Table:
 
 def render_modules(report: Report, modules: Sequence[ModuleCost], width: int = 80) -> RenderableType:
     """The cost of each module, children below their parents; narrow terminals show less of each."""
-    title = f"{report.submission}: what each module costs, all that runs inside of it included"
+    title = Text(f"{report.submission}: what each module costs, all that runs inside of it included")
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", overflow="fold", min_width=8)
     columns: dict[str, Callable[[ModuleCost], str]] = {

@@ -30,7 +30,8 @@ class Evidence:
 
     def norms_that_became(self, kind: type[nn.Module]) -> int:
         """The batch norms of the architecture in whose place the submission has such a module."""
-        architecture = build(self.opened.manifest.architecture, self.opened.folder / MANIFEST)
+        where = self.opened.folder / MANIFEST
+        architecture = build(self.opened.manifest.architecture, where, isolation=self.opened.how)
         paths = [path for path, module in architecture.named_modules() if isinstance(module, _BatchNorm)]
         return sum(isinstance(submodule(self.opened.model, path), kind) for path in paths)
 

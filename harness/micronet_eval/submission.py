@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError, hidden, printable
-from micronet_eval.files import check_file, write_whole
+from micronet_eval.files import check_file
 from micronet_eval.isolation import AUTO, Isolation, graph_of_file
 
 if sys.version_info >= (3, 11):
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MANIFEST, WEIGHTS, RECIPE = "submission.toml", "weights.safetensors", "recipe.toml"
 TABLE_LIMIT = 1 << 20  # bytes of a TOML file
 MOST_DOTS = 100  # in a line, beside those of numbers: time to read a dotted key grows with the square of its length
+MOST_FAULTS = 10  # that are told of one file
 LARGEST_EXPONENT = 30  # of a number in a TOML file: an exact fraction of 1e999999999 takes hours
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -149,7 +150,10 @@ def read_toml(path: Path, model: type[Model]) -> Model:
     try:
         return model.model_validate(read_table(path, Decimal))
     except ValidationError as error:
-        raise InputError("\n".join(_fault(path, fault) for fault in error.errors())) from error
+        faults = error.errors()
+        told = [_fault(path, fault) for fault in faults[:MOST_FAULTS]]
+        more = [f"{path}: {len(faults) - MOST_FAULTS:,} more"] if len(faults) > MOST_FAULTS else []
+        raise InputError("\n".join(told + more)) from error
 
 
 def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, Any]:
@@ -180,7 +184,12 @@ def _bounded(digits: str) -> str:
 
 
 def _check_text(item: Any, path: Path) -> None:
-    """Raises InputError where a key or a text has characters that a terminal would obey instead of showing."""
+    """Raises InputError where a key or a text has characters that a terminal would obey instead of showing.
+
+    Raises ValueError where a whole number is too large: those with a fraction are bounded as they are read.
+    """
+    if isinstance(item, int) and abs(item) > 10**LARGEST_EXPONENT:
+        raise ValueError(f"the number {str(item)[:20]} is too large")
     if isinstance(item, dict):
         item = [*item, *item.values()]
     if isinstance(item, list):
@@ -191,9 +200,15 @@ def _check_text(item: Any, path: Path) -> None:
 
 
 def _fault(path: Path, fault: Any) -> str:
-    field = ".".join(str(part) for part in fault["loc"])
+    field, told = faults_of(fault)
+    return f"{path}: {field}: {told}"
+
+
+def faults_of(fault: Any) -> tuple[str, str]:
+    """The field that a fault of pydantic is about, and what is wrong, with the mend."""
+    field = ".".join(str(part) for part in fault["loc"])[:200]
     mend = {"missing": "add this field", "extra_forbidden": "remove it or mend its spelling"}.get(fault["type"])
-    return f"{path}: field {field!r}: {fault['msg']}{f' ({mend})' if mend else ''}"
+    return f"field {field!r}", f"{fault['msg']}{f' ({mend})' if mend else ''}"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -212,12 +227,12 @@ def task_of(manifest: Manifest, source: Path) -> Task:
     return task
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes submission.toml."""
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The text of submission.toml."""
     data = manifest.model_dump(exclude_none=True, exclude_defaults=True)
     which = "name" if manifest.architecture.file is None else "file"
     data["architecture"] = {which: manifest.architecture.name, **manifest.architecture.options}
-    write_whole(folder / MANIFEST, tomli_w.dumps(data).encode())
+    return tomli_w.dumps(data).encode()
 
 
 def build(architecture: Architecture, source: Path, weights: bool = False, isolation: Isolation = AUTO) -> nn.Module:

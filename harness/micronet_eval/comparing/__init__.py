@@ -30,6 +30,7 @@ from micronet_eval.comparing.running import Executor, Watch, executor_of, result
 from micronet_eval.comparing.showing import render
 from micronet_eval.comparing.table import COLUMNS, ORDERS, Row, chosen, flat, rows, sorted_rows, written
 from micronet_eval.errors import InputError
+from micronet_eval.isolation import AUTO, Isolation
 
 OneOrMore = str | Sequence[str]
 
@@ -101,6 +102,7 @@ def compare(
     data: str | Path | None = None,
     sort: str = "given",
     columns: OneOrMore | None = None,
+    isolation: Isolation = AUTO,
     live: Callable[[int], AbstractContextManager[Watch]] = lambda total: nullcontext(lambda results, running: None),
 ) -> Comparison:
     """Lays strategies side by side: a grid of them on one trained network, recipes, submissions.
@@ -109,7 +111,8 @@ def compare(
     each written `name:option=value,value`; every pruner is tried with every sparsifier and every quantizer.
     `fine_tune` are the options of the training behind each. `results` is a SQLite file: what is in there is not run
     again. `executor` says where to run, so many `workers` at a time (None: one a processor). `sort` is a column or
-    `given`, `columns` are those of the table. `live` gets the number of jobs and watches over them.
+    `given`, `columns` are those of the table. `isolation` is for submissions' own code. `live` gets the number of jobs
+    and watches over them.
 
     Raises InputError where there is nothing to compare, or where a strategy, option, executor or column is unknown.
     A job that fails is a row with its reason.
@@ -117,7 +120,7 @@ def compare(
     shown = None if columns is None else tuple(chosen(columns))
     sorted_rows((), sort)  # what is unknown is told before anything runs
     root, store = None if data is None else Path(data), Path(results)
-    todo = [job for path in paths for job in jobs_at(Path(path), seeds, root)]
+    todo = [job for path in paths for job in jobs_at(Path(path), seeds, root, isolation)]
     kinds: dict[plugins.Kind, OneOrMore] = {"pruner": pruners, "sparsifier": sparsifiers, "quantizer": quantizers}
     cells = grid([[c for text in _several(texts) for c in parse(kind, text)] for kind, texts in kinds.items()])
     if cells and on is None:

@@ -12,7 +12,8 @@ import tomli_w
 
 from micronet_eval import plugins
 from micronet_eval.comparing.jobs import Job
-from micronet_eval.errors import InputError
+from micronet_eval.errors import InputError, printable
+from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.submission import read_table
 
 Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
@@ -107,16 +108,16 @@ def jobs_of(
     return found
 
 
-def jobs_at(path: Path, seeds: int, data: Path | None) -> list[Job]:
+def jobs_at(path: Path, seeds: int, data: Path | None, isolation: Isolation = AUTO) -> list[Job]:
     """A job for each seed of a recipe, or one for a submission's folder. Raises InputError where it is neither."""
     root = None if data is None else str(data)
     if path.is_dir():
-        return [Job(name=path.resolve().name, folder=str(path), data=root)]
+        return [Job(name=printable(path.resolve().name), folder=str(path), data=root, isolation=isolation)]
     try:
         recipe = read_table(path)
     except InputError as error:
         raise InputError(f"{path} is no submission's folder and no recipe: {error}") from error
-    name = path.stem if path.stem != "recipe" else path.resolve().parent.name
+    name = printable(path.stem if path.stem != "recipe" else path.resolve().parent.name)
     return [Job(name, seed, tomli_w.dumps(_seeded(recipe, seed)), data=root) for seed in range(seeds)]
 
 

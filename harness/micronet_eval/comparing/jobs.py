@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -12,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from micronet_eval.errors import InputError, SubmissionError
+from micronet_eval.files import digest
+from micronet_eval.isolation import AUTO, Isolation
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,16 @@ class Job:
     data: str | None = None
     kept: str = ""
     """Where bases are kept between jobs."""
+    isolation: Isolation = AUTO
+    """How the code of a submission is run."""
 
     @property
     def key(self) -> str:
         """What the result depends on: the recipe or the submission's bytes, and the version of the program."""
-        digest = hashlib.sha256(self.recipe.encode())
+        whole = hashlib.sha256(self.recipe.encode())
         for path in sorted(Path(self.folder).glob("*")) if self.folder else ():
-            digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
-        return f"{digest.hexdigest()[:32]}-{self.seed}-{version('micronet-eval')}"
+            whole.update(os.fsencode(path.name) + digest(path))
+        return f"{whole.hexdigest()[:32]}-{self.seed}-{version('micronet-eval')}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def run(job: Job) -> Result:
     data = None if job.data is None else Path(job.data)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            report = evaluate(job.folder or _made(job, Path(folder), data), data)
+            report = evaluate(job.folder or _made(job, Path(folder), data), data, isolation=job.isolation)
         except (InputError, SubmissionError) as error:
             told = str(error).replace(f"{folder}/", "")
             return Result(job.name, job.seed, error=told, seconds=time.perf_counter() - start)

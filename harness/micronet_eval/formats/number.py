@@ -350,9 +350,11 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
     """
     kind, _, rest = spec.partition(":")
     fields = rest.split(":")
+    if len(spec) > LONGEST_SPEC or not spec.isascii():
+        raise OffGrid(f"no number format {spec[:LONGEST_SPEC]!a}; known: {', '.join((*_SPECS, *_PLAIN))}")
     if spec in _PLAIN:
         return Plain(spec)
-    if kind == "signs":
+    if kind == "signs" and not rest.startswith("signs:"):
         return Signs(format_of(rest, shape, read))
     if kind == "fixed-point" and rest.isdecimal():
         FixedPoint(int(rest), 0)  # checks the bits
@@ -368,12 +370,13 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
         scales = Plain("float32").decode(read(count, 32))
         if len(fields) == 3:
             return Affine(low, high, blocks, scales)
-        width = bits_of_range(low, high)
+        width = Affine(low, high, blocks, scales).code_bits  # checks the bits
         zeros = read(count, width)
         return Affine(low, high, blocks, scales, _sign_extend(zeros, width) if low < 0 else zeros)
     raise OffGrid(f"no number format {spec!r}; known: {', '.join((*_SPECS, *_PLAIN))}")
 
 
+LONGEST_SPEC = 200
 _AFFINE = re.compile(r"-?\d+:-?\d+:\d+(x\d+)*(:zeros)?")
 _SPECS = (
     "fixed-point:BITS", "signed:BITS:DTYPE", "unsigned:BITS:DTYPE", "affine:LOW:HIGH:BLOCKS", "signs:FORMAT",

@@ -1,0 +1,318 @@
+"""Files of strangers: what is no submission, what hides in one, what a terminal or a browser would obey."""
+
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from conftest import OWN_MANIFEST
+
+from micronet_eval import packing
+from micronet_eval.errors import InputError, printable
+from micronet_eval.evaluation import evaluate, score
+from micronet_eval.formats.number import OffGrid, format_of
+
+TOO_LARGE = b'{"values":{"dtype":"U8","shape":[9876543210],"data_offsets":[0,9876543210]}}'
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.attack("a pickle bomb under every name that is read", "refused, never loaded")
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "submission.toml", "recipe.toml", "state.pt", "state.safetensors"]
+)
+def test_a_pickle_under_any_name_is_not_loaded(submission, run, tmp_path, name):
+    (submission / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    words = {"recipe.toml": ("compress", submission / name, "-o", tmp_path / "out")}
+    if name.startswith("state"):
+        words[name] = ("import", submission, submission / name, "-o", tmp_path / "out")
+    status, _, err = run(*words.get(name, (submission,)))
+    assert (status, err.count("\n")) == (2, 1)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.attack("a FIFO, a device, a folder, a sparse file of 1 TB, a link to itself", "refused before it is read")
+@pytest.mark.parametrize("name", ["weights.safetensors", "submission.toml"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "sparse", "loop"])
+def test_what_is_no_ordinary_file(submission, run, name, kind):
+    path = submission / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.attack("model.py is a link", "refused")
+@pytest.mark.parametrize("link", ["/etc/passwd", "../model.py"])
+def test_a_model_that_is_a_link(own, run, tmp_path, link):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").rename(tmp_path / "model.py")
+    (folder / "model.py").symlink_to(link)
+    status, _, err = run(folder)
+    assert status == 2
+    assert "no ordinary file" in err
+
+
+@pytest.mark.attack("model.py by `..` or an absolute path", "refused")
+@pytest.mark.parametrize("name", ["../model.py", "/etc/passwd", "model.py\\u0000", "other.py"])
+def test_a_model_somewhere_else(own, run, tmp_path, name):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "submission.toml").write_text(OWN_MANIFEST.replace("model.py", name))
+    status, _, err = run(folder)
+    assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.attack("a safetensors header that promises more than there is", "refused")
+@pytest.mark.parametrize(
+    "data",
+    [
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (90).to_bytes(8, "little") + TOO_LARGE.ljust(90),
+        (100_002).to_bytes(8, "little") + b"[" * 100_002,
+        b"",
+    ],
+    ids=["length", "tensor", "nesting", "empty"],
+)  # fmt: skip
+def test_headers_that_promise_too_much(submission, run, data):
+    (submission / "weights.safetensors").write_bytes(data)
+    status, _, err = run(submission)
+    assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.attack("a mask that claims billions of zeros", "refused: at most 2^30 elements")
+def test_a_tensor_of_more_elements_than_memory(submission):
+    packed = packing.read(submission / "weights.safetensors")
+    large = {"type": "Linear", "in_features": 1 << 20, "out_features": 1 << 20}
+    structure = packing.Structure(layers={"": large}, tensors=[("0.weight", "fixed-point:4", "bitmask")])
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match="elements; at most"):
+        packing.unpack(packing.Packed(structure.model_copy(update={"layers": {"0": large}}), packed.streams, {}), model)
+
+
+@pytest.mark.attack("TOML nested too deep, with endless numbers, with control characters", "refused, with the place")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = " + "[" * 100_000, "no valid TOML"),
+        ("a." * 50_000 + "b = 1", "more than 100 dots"),
+        ("1." * 50_000 + "b = 1", "more than 100 dots"),
+        ("a = " + "1" * 10_000, "no valid TOML"),
+        ("[claims]\nscore = 1e999999999", "too large, too small, or too long"),
+        ("[frequencies]\nclusters = [1e-999999999]", "too large, too small, or too long"),
+        ('note = "\\u001b]0;owned\\u0007"', "control character U+001B"),
+        ('note = "\\u202eevil"', "control character U+202E"),
+        ('"\\u009bkey" = 1', "control character U+009B"),
+    ],
+)
+def test_toml_that_bombs_or_hides(submission, run, text, message):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text() + "\n" + text)
+    status, out, err = run(submission)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err) < 200_000
+
+
+@pytest.mark.attack("look-alike letters in a name", "unknown; the message prints their codes")
+def test_a_name_that_looks_like_another(submission, run):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text().replace("digits", "dіgits"))  # Cyrillic
+    status, _, err = run(submission)
+    assert status == 2
+    assert r"'d\u0456gits'" in err
+
+
+def test_printable_leaves_the_languages_of_the_world_alone():
+    assert printable("Zoë 李 \n") == "Zoë 李 \n"
+    assert printable("\x1b\x9b\u200e\ud800") == r"\x1b\x9b\u200e\ud800"
+
+
+@pytest.mark.attack("payloads of NaN", "refused")
+@pytest.mark.parametrize("bits", [0x7FC01234, 0xFFC00001, 0x7F800000])
+def test_payloads_of_nan(bits):
+    plain = torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        _unpacked(plain)
+
+
+@pytest.mark.attack("negative zeros, denormals", "the sign is lost; counted as the bits that they take")
+@pytest.mark.parametrize(("bits", "kept"), [(-(1 << 31), 0), (1, 1), (0x807FFF, 0x807FFF)])
+def test_negative_zero_loses_its_sign_and_denormals_are_counted(bits, kept):
+    plain = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert _unpacked(plain).view(torch.int32).item() == kept
+
+
+def _unpacked(plain):
+    structure = packing.Structure(tensors=[("weight", "float32", "plain")])
+    streams = dict.fromkeys(("values", "masks", "overhead"), torch.zeros(0, dtype=torch.uint8).numpy())
+    packed = packing.Packed(structure, streams, {"weight": plain.view(1, 1)})
+    return packing.unpack(packed, torch.nn.Linear(1, 1, bias=False)).weight.detach()
+
+
+@pytest.mark.attack("the same as recipe.toml, or under any other name", "not read; the evaluation goes on")
+@pytest.mark.parametrize("kind", ["pipe", "sparse", "device", "loop", "many"])
+def test_what_lies_beside_a_submission(submission, run, tmp_path, kind):
+    for name in ("recipe.toml", "other"):
+        path = submission / name
+        path.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "sparse":
+            with path.open("wb") as file:
+                file.truncate(1 << 40)
+        elif kind in ("device", "loop"):
+            path.symlink_to("/dev/zero" if kind == "device" else path)
+        else:
+            for i in range(10_000):
+                (submission / f"file{i}").touch()
+            break
+    assert run(submission)[0] == 1  # the threshold is missed, nothing else
+    assert run("leaderboard", submission, "--html", tmp_path / "site")[0] == 0
+    assert run("compare", submission, "--results", tmp_path / "results", "--executor", "here")[0] == 0
+
+
+@pytest.mark.attack("a state dict that is a FIFO, a sparse file, a zip bomb", "refused")
+@pytest.mark.parametrize("name", ["state.pt", "state.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "sparse", "zip"])
+def test_state_dicts_that_bomb(submission, run, tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        torch.save({"0.weight": torch.zeros(8)}, tmp_path / "small.pt")
+        with zipfile.ZipFile(tmp_path / "small.pt") as small, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+            for entry in small.namelist():
+                bomb.writestr(entry, small.read(entry) if "data/" not in entry else bytes(1 << 28))
+    status, out, err = run("import", submission, path, "-o", tmp_path / "out")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.attack("a .pt2 file, with or without custom operations", "refused unread: no command opens one")
+def test_exported_programs_are_not_opened(run, tmp_path):
+    (tmp_path / "bomb.pt2").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    for words in (["count", tmp_path / "bomb.pt2", "--input", "1x3x8x8"], [tmp_path / "bomb.pt2"]):
+        assert run(*words)[0] == 2
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.attack("TOML with a key of 1 MB, or 50,000 unknown keys", "refused in a message of a few lines")
+@pytest.mark.parametrize("text", ["k" * 1_000_000 + " = 1", "\n".join(f"k{i} = 1" for i in range(50_000))])
+def test_messages_stay_short(submission, run, text):
+    manifest = submission / "submission.toml"
+    manifest.write_text(text + "\n" + manifest.read_text())
+    status, out, err = run(submission)
+    assert (status, out) == (2, "")
+    assert len(err) < 5_000
+    assert "Extra inputs are not permitted" in err
+
+
+ESCAPES = "\x1b[31m[bold]\u202e\x9b=1"
+
+
+@pytest.mark.attack("terminal escapes, markup and turned directions in the name of a folder", "printed as escapes")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "F"], ["evaluate", "F", "F"], ["evaluate", "F", "--format", "csv"],
+        ["evaluate", "F", "--format", "markdown"], ["evaluate", "F", "--format", "json"],
+        ["evaluate", "F", "--cross-check"], ["check", "F", "--junit", "J", "--summary", "S"], ["compare", "F"],
+        ["compare", "F", "--format", "csv"], ["leaderboard", "F", "--html", "H"],
+        ["leaderboard", "F", "--format", "csv"],
+        ["leaderboard", "F", "--format", "markdown"], ["explain", "F", "0"], ["explain", "F", "nowhere"],
+        ["diff", "F", "F"],
+        ["rules", "F"], ["validate", "F"], ["validate", "F", "--format", "json"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_names_that_a_terminal_obeys(submission, run, tmp_path, words):
+    folder = submission.rename(submission.with_name(ESCAPES))
+    short = {"F": folder, "J": tmp_path / "junit", "S": tmp_path / "summary", "H": tmp_path / "site"}
+    more = ["--results", tmp_path / "results", "--executor", "here"] if words[0] == "compare" else []
+    _, out, err = run(*(short.get(word, word) for word in words), *more)
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".html", "") and path.is_file()
+               and tmp_path / "results" != path and folder not in path.parents]  # fmt: skip
+    for text in (out, err, *written):
+        assert not {"\x1b", "\u202e", "\x9b"} & set(text)
+    assert "Traceback" not in err
+
+
+MARKUP = "<img src=x onerror=alert(1)>[/nope][red]"
+
+
+@pytest.mark.attack("HTML and markup in every text of a submission", "shown as text")
+def test_texts_that_a_browser_or_a_console_obeys(submission, run, tmp_path):
+    read = tomllib.loads((submission / "submission.toml").read_text())
+    read["name"], read["authors"], read["provenance"]["note"] = MARKUP, [MARKUP], MARKUP
+    for step in read["provenance"]["steps"]:
+        step["stage"] = MARKUP
+    (submission / "submission.toml").write_text(tomli_w.dumps(read))
+    (submission / "recipe.toml").write_text(f"# {MARKUP}")
+    bad = shutil.copytree(submission, tmp_path / "<img src=x onerror=alert(1)>")
+    (bad / "weights.safetensors").unlink()
+    status, _, err = run("leaderboard", submission, bad, "--html", tmp_path / "site")
+    assert status == 0, err
+    assert "[/nope][red]" in run(submission)[1]
+    pages = [path.read_text() for path in (tmp_path / "site").rglob("*.html")]
+    assert len(pages) == 3
+    for page in pages:
+        assert "<img" not in page
+        assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_a_notebook_shows_names_as_text(submission):
+    folder = submission.rename(submission.with_name("<img src=x onerror=alert(1)>"))
+    assert "<img" not in evaluate(folder)._repr_html_()
+
+
+@pytest.mark.attack("number formats nested or long without end", "refused")
+@pytest.mark.parametrize(
+    "spec",
+    ["signs:" * 5_000 + "int8", "fixed-point:" + "9" * 5_000, "affine:0:" + "9" * 60 + ":1x1:zeros",
+     "codebook:" + "9" * 30,
+     "fixed-point:\u0668"],
+)  # fmt: skip
+def test_formats_without_end(spec):
+    reader = packing._BitReader(np.zeros(8, np.uint8))
+    with pytest.raises(OffGrid):
+        format_of(spec, (1, 1), lambda count, width: torch.from_numpy(reader.read(count, width)))
+
+
+@pytest.mark.attack("weights that are no numbers, in a model that is only counted", "counted, with a warning")
+def test_a_count_warns_of_weights_that_are_no_numbers():
+    layer = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    assert score(layer, torch.zeros(1, 2)).warnings == (
+        "1 tensor holds NaN or infinity, the first is 'weight'; the model cannot be packed",
+    )
+    assert score(torch.nn.Linear(2, 2), torch.zeros(1, 2)).warnings == ()
