@@ -232,7 +232,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
 
 def quiet(graph_module: fx.GraphModule) -> fx.GraphModule:
     """The same module, which leaves it to whoever catches an error to tell it: torch.fx would print the code, too."""
-    type(graph_module).__call__ = nn.Module.__call__  # type: ignore[method-assign, assignment]
+    type(graph_module).__call__ = nn.Module.__call__  # type: ignore[method-assign]
     return graph_module
 
 
