@@ -424,8 +424,8 @@ def test_an_evaluation_without_end(submission, run):
 def test_a_model_that_needs_more_memory_than_there_is(own, run, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_AS)
     folder = shutil.copytree(own, tmp_path / "own")
-    doubled = "y = x.repeat(1, 1 << 20, 16, 1)\n        "
-    grown = MODEL.replace(LAST, f"{doubled}{LAST} + y.mean()")
+    squared = "y = x.view(-1, 1) @ x.view(1, -1)\n        y = y.view(-1, 1) @ y.view(1, -1)\n        "
+    grown = MODEL.replace(LAST, f"{squared}{LAST} + y.mean()")
     (folder / "model.py").write_text(grown)
     status, out, err = run(folder)
     assert (status, out, err.count("\n")) == (3, "", 1)
