@@ -362,7 +362,7 @@ def test_numbers_that_are_multiplied_or_added_are_stored(own, tmp_path):
 
 @pytest.mark.attack("hides weights in bounds, paddings and comparisons", "refused: at most 16 such numbers")
 def test_numbers_that_no_rule_counts(tmp_path):
-    def clamped(many):
+    def clamped(many):  # two numbers each
         clamps = "".join(f".clamp(min={-0.31 - i}, max={0.37 + i})" for i in range(many))
         return MODEL.replace(LAST, f"return self.head(x.view(x.shape[0], -1)){clamps}")
 
@@ -424,8 +424,8 @@ def test_an_evaluation_without_end(submission, run):
 def test_a_model_that_needs_more_memory_than_there_is(own, run, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_AS)
     folder = shutil.copytree(own, tmp_path / "own")
-    doubled = "y = x\n        for i in range(30): y = torch.cat([y, y], 1)\n        "
-    grown = MODEL.replace(LAST, f"{doubled}{LAST} + y.mean()")
+    squared = "y = x.view(-1, 1) @ x.view(1, -1)\n        y = y.view(-1, 1) @ y.view(1, -1)\n        "
+    grown = MODEL.replace(LAST, f"{squared}{LAST} + y.mean()")
     (folder / "model.py").write_text(grown)
     status, out, err = run(folder)
     assert (status, out, err.count("\n")) == (3, "", 1)

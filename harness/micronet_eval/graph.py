@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from micronet_eval.precision import numbers
-from micronet_eval.structure import StructureError, build_layer, describe, submodule
+from micronet_eval.structure import StructureError, build_layer, describe, quiet, submodule
 from micronet_eval.trace import Trace
 
 MOST_NODES = 50_000
@@ -224,7 +224,7 @@ def model_of(graph: Graph) -> fx.GraphModule:
                 owner.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
             else:
                 owner.register_buffer(name, tensor)
-        return fx.GraphModule(root, _fx_graph(graph), "Submitted").eval()
+        return quiet(fx.GraphModule(root, _fx_graph(graph), "Submitted")).eval()
     except StructureError:
         raise
     except Exception as error:  # a graph that a worker made up fails in torch.fx in many ways

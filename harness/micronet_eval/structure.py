@@ -227,7 +227,13 @@ def traced(model: nn.Module) -> fx.GraphModule:
         graph = _Tracer().trace(model)
     except Exception as error:  # fx raises many kinds, all meaning that the forward cannot be traced
         raise StructureError(f"activation quantizers need a traceable model, and this is not one: {error}") from error
-    return fx.GraphModule(model, graph, type(model).__name__)
+    return quiet(fx.GraphModule(model, graph, type(model).__name__))
+
+
+def quiet(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same module, which leaves it to whoever catches an error to tell it: torch.fx would print the code, too."""
+    type(graph_module).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+    return graph_module
 
 
 def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, ActivationQuantizer]) -> None:
@@ -247,6 +253,7 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, Activa
             quantized = graph_module.graph.call_module(path, (node,))
         node.replace_all_uses_with(quantized, lambda user, q=quantized: user is not q)
     graph_module.recompile()
+    quiet(graph_module)
 
 
 def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
