@@ -351,13 +351,13 @@ def test_weights_outside_of_the_file(own, tmp_path, hidden):
         evaluate(folder)
 
 
-@pytest.mark.attack("hides weights as numbers of its code", "each is stored: 32 bits")
+@pytest.mark.attack("hides weights as numbers of its code", "each is stored as a parameter is")
 def test_numbers_that_are_multiplied_or_added_are_stored(own, tmp_path):
     folder = shutil.copytree(own, tmp_path / "own")
     (folder / "model.py").write_text(MODEL.replace(LAST, f"{LAST} * 0.3 + 0.7"))
     before, after = evaluate(own).storage, evaluate(folder).storage
-    assert after.bits == before.bits + 2 * 32
-    assert after.code_bits == 2 * 32
+    assert after.bits == before.bits + 2 * 16  # the 16-bit freebie is theirs as well
+    assert after.code_bits == 2 * 16
 
 
 @pytest.mark.attack("hides weights in bounds, paddings and comparisons", "refused: at most 16 such numbers")
@@ -372,10 +372,12 @@ def test_numbers_that_no_rule_counts(tmp_path):
 
 
 @pytest.mark.attack("changes its weights while it is measured", "refused: a hash before and after")
-def test_weights_that_change_while_the_model_runs(tmp_path):
+def test_weights_that_change_while_the_model_runs(own, tmp_path):
     changing = MODEL.replace("* self.gain", "* self.gain.mul_(2)")
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "model.py").write_text(changing)
     with pytest.raises(InputError, match=r"the model changes 'gain' while it runs"):
-        evaluate(own_folder(tmp_path / "own", changing))
+        evaluate(folder)
 
 
 @pytest.mark.attack("behaves otherwise while it is traced", "only what was traced is ever run")
@@ -438,6 +440,7 @@ def test_a_model_that_needs_more_memory_than_there_is(own, run, tmp_path):
 )
 def test_every_command_that_opens_a_submission_asks_for_isolation(own, run, monkeypatch, tmp_path, command):
     monkeypatch.setattr(isolation, "bubblewrap", lambda: None)
+    monkeypatch.setenv("COLUMNS", "200")  # validate tells it in a table
     words = {"explain": [own, "conv"], "diff": [own, own], "import": [own, own / "state.pt", "-o", tmp_path / "out"]}
     more = {"compare": ["--results", tmp_path / "results", "--executor", "here"]}
     _, out, err = run(command, *words.get(command, [own]), *more.get(command, []), "--isolation", "required")
