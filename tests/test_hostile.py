@@ -16,7 +16,7 @@ import torch
 from conftest import MODEL, RECIPE, own_folder
 from pydantic import ValidationError
 
-from micronet_eval import isolation, quality
+from micronet_eval import bounds, isolation, quality
 from micronet_eval.batches import check_batches
 from micronet_eval.errors import InputError, SubmissionError
 from micronet_eval.evaluation import evaluate
@@ -420,6 +420,19 @@ def test_an_evaluation_without_end(submission, run):
     status, out, err = run(submission, "--limits", "evaluation=2")
     assert (status, out) == (3, "")
     assert err == f"micronet-eval: {submission}: it took more than 2 seconds (--limits evaluation)\n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_end_that_got_lost_comes_again(monkeypatch):
+    monkeypatch.setattr(bounds, "AGAIN", 0.1)
+
+    class Slow:
+        def __del__(self):  # what is raised here is only printed
+            time.sleep(1.3)
+
+    with pytest.raises(SubmissionError, match="more than 1 seconds"), bounds.bounded(1, "it"):
+        Slow()
+        time.sleep(30)
 
 
 @pytest.mark.attack("a model whose activations take more memory than there is", "one message, exit status 3")

@@ -15,6 +15,7 @@ from pathlib import Path
 from micronet_eval.errors import SubmissionError
 
 LEAST = 1 << 30  # bytes that may always be asked for
+AGAIN = 5  # seconds; what is raised while an object is deleted gets lost, so it is raised until the block has ended
 
 
 class _TooLong(BaseException):
@@ -39,7 +40,7 @@ def bounded(seconds: int, what: str) -> Iterator[None]:
         raise _TooLong
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         with _memory():
             yield
