@@ -33,7 +33,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from micronet_eval import packing
+from micronet_eval import packing, plugins
 from micronet_eval.comparing import options, parse
 from micronet_eval.errors import InputError, hidden
 from micronet_eval.formats import FixedPointQuantizer
@@ -84,6 +84,11 @@ nonzeros = 9
 mults = 8
 adds = 7
 """
+STRATEGIES: dict[plugins.Kind, bytes] = {
+    "pruner": b"magnitude:ratio=0.5,0.6,limit=0.9",
+    "sparsifier": b"magnitude:sparsity=0.5,0.6,scope=lamp",
+    "quantizer": b"fixed-point:weight_bits=4,8,activation_bits=8",
+}
 RECIPE = b"""task = "digits"
 seed = 3
 validation = 0.1
@@ -197,12 +202,11 @@ def recipe(data: bytes) -> None:
 
 def strategy(data: bytes) -> None:
     """Texts of `compare --pruner` and `--fine-tune`."""
-    text = edited(b"magnitude:ratio=0.5,0.6,limit=0.9", data).decode("utf-8", "replace")
-    for kind in ("pruner", "sparsifier", "quantizer"):
+    for kind, text in STRATEGIES.items():
         with suppress(InputError):
-            parse(kind, text)  # type: ignore[arg-type]
+            parse(kind, edited(text, data).decode("utf-8", "replace"))
     with suppress(InputError):
-        options(text)
+        options(edited(b"epochs=3,learning_rate=0.01,schedule=step", data).decode("utf-8", "replace"))
 
 
 def limits(data: bytes) -> None:
