@@ -281,6 +281,24 @@ def test_whole_blocks_go_the_smallest_first():
     assert before[gone].max() <= before[~gone].min()
 
 
+def test_dear_kernels_go_first():
+    """Kernels with |w| = 3 and 4 on average are used at 4 x 4 positions, weights 2.5 and 3 of a linear layer once."""
+    layers = (nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.tensor([3.0, 4.0]).view(2, 1, 1, 1) * torch.tensor([0.5, 1.0, 1.5] * 3).view(3, 3))
+        layers[3].weight.copy_(torch.tensor([[2.5, 3.0]]))
+    data = DataLoader(TensorDataset(torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64)))
+
+    def left(**options):
+        made = Block(rows=1, columns=0, sparsity=0.25, **options).apply(model, changed(context(), training_data=data))
+        return [made[0].weight.count_nonzero((1, 2, 3)).tolist(), made[3].weight.count_nonzero(0).tolist()]
+
+    assert left() == [[9, 9], [0, 1]]
+    assert left(scope="lamp") == [[0, 9], [1, 1]]  # 9 / (9 + 16) against 6.25 / (6.25 + 9)
+    assert left(mac_cost=1) == [[0, 9], [1, 1]]  # 9 / 17 against 6.25 / 2
+
+
 # --- by calibration data ----------------------------------------------------------------------------------------------
 
 LAYERS = [

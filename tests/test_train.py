@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SMALL
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -21,7 +22,7 @@ from micronet_eval.recipe import compress, train_only
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context
 from micronet_eval.trace import trace
-from micronet_eval.training import Training, loader, takes_channels_last, train
+from micronet_eval.training import Ensemble, Training, loader, takes_channels_last, train
 from micronet_plugins.architectures import pyramidnet
 from micronet_plugins.shake_drop import ShakeDrop, keeps
 
@@ -106,6 +107,18 @@ def test_a_network_learns_from_a_submission(trained, tmp_path, monkeypatch):
     assert evaluate(tmp_path / "made").quality.measured > 0.6
 
 
+def test_several_teachers_teach_the_mean_of_their_logits(trained, tmp_path):
+    models = nn.Linear(2, 3), nn.Linear(2, 3)
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(Ensemble(models)(x), (models[0](x) + models[1](x)) / 2)
+    made = []
+    for name, teacher in (("one", f'"{trained[0]}"'), ("two", f'["{trained[0]}", "{trained[0]}"]')):
+        stage = f"train = {{ epochs = 1, learning_rate = 0.01, distill = {{ teacher = {teacher} }} }}"
+        train_only(recipe(tmp_path / f"{name}.toml", stage), tmp_path / name)
+        made.append(load_file(tmp_path / name / "trained.safetensors"))
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())  # (x + x) / 2 is x
+
+
 def test_a_teacher_knows_the_task(trained, tmp_path):
     text = RECIPE.replace('"digits"', '"cifar100"\ndata = "noise"')
     stage = f'train = {{ epochs = 1, learning_rate = 0.01, distill = {{ teacher = "{trained[0]}" }} }}'
@@ -177,6 +190,7 @@ TOGETHER = """
 import sys
 from pathlib import Path
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 from micronet_eval.parallel import team

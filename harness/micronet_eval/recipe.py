@@ -69,7 +69,7 @@ from micronet_eval.submission import (
 )
 from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import trace
-from micronet_eval.training import Log, Training, loader, train
+from micronet_eval.training import Ensemble, Log, Training, loader, train
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
@@ -411,7 +411,8 @@ class _Run:
     def _teacher(self, training: Training) -> nn.Module | None:
         if training.distill is None:
             return None
-        teacher = self.teachers[training.distill.teacher] if training.distill.teacher else self.teacher
+        folders = training.distill.folders
+        teacher = Ensemble([self.teachers[folder] for folder in folders]) if folders else self.teacher
         if teacher is None:
             raise InputError("train: distill learns from the uncompressed model; compress it first, or name a teacher")
         return teacher
@@ -444,7 +445,7 @@ class _Run:
 def _teachers(recipe: Recipe) -> set[str]:
     """The folders of submissions that some stage learns from."""
     each = (stage.train.distill for _, stage in named_stages(recipe.stages) if stage.train is not None)
-    return {distill.teacher for distill in each if distill is not None and distill.teacher}
+    return {folder for distill in each if distill is not None for folder in distill.folders}
 
 
 def _teacher(folder: str, task: Task) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -41,12 +41,27 @@ class Distillation(Table):
     """Learns from the outputs of a teacher, too (Hinton et al. 2015, arXiv 1503.02531).
 
     loss = (1 - weight) * loss + weight * temperature^2 * KL(teacher's softmax || own softmax), both at `temperature`.
-    The teacher is the submission in a folder, or else the uncompressed model.
+    The teacher is the submission in a folder, or several, whose logits are averaged, or else the uncompressed model.
     """
 
     weight: float = Field(0.5, gt=0, le=1)
     temperature: float = Field(4.0, gt=0)
-    teacher: str = ""
+    teacher: str | tuple[str, ...] = ()
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
+
+class Ensemble(nn.Module):
+    """The mean of what several models return."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([model(x) for model in self.models]).mean(0)
 
 
 class Training(Augmentation):

@@ -90,6 +90,11 @@ def _relative(scores: Tensor) -> Tensor:
     return scores / scores.mean().clamp(min=1e-300)
 
 
+def _of_unit_norm(scores: Tensor) -> Tensor:
+    """Scores divided by their Euclidean norm: comparable between layers, as Molchanov et al. 2017 normalise."""
+    return scores / scores.norm().clamp(min=1e-300)
+
+
 class ChannelMagnitude(Channels):
     """Removes the channels with the smallest weights: the norm of all weights that would go with them.
 
@@ -113,9 +118,10 @@ def group_norm(group: Group, p: int) -> Tensor:
 class Taylor(Channels):
     """Removes the channels without which the loss would change least, to first order.
 
-    Molchanov et al. 2017, arXiv 1611.06440, and 2019, arXiv 1906.10771: the mean over batches of (sum of a x dL/da)^2,
-    a the channel where it is read. That sum is the one of w x dL/dw over the weights that read it. For trained
-    networks; a few batches are enough.
+    Molchanov et al. 2017, arXiv 1611.06440, and 2019, arXiv 1906.10771: the root of the mean over batches of (sum of
+    a x dL/da)^2, a the channel where it is read; that sum is the one of w x dL/dw over the weights that read it. Divided
+    by its Euclidean norm over the group, as in 2017: else a wide last stage goes first, whole. For trained networks; a
+    few batches are enough.
     """
 
     batches: int = Field(4, gt=0, description="batches of training data for gradients")
@@ -130,7 +136,7 @@ class Taylor(Channels):
             nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
             for group, total in zip(groups, sums, strict=True):
                 total += first_order(group).square()
-        return list(sums)
+        return [_of_unit_norm(total.sqrt()) for total in sums]
 
 
 def first_order(group: Group) -> Tensor:

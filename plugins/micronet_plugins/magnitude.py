@@ -21,6 +21,9 @@ from micronet_plugins.weights import dot_products, grouped, parametrizations_of,
 SPARSITY = Field(0.5, gt=0, lt=1, description="share of all weights of convolutions and linear layers")
 LIMIT = Field(0.95, gt=0, lt=1, description="largest share that one layer may lose")
 Scope = Literal["global", "layer", "lamp", "erk"]
+MAC_COST = Field(
+    0.0, ge=0, description="stored weights that a MAC is worth, where scope is global or lamp: dear weights go first"
+)
 SHARING = "how layers share the sparsity, as the sparsifier magnitude explains"
 
 
@@ -39,19 +42,22 @@ class Magnitude(Sparsifier):
     sparsity: float = SPARSITY
     scope: Scope = Field("global", description=SHARING)
     limit: float = LIMIT
-    mac_cost: float = Field(
-        0.0,
-        ge=0,
-        description="stored weights that a MAC is worth, where scope is global or lamp: dear weights go first",
-    )
+    mac_cost: float = MAC_COST
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         layers = list(dot_products(model).values())
-        costs = [1 + self.mac_cost * n for n in positions(model, layers, context)] if self.mac_cost else None
+        costs = costs_of(model, layers, self.mac_cost, context)
         for layer, count in zip(layers, allocated(layers, self.scope, self.sparsity, self.limit, costs), strict=True):
             zero_smallest(layer, weight_of(layer).abs(), count)
         return model
+
+
+def costs_of(model: nn.Module, layers: Sequence[nn.Module], mac_cost: float, context: Context) -> list[float]:
+    """What a weight of each layer costs, in stored weights: 1 + mac_cost x the positions where it is used."""
+    if not mac_cost:
+        return [1.0] * len(layers)
+    return [1 + mac_cost * n for n in positions(model, layers, context)]
 
 
 def positions(model: nn.Module, layers: Sequence[nn.Module], context: Context) -> list[int]:
@@ -85,9 +91,13 @@ def allocated(
     if scope == "erk":
         densities = erk_densities([dimensions(layer) for layer in layers], 1 - sparsity, 1 - limit)
         return [round((1 - d) * m.numel()) for d, m in zip(densities, magnitudes, strict=True)]
+    return zeros_by_layer(worths(magnitudes, scope, costs or [1.0] * len(layers)), sparsity, limit)
+
+
+def worths(magnitudes: Sequence[Tensor], scope: Literal["global", "lamp"], costs: Sequence[float]) -> list[Tensor]:
+    """Scores that rank over all layers: w^2, or LAMP's, by what a weight of the layer costs."""
     worth = lamp_scores if scope == "lamp" else lambda m: m.double().square()
-    costs = costs or [1.0] * len(layers)
-    return zeros_by_layer([worth(m) / cost for m, cost in zip(magnitudes, costs, strict=True)], sparsity, limit)
+    return [worth(m) / cost for m, cost in zip(magnitudes, costs, strict=True)]
 
 
 def lamp_scores(magnitudes: Tensor) -> Tensor:

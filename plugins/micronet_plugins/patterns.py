@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -13,8 +14,12 @@ from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import copied
 from micronet_plugins.magnitude import (
     LIMIT,
+    MAC_COST,
+    SHARING,
     SPARSITY,
+    costs_of,
     set_mask,
+    worths,
     zero_smallest,
     zeros_by_layer,
 )
@@ -58,24 +63,31 @@ class Block(Sparsifier):
     """Zeros whole blocks of the weight matrix, those with the smallest weights.
 
     Gray et al. 2017; Narang et al. 2017, arXiv 1711.02782. The matrix is the weight's first dimension by all others,
-    as masks are stored. A mask of blocks takes 1 bit a block, so it pays where masks weigh: at few bits a weight.
+    as masks are stored. A mask of blocks takes 1 bit a block, so it pays where masks weigh: at few bits a weight. With
+    `columns = 0` and one row a block is a kernel: what connects one input channel with one output channel.
+
+    `scope` and `mac_cost` allocate the zeros as in `magnitude`, a block's norm in the place of |w|.
     """
 
     sparsity: float = Field(0.5, gt=0, lt=1, description="share of all blocks")
     rows: int = Field(4, gt=0, description="rows of a block: values of the weight's first dimension, mostly outputs")
-    columns: int = Field(4, gt=0, description="columns of a block: inputs with their kernel positions")
+    columns: int = Field(4, ge=0, description="columns of a block: inputs with their kernel positions; 0: one kernel's")
     norm: Literal["l1", "l2"] = Field("l1", description="mean magnitude, or root of the mean square, of a block")
+    scope: Literal["global", "lamp"] = Field("global", description=SHARING)
     limit: float = LIMIT
+    mac_cost: float = MAC_COST
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         layers = list(dot_products(model).values())
-        scores = [block_norms(weight_of(layer), (self.rows, self.columns), self.norm) for layer in layers]
-        counts = zeros_by_layer([s.flatten() for s in scores], self.sparsity, self.limit)
-        for layer, score, count in zip(layers, scores, counts, strict=True):
-            kept = torch.ones(score.numel(), dtype=torch.bool)
-            kept[score.flatten().argsort(stable=True)[:count]] = False
-            set_mask(layer, elements(kept.view_as(score), (self.rows, self.columns), weight_of(layer).shape))
+        blocks = [(self.rows, self.columns or math.prod(weight_of(layer).shape[2:])) for layer in layers]
+        norms = [block_norms(weight_of(x), b, self.norm) for x, b in zip(layers, blocks, strict=True)]
+        scores = worths([norm.flatten() for norm in norms], self.scope, costs_of(model, layers, self.mac_cost, context))
+        counts = zeros_by_layer(scores, self.sparsity, self.limit)
+        for layer, block, norm, count in zip(layers, blocks, norms, counts, strict=True):
+            kept = torch.ones(norm.numel(), dtype=torch.bool)
+            kept[norm.flatten().argsort(stable=True)[:count]] = False
+            set_mask(layer, elements(kept.view_as(norm), block, weight_of(layer).shape))
         return model
 
 
