@@ -119,9 +119,9 @@ class Taylor(Channels):
     """Removes the channels without which the loss would change least, to first order.
 
     Molchanov et al. 2017, arXiv 1611.06440, and 2019, arXiv 1906.10771: the root of the mean over batches of (sum of
-    a x dL/da)^2, a the channel where it is read; that sum is the one of w x dL/dw over the weights that read it. Divided
-    by its Euclidean norm over the group, as in 2017: else a wide last stage goes first, whole. For trained networks; a
-    few batches are enough.
+    a x dL/da)^2, a the channel where it is read; that sum is the one of w x dL/dw over the weights that read it.
+    Divided by its Euclidean norm over the group, as in 2017: else a wide last stage goes first, whole. For trained
+    networks; a few batches are enough.
     """
 
     batches: int = Field(4, gt=0, description="batches of training data for gradients")
