@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -218,6 +218,34 @@ def test_products(function, shapes, expected):
     assert count(function, *shapes) == expected
 
 
+@pytest.mark.parametrize(
+    ("factors", "mults", "biased"),
+    [({}, 0, 1), ({"beta": -1, "alpha": -1}, 0, 1), ({"beta": 2}, 10, 1), ({"alpha": 0}, 10, 1), ({"beta": 0}, 0, 0)],
+)
+def test_factors_of_a_product_multiply_each_output(factors, mults, biased):
+    # 2 x 5 outputs of 4 terms; a factor that changes more than the sign is a multiplication.
+    shapes = [(2, 5), (2, 4), (4, 5)]
+    assert count(lambda c, a, b: torch.addmm(c, a, b, **factors), *shapes) == (40 + mults, 30 + 10 * biased)
+
+
+def test_batched_products_with_a_dense_constant_on_either_side():
+    # 2 x 3 x 4 outputs of 5 terms.
+    assert count(Call(lambda self, x: x @ self.m, m=ones(2, 5, 4)), (2, 3, 5)) == (120, 96)
+    assert count(Call(lambda self, x: self.m @ x, m=ones(2, 3, 5)), (2, 5, 4)) == (120, 96)
+
+
+def test_rows_that_are_dealt_to_matrices():
+    ends, narrow = torch.tensor([3, 6], dtype=torch.int32), nn.Parameter(torch.ones(2, 16, 8, dtype=torch.bfloat16))
+    dealt = Call(lambda self, x: torch._grouped_mm(x.bfloat16(), self.m, offs=ends), m=narrow)
+    assert count(dealt, (6, 16)) == (6 * 8 * 16, 6 * 8 * 15)
+    with torch.no_grad():
+        narrow[0, :8] = 0  # half of the weights of one of the matrices
+        narrow[1, :, :4] = 0  # and half of the outputs of the other
+    assert count(dealt, (6, 16)) == (6 * 64, 6 * 64 - 6 * 12 // 2)
+    both = Call(lambda self, x: torch._grouped_mm(x.bfloat16(), self.m), m=nn.Parameter(narrow.data.clone().fill_(1)))
+    assert count(both, (2, 3, 16)) == (2 * 3 * 8 * 16, 2 * 3 * 8 * 15)
+
+
 def test_bilinear_layer():
     # 2 examples x 5 outputs of 3 x 4 weights: two products a weight, 11 sums and the bias.
     assert count(dense(nn.Bilinear(3, 4, 5)), (2, 3), (2, 4)) == (10 * 24, 10 * 12)
@@ -311,6 +339,8 @@ def test_packed_sequences_are_an_error():
         (torch.isnan, 0, 1),
         (torch.remainder, 2, 1),
         (torch.hypot, 3, 1),
+        (torch.linalg.cross, 2, 1),
+        (torch.nan_to_num, 0, 3),
         (lambda x, y: torch.lerp(x, y, 0.5), 1, 2),
         (lambda x, y: torch.addcmul(x, x, y), 1, 1),
         (lambda x, y: torch.addcmul(x, x, y, value=2), 2, 1),
@@ -322,10 +352,11 @@ def test_packed_sequences_are_an_error():
     ],
 )
 def test_elementwise(function, mults, adds):
-    inputs = 2 if function in (torch.atan2, torch.maximum, torch.gt, torch.remainder, torch.hypot) else 1
+    of_two = (torch.atan2, torch.maximum, torch.gt, torch.remainder, torch.hypot, torch.linalg.cross)
+    inputs = 2 if function in of_two else 1
     if getattr(function, "__code__", None) and function.__code__.co_argcount == 2:
         inputs = 2
-    assert count(function, *[(2, 3, 4)] * inputs) == (24 * mults, 24 * adds)
+    assert count(function, *[(2, 4, 3)] * inputs) == (24 * mults, 24 * adds)
 
 
 def test_gated_linear_unit_counts_its_output():
@@ -358,6 +389,9 @@ def test_complex_numbers_are_an_error():
         (lambda x: x.argmin(1), (0, 2 * 7)),
         (lambda x: x.cumsum(1), (0, 2 * 7)),
         (lambda x: x.cumprod(1), (2 * 7, 0)),
+        (lambda x: torch.max(x, x), (0, 16)),
+        (lambda x: x.sum().cumsum(0), (0, 15)),  # nothing to add up in one number
+        (lambda x: x.t().sort()[0], (0, 16)),  # log2 2
         (lambda x: x.sort(1)[0], (0, 16 * 3)),  # log2 8
         (lambda x: x.median(1)[0], (0, 16 * 3)),
         (lambda x: x.median(), (0, 16 * 4)),
@@ -391,6 +425,14 @@ def test_folding_adds_where_windows_overlap():
 def test_rms_norm_by_hand():
     # 3 rows of 8: squares 8 and their mean 7 + 1*, epsilon 1 +, root 1, scaling 8, weight 8.
     assert count(nn.RMSNorm(8), (3, 8)) == (3 * 26, 3 * 8)
+
+
+@pytest.mark.parametrize(("weight", "each"), [(ones(8), 8), (None, 0)])
+def test_rms_norm_as_one_operation(weight, each):
+    op = SimpleNamespace(args=(torch.ones(3, 8), (8,), weight))
+    op.args[0].numel = 24  # as a traced value has it
+    cost = FORMULAS["aten._fused_rms_norm"](op)
+    assert (cost.mults, cost.adds, cost.accumulations) == (3 * (18 + each), 3, 3 * 7)
 
 
 def test_local_response_norm():
@@ -540,6 +582,11 @@ def test_a_permutation_stores_where_its_elements_come_from():
 )
 def test_what_only_looks_like_a_permutation_is_free(function):
     assert count(function, (1, 4, 3, 3)) == (0, 0)
+
+
+def test_places_beyond_a_dimension_are_no_permutation_of_it():
+    # 0 1 2 / 3 4 5 becomes 0 3 1 / 4 2 5: in the second dimension 0, 3, 1 of three.
+    assert count(lambda x: x.t().reshape(2, 3), (2, 3)) == (0, 0)
 
 
 def test_shufflenet_pays_for_its_shuffles():
