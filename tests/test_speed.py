@@ -42,7 +42,8 @@ from torch import nn
 from micronet_eval import score
 from micronet_eval.formats import FixedPointQuantizer
 before = set(sys.modules)
-model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), FixedPointQuantizer(8), nn.ReLU()).eval()
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), FixedPointQuantizer(8), nn.ReLU(),
+                      nn.AvgPool2d(2, ceil_mode=True)).eval()
 score(model, torch.zeros(1, 3, 8, 8))
 model[2](torch.ones(1))
 print(*(m for m in ("torch._dynamo", "torch._inductor", "sympy", "fvcore") if m in set(sys.modules) - before))

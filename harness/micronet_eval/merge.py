@@ -115,6 +115,7 @@ def _mergeable(
     """The paths of each batch norm that can be merged and of the layer that takes it; backward where both can."""
     runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or "batch_norm" in op.name)
     users = recorded.users
+    times = {op: time for time, op in enumerate(recorded.ops)}
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     for op in recorded.ops:
         norm = submodule(model, op.module) if "batch_norm" in op.name else None
@@ -124,6 +125,8 @@ def _mergeable(
             find = _only_source if direction == "backward" else _only_reader
             layer = find(op, users, recorded.outputs)
             if layer is None or runs[op.module] != 1 or runs[layer.module] != 1:
+                continue
+            if direction == "forward" and _is_overwritten(op.args[0], recorded, times[op], times[layer]):
                 continue
             own = model.get_submodule(layer.module)
             weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
@@ -158,6 +161,12 @@ def _only_reader(norm: Op, users: Mapping[Value, list[Op]], outputs: tuple[Value
             return None
         value = op.out
     return None
+
+
+def _is_overwritten(value: Value, recorded: Trace, norm: int, layer: int) -> bool:
+    """Whether the memory of what goes into a norm is written before a layer runs, which would then read it there."""
+    memory = recorded.buffers[value]
+    return any(recorded.buffers[written] is memory for op in recorded.ops[norm + 1 : layer] for written in op.written)
 
 
 def _can_scale(layer: nn.Module) -> bool:

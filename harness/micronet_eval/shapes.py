@@ -117,8 +117,11 @@ def _bmm(a: Tensor, b: Tensor) -> Result:
     return _empty((*a.shape[:2], b.shape[2]), a) if a.shape[::2] == b.shape[:2] else None
 
 
-def _pooled(x: Tensor, *windows: list[int]) -> list[int] | None:
-    """The shape behind a pooling by kernel, stride, padding, dilation; a single number holds for both dimensions."""
+def _pooled(x: Tensor, ceil: bool, *windows: list[int]) -> list[int] | None:
+    """The shape behind a pooling by kernel, stride, padding, dilation; a single number holds for both dimensions.
+
+    With `ceil` a last window may reach over the edge, if it begins inside.
+    """
     kernel, stride, padding, dilation = (w * 2 if len(w) == 1 else w for w in windows)
     if len(x.shape) != 4 or not _plain(x) or 0 in x.shape:
         return None
@@ -127,7 +130,8 @@ def _pooled(x: Tensor, *windows: list[int]) -> list[int] | None:
         room = n + 2 * p - d * (k - 1) - 1
         if room < 0 or 2 * p > k:
             return None
-        sizes.append(room // s + 1)
+        windows_along = (room + (s - 1) * ceil) // s + 1
+        sizes.append(windows_along - (ceil and (windows_along - 1) * s >= n + p))
     return [*x.shape[:2], *sizes]
 
 
@@ -139,7 +143,7 @@ def _average(
     ceil: bool = False,
     *more: Any,
 ) -> Result:
-    shape = None if ceil else _pooled(x, kernel, [*stride], [*padding], [1])
+    shape = _pooled(x, ceil, kernel, [*stride], [*padding], [1])
     return None if shape is None else _empty(shape, x)
 
 
@@ -147,7 +151,7 @@ def _maximum(
     x: Tensor, kernel: list[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,), ceil: bool = False,
 ) -> Result:  # fmt: skip
-    shape = None if ceil else _pooled(x, kernel, [*stride], [*padding], [*dilation])
+    shape = _pooled(x, ceil, kernel, [*stride], [*padding], [*dilation])
     return None if shape is None else (_empty(shape, x), torch.empty(shape, dtype=torch.int64, device="meta"))
 
 

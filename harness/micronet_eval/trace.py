@@ -116,6 +116,11 @@ class Op:
     def inputs(self) -> tuple[Value, ...]:
         return tuple(_leaves(self.args, Value) + _leaves(tuple(self.kwargs.values()), Value))
 
+    @property
+    def written(self) -> tuple[Value, ...]:
+        """What it writes into, as it was before."""
+        return tuple(_leaves([self.arg(*place) for place in _writes(self.func)], Value)) if self.func else ()
+
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at `position`, or by keyword `name`, or `default`."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
