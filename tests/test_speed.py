@@ -233,9 +233,9 @@ def test_zeros_are_counted_in_every_dtype_and_order(dtype):
     tensor = plain.to(dtype)
     every_other = torch.zeros(300_001).to(dtype).float()
     every_other[::2] = 1
-    assert nonzeros.count(tensor) == nonzeros.count(tensor.transpose(0, 2)) == 2
-    assert nonzeros.count(tensor[:, ::2]) == 2
-    assert nonzeros.count(every_other.to(dtype)) == 150_001
+    assert nonzeros.seen(tensor).nonzeros == nonzeros.seen(tensor.transpose(0, 2)).nonzeros == 2
+    assert nonzeros.seen(tensor[:, ::2]).nonzeros == 2
+    assert nonzeros.seen(every_other.to(dtype)).nonzeros == 150_001
     assert nonzeros.by_output(tensor, 0).tolist() == [0, 1, 0, 0, 0, 0, 1]
     assert nonzeros.by_output(tensor.permute(2, 0, 1), -1).tolist() == [0, 0, 1, 0, 1]
 
@@ -243,12 +243,24 @@ def test_zeros_are_counted_in_every_dtype_and_order(dtype):
 def test_the_least_magnitude():
     values = torch.full((300_000,), -3.0)
     values[299_999] = 1e-40
-    assert nonzeros.least(values) == pytest.approx(1e-40, rel=1e-3)
+    assert nonzeros.seen_closely(values).least == pytest.approx(1e-40, rel=1e-3)
     values[200_000:] = 0
-    assert nonzeros.least(values) == 3
-    assert nonzeros.least(torch.zeros(3)) == float("inf")
+    assert nonzeros.seen_closely(values).least == nonzeros.seen_closely(values.to(torch.bfloat16)).least == 3
+    assert nonzeros.seen_closely(torch.zeros(3)).least == float("inf")
     values[0] = float("nan")
-    assert not nonzeros.least(values) > 0
+    assert not nonzeros.seen_closely(values).least > 0
+
+
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_is_seen(number):
+    values = torch.full((300_000,), 1e30)  # the squares overflow
+    values[299_000:] = 0
+    assert nonzeros.seen(values) == nonzeros.Seen(299_000, True)
+    assert nonzeros.seen_closely(values) == nonzeros.Seen(299_000, True, pytest.approx(1e30))
+    values[250_000] = number
+    assert nonzeros.seen(values) == nonzeros.Seen(299_000, False)
+    closely = nonzeros.seen_closely(values)
+    assert (closely.nonzeros, closely.finite) == (299_000, False)
 
 
 # --- merged in the trace ----------------------------------------------------------------------------------------------
@@ -299,6 +311,19 @@ def wild(model, seed=0):
 def test_the_trace_without_batch_norm_is_that_of_the_merged_model(padding, seed):
     model, x = wild(Spread(padding), seed), torch.zeros(1, 3, 8, 8)
     assert told_of(merged_trace(model, x)) == told_of(trace(merged(model, x), x))
+
+
+def test_a_narrow_weight_that_underflows_when_it_is_merged():
+    """2**-14 * 2**-12 is 2**-26, which half precision rounds to 0; 3 of 4 weights stay."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4, eps=0)).half().eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[0].weight[2] = 2.0**-14
+        model[1].running_var.fill_(2.0**15)
+        model[1].weight.fill_(2.0**-5)  # divided by the root of 2**15
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    assert told_of(merged_trace(model, x)) == told_of(trace(merged(model, x), x))
+    assert score(model, x).storage.nonzeros == 3  # and biases of zero
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "googlenet", "shufflenet_v2_x0_5"])

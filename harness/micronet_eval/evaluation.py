@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
-from torch import Tensor, nn
+from torch import nn
 
 from micronet_eval import crosscheck, plugins, proof
 from micronet_eval.accumulators import WhatIf, what_if
@@ -26,7 +25,6 @@ from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.explaining import Explanation, explanations
-from micronet_eval.formats import FLOAT8
 from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged, merged_trace
 from micronet_eval.opening import Opened, formulas, open_submission
@@ -311,17 +309,11 @@ def _report(
 
 def _not_finite(counted: Account) -> tuple[str, ...]:
     """Says where weights are no numbers: they are counted as any others, but no file may hold them."""
-    bad = [s.name for s in counted.stored if not s.in_code and not _is_finite(s.tensor)]
+    bad = [s.name for s in counted.stored if not s.in_code and not s.value.seen.finite]
     if not bad:
         return ()
     several = f"{len(bad)} tensors hold" if len(bad) > 1 else "1 tensor holds"
     return (f"{several} NaN or infinity, the first is {bad[0]!r}; the model cannot be packed",)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(tensor.float() if tensor.dtype in FLOAT8 else tensor).all())
 
 
 def _wide(counted: Account) -> tuple[str, ...]:

@@ -40,10 +40,16 @@ def manager() -> pluggy.PluginManager:
     return plugins
 
 
+@cache
+def _package(dist: Any) -> str:
+    """Name and version; each time they are asked for, the whole metadata is read."""
+    return f"{dist.project_name} {dist.version}"
+
+
 def registered(kind: Kind) -> Mapping[str, Registered]:
     """All that is registered of one kind, by name. Raises InputError where two plugins use one name."""
     plugins = manager()
-    packages = {plugin: f"{dist.project_name} {dist.version}" for plugin, dist in plugins.list_plugin_distinfo()}
+    packages = {plugin: _package(dist) for plugin, dist in plugins.list_plugin_distinfo()}
     found: dict[str, Registered] = {}
     for implementation in getattr(plugins.hook, f"micronet_register_{kind}s").get_hookimpls():
         package = packages.get(implementation.plugin, str(implementation.plugin_name))

@@ -6,7 +6,8 @@ then torch's kernel is asked, which also refuses what does not fit. A test compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -51,14 +52,14 @@ def _in_rows(t: Tensor) -> bool:
 
 def _like(x: Tensor, *numbers: Any, **more: Any) -> Result:
     """Element-wise on one tensor."""
-    if any(isinstance(n, Tensor | complex) for n in numbers) or not _plain(x):
+    if any(isinstance(n, (Tensor, complex)) for n in numbers) or not _plain(x):
         return None
     return _empty(x.shape, x)
 
 
 def _itself(x: Tensor, *numbers: Any, **more: Any) -> Result:
     """Element-wise on one tensor, in place."""
-    return x if x.dtype.is_floating_point and not any(isinstance(n, Tensor | complex) for n in numbers) else None
+    return x if x.dtype.is_floating_point and not any(isinstance(n, (Tensor, complex)) for n in numbers) else None
 
 
 def _both(x: Tensor, y: Any, **more: Any) -> Result:
@@ -251,3 +252,46 @@ RULES: Mapping[Any, Callable[..., Result]] = MappingProxyType(
     }
 )  # fmt: skip
 """Operation -> what it returns, from its arguments."""
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
+
+
+def geometry(func: Any, args: Any, kwargs: Any) -> Hashable:
+    """All that the shape of a new tensor depends on which an operation returns; None where it may return anything else.
+
+    What an operation made of tensors laid out like these it will make again: a network repeats its layers.
+    """
+    if not _returns_new(func):
+        return None
+    try:
+        key = func, _laid_out(args), _laid_out(kwargs)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def is_new(result: Any) -> bool:
+    """Whether a result is one tensor that fills the memory it lies in, as torch.empty_strided would make it."""
+    if type(result) is not Tensor or result.storage_offset():
+        return False
+    reach = sum((n - 1) * step for n, step in zip(result.shape, result.stride(), strict=True)) + 1
+    return result.untyped_storage().nbytes() == reach * result.dtype.itemsize and 0 not in result.shape
+
+
+@cache
+def _returns_new(func: Any) -> bool:
+    schema = func._schema
+    alone = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+    return alone and not schema.is_mutable and schema.returns[0].alias_info is None
+
+
+def _laid_out(item: Any) -> Hashable:
+    if isinstance(item, Tensor):
+        return tuple(item.shape), item.stride(), item.dtype
+    if isinstance(item, (list, tuple)):
+        return tuple(map(_laid_out, item))
+    if isinstance(item, dict):
+        return tuple((name, _laid_out(part)) for name, part in item.items())
+    return type(item), item

@@ -325,7 +325,7 @@ class _Alike:
 
 
 def _frozen(item: object) -> Hashable:
-    if isinstance(item, list | tuple):
+    if isinstance(item, (list, tuple)):
         return tuple(map(_frozen, item))
     if isinstance(item, dict):
         return tuple((k, _frozen(v)) for k, v in item.items())
