@@ -29,6 +29,8 @@ def block_mask(kept: Tensor, block: Block) -> Tensor:
     """Which blocks of the matrix hold an element that is `kept` (bool): [ceil(rows / r), ceil(columns / c)]."""
     rows, columns = _matrix(kept.shape)
     matrix = kept.reshape(rows, columns)
+    if block == ELEMENT:
+        return matrix
     return _any_of(_any_of(matrix, 0, block[0]), 1, block[1])
 
 
@@ -49,6 +51,8 @@ def _any_of(kept: Tensor, dim: int, size: int) -> Tensor:
 def elements(mask: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
     """Which elements of a tensor of `shape` lie in the blocks of `mask`."""
     rows, columns = _matrix(shape)
+    if block == ELEMENT:
+        return mask.reshape(tuple(shape))
     spread = mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return spread[:rows, :columns].reshape(tuple(shape))
 
