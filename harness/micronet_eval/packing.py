@@ -204,10 +204,10 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
         layout: Layout
         if stored.in_code:
             continue  # the architecture makes it again
-        owner = _owner(model, stored.name)
-        if owner is None:
+        tensor = _tensor(model, stored.name)
+        if tensor is None:
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
-        if not _same(getattr(owner, stored.name.rpartition(".")[2]), stored.tensor):
+        if not _same(tensor, stored.tensor):
             raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
         codes, block = _codes(stored), stored.mask(stored.format.code_bits, stored.format)
         width = stored.format.code_bits
@@ -295,19 +295,21 @@ def _codes(stored: Stored) -> Codes:
         raise InputError(f"tensor {stored.name!r}: {error}") from error
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module | None:
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter, quantized where it is, or a buffer."""
     path, _, attribute = name.rpartition(".")
     owner = submodule(model, path)
-    return owner if owner is not None and isinstance(getattr(owner, attribute, None), Tensor) else None
+    tensor = None if owner is None else getattr(owner, attribute, None)
+    return tensor if isinstance(tensor, Tensor) else None
 
 
 def _read_tensor(
     packed: Packed, readers: dict[str, _BitReader], model: nn.Module, name: str, spec: str, layout: Layout
 ) -> tuple[Tensor, Format]:
-    owner = _owner(model, name)
-    if owner is None:
+    place = _tensor(model, name)
+    if place is None:
         raise OffGrid(f"tensor {name!r} has no place in the architecture")
-    shape = getattr(owner, name.rpartition(".")[2]).shape
+    shape = place.shape
     side = readers["overhead"]
     if shape.numel() > _MOST_ELEMENTS:
         raise OffGrid(f"tensor {name!r} has {shape.numel():,} elements; at most {_MOST_ELEMENTS:,} are read")
@@ -391,7 +393,7 @@ def _assign(model: nn.Module, places: _Places, name: str, value: Tensor, number_
         raise OffGrid(f"tensor {name!r}: {error}") from error
     tied = places[id(new)] = places.pop(id(old))
     for module, key in tied:
-        setattr(module, key, new)
+        module._parameters[key] = new
         if quantizer is not None:
             parametrize.register_parametrization(module, key, quantizer, unsafe=True)
 
