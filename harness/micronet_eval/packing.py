@@ -456,7 +456,7 @@ def _metadata(streams: dict[str, NDArray[np.uint8]], plain: dict[str, Tensor]) -
     digest = hashlib.sha256()
     for data in (*(streams[name] for name in _STREAMS), *(_bytes(plain[name]) for name in sorted(plain))):
         digest.update(data.size.to_bytes(8, "little"))
-        digest.update(data)
+        digest.update(data.data)
     return {_KEY: json.dumps({**_KIND, "sha256": digest.hexdigest()})}
 
 

@@ -156,7 +156,7 @@ class FixedPoint(Format):
     def encode(self, tensor: Tensor) -> Tensor:
         step, low, high = 2.0**self.exponent, -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         codes = torch.empty(tensor.numel(), dtype=torch.int32, device=tensor.device)
-        for piece, values in zip(codes.split(_PIECE), tensor.reshape(-1).split(_PIECE), strict=True):
+        for piece, values in zip(torch.split(codes, _PIECE), torch.split(tensor.reshape(-1), _PIECE), strict=True):
             exact = values if values.dtype == torch.float64 else values.float()
             piece.copy_((exact / step).clamp_(low, high))  # cut off after the point
             if bool((bad := piece * step != exact).any()):
