@@ -61,10 +61,10 @@ def kept_elements(kept: Tensor, block: Block) -> int:
     """How many elements lie in blocks that hold an element that is `kept`; blocks at the edges are smaller."""
     rows, columns = _matrix(kept.shape)
     mask = block_mask(kept, block)
-    height, width = torch.full((len(mask), 1), block[0]), torch.full((mask.shape[1],), block[1])
-    height[-1] -= -rows % block[0]
-    width[-1] -= -columns % block[1]
-    return int((mask.cpu() * height * width).sum())
+    (height, width), below, right = block, -rows % block[0], -columns % block[1]  # how far blocks reach over the edges
+    over = below * width * mask[-1].sum() if below else 0
+    over += right * (height * mask[:, -1].sum() - (below * mask[-1, -1] if below else 0)) if right else 0
+    return int(height * width * mask.sum() - over)
 
 
 def mask_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:

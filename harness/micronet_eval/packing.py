@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,7 @@ class Packed:
 
 # --- bits -------------------------------------------------------------------------------------------------------------
 
+_FEW = 512  # codes that are read bit by bit, in fewer calls than whole words take
 _CHUNK = 1 << 16  # codes at a time, so that they stay cached; a multiple of 8, so that every chunk ends on a byte
 
 
@@ -115,19 +117,28 @@ def from_bytes(data: NDArray[np.uint8], count: int, width: int) -> Codes:
     """The `count` codes that `to_bytes` made `data` of."""
     if width == 1:
         return np.unpackbits(data, count=count, bitorder="little").view(np.bool_)
-    if count == 1:  # an exponent: most of what is read
-        number = int.from_bytes(data.tobytes(), "little") & ((1 << width) - 1)
-        return np.array([number], np.uint64).view(np.int64)
+    if count <= _FEW:  # most of what is read: exponents and biases
+        bits = np.unpackbits(data, count=count * width, bitorder="little").reshape(count, width)
+        codes: Codes = bits @ _powers(width)
+        return codes
     packed = np.zeros((-(-count // 8), width), np.uint8)
     packed.reshape(-1)[: data.size] = data
     wide = np.uint32 if width <= 24 else np.uint64
-    codes = np.empty((len(packed), 8), _dtype(width))
+    groups = np.empty((len(packed), 8), _dtype(width))
     for i in range(8):
         code = np.zeros(len(packed), wide)
         for byte in range(i * width // 8, -(-(i + 1) * width // 8)):
             code |= _shifted(packed[:, byte].astype(wide), i * width - 8 * byte)
-        codes[:, i] = code & wide((1 << width) - 1)
-    return codes.reshape(-1)[:count]
+        groups[:, i] = code & wide((1 << width) - 1)
+    return groups.reshape(-1)[:count]
+
+
+@cache
+def _powers(width: int) -> NDArray[Any]:
+    """What each bit of a code counts; the highest of 64 is the sign."""
+    powers = np.uint64(1) << np.arange(width, dtype=np.uint64)
+    counts: NDArray[Any] = powers.view(np.int64).astype(_dtype(width), copy=False)
+    return counts
 
 
 def _shifted(bits: NDArray[Any], right: int) -> NDArray[Any]:
