@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from benchmarks.page import page
-from micronet_eval import nonzeros, score
+from micronet_eval import nonzeros, score, shapes, storage
 from micronet_eval.activation import activation_peak
 from micronet_eval.costs import FORMULAS
+from micronet_eval.formats import Plain
+from micronet_eval.masks import block_mask, candidates, elements, mask_shape
 from micronet_eval.merge import merged, merged_trace
 from micronet_eval.scoring import account, by_module
 from micronet_eval.shapes import RULES
-from micronet_eval.trace import trace
+from micronet_eval.trace import constant, trace
 
 HEAVY = ("torch", "torchvision", "sklearn", "plotly", "numpy", "pandas")
 
@@ -222,6 +224,34 @@ def test_what_does_not_fit_is_left_to_torch(func, arguments):
     assert RULES[func](*arguments) is None
 
 
+def test_what_torch_returned_for_one_layout_can_be_made_again():
+    made = 0
+    for func in RULES:
+        draw = Draw(1)
+        for _ in range(20):
+            arguments = draw.arguments(func)
+            if RULES[func](*arguments) is None:  # it may not fit
+                continue
+            result = func(*arguments)
+            if shapes.geometry(func, arguments, {}) is not None and shapes.is_new(result):
+                again = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+                assert told(again) == told(result)
+                made += 1
+    assert made > 200
+
+
+def test_the_layout_is_all_that_the_result_depends_on():
+    mul, view, relu_ = torch.ops.aten.mul.Tensor, torch.ops.aten.view.default, torch.ops.aten.relu_.default
+    x, y = meta(2, 3), meta(3, 2).t()
+    assert shapes.geometry(mul, (x, x), {}) == shapes.geometry(mul, (x, meta(2, 3)), {})
+    keys = [shapes.geometry(mul, (x, other), {}) for other in (x, y, x.double(), 2, 2.0)]
+    assert len(set(keys)) == len(keys)
+    assert shapes.geometry(view, (x, [6]), {}) is None  # in the memory of x
+    assert shapes.geometry(relu_, (x,), {}) is None
+    assert not shapes.is_new(x[:1])
+    assert not shapes.is_new(x.t()[1:])
+
+
 # --- zeros ------------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +291,30 @@ def test_what_is_not_finite_is_seen(number):
     assert nonzeros.seen(values) == nonzeros.Seen(299_000, False)
     closely = nonzeros.seen_closely(values)
     assert (closely.nonzeros, closely.finite) == (299_000, False)
+
+
+@pytest.mark.parametrize("many", [1, 1 << 16])
+def test_the_smallest_mask_is_that_of_trying_all(many, monkeypatch):
+    """Whatever is told from a part of a tensor, or from other blocks."""
+    monkeypatch.setattr(storage, "_MANY", many)
+    draw, found = random.Random(0), set()
+    torch.manual_seed(0)
+    for _ in range(300):
+        shape = [draw.choice([1, 3, 4, 16, 17, 40]) for _ in range(draw.randint(1, 4))]
+        block = draw.choice([(1, 1), (1, 4), (4, 1), (2, 2), (16, 16)])
+        tensor = torch.randn(shape)
+        zero = torch.rand(mask_shape(shape, block)) < draw.choice([0.1, 0.5, 0.9, 1])
+        tensor[elements(zero, block, shape)] = 0
+        stored = storage.Stored("", constant(tensor), Plain("float32"))
+        for width in (1, 9, 32):
+            sizes = {None: width * tensor.numel()}
+            for each in ((1, 1), *candidates(tuple(shape))):
+                mask = block_mask(tensor != 0, each)
+                sizes[each] = int(elements(mask, each, shape).sum()) * width + mask.numel()
+            best = min(sizes, key=sizes.get)
+            assert stored.mask(width, stored.format) == best
+            found.add(best)
+    assert len(found) > 5
 
 
 # --- merged in the trace ----------------------------------------------------------------------------------------------
