@@ -24,27 +24,31 @@ WHERE_THE_TIME_GOES = {
 A score traces the model once, finds which values are zero, and prices each operation. The trace works out the shapes of
 the commonest operations itself (`micronet_eval.shapes`): torch's kernels on the meta device are Python for batch norm
 (0.6 ms each), layer norm, softmax and element-wise operations, and are what a meta forward spends its time on. Batch
-norm is merged in the trace. What is left, by the profile: reading all weights, twice where a batch norm scales them,
-at about 0.5 ms a million; and Python, about 0.1 ms an operation, half of it torch's dispatch and the calls of modules,
-half the record and its analysis. The counters by hooks on modules run a real forward, and look at no weight.
+norm is merged in the trace. A kernel of torch is asked once for each layout of its tensors. What is left, by the
+profile: reading all weights once, at 0.4 ms a million, 0.6 where a batch norm scales them; and Python, about 0.1 ms an
+operation, half of it torch's dispatch and the calls of modules, half the record and its analysis. The counters by hooks
+on modules run a real forward, and look at no weight.
 """,
     "process": """
 Submission 3 is unpacked into 1,756 tensors and a graph of 1,937 modules, which runs once. By the profile: a third of
 the evaluation unpacks, most of that torch's registration of 1,059 quantizers as parametrizations and the building of
-874 convolutions; a fifth is the trace, 15 % the account, 10 % the widths of accumulators for 48,403 channels.
+874 convolutions; a fifth is the trace, a fifth the account, half of that the search for 1,059 masks, 6 % the widths of
+accumulators for 48,403 channels. The command hardly searches for garbage, and not at its end: `import torch` does, for
+a quarter of its time.
 """,
     "llama": """
 The parameters lie on the meta device: they have shapes, no values, and take no memory. What is resident is Python,
 torch and transformers, and one causal mask: constants that each layer makes alike are held once.
 """,
     "packing": """
-Bits are a small part. Packing looks for NaN, checks that each value is on its grid, that the model computes with what
-is stored, finds the smallest of 14 masks, and makes 64-bit codes: about 20 passes over 25 million values, 20 to 30 ms
-each in one thread. Codes of 16 or 32 bits would halve that.
+Bits are a small part. Packing quantizes twice, once in the trace and once to check that the model computes with what is
+stored, at five passes over 25 million values each; it finds the smallest of 14 masks, most of which a part of the
+tensor rules out, checks that each value is on its grid, and writes codes of 32 bits a piece at a time.
 """,
     "quality": """
-The network is small: rounding each activation, which reads and writes it five times, is a large part beside its
-convolutions.
+The network and the test set are small: rounding each activation, which reads and writes it five times, and each of 166
+weights once, is a large part beside its convolutions. Weights are quantized once for all batches
+(`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted.
 """,
 }
 """What the profile says of each row."""

@@ -119,6 +119,30 @@ def test_batch_norm_in_front_of_a_layer_that_pads_nothing_is_merged_forward(laye
     assert isinstance(merged(model, x, ["backward"])[0], ScaleShift)
 
 
+def overwritten(self, x):
+    x = x * 1
+    y = self.norm(x)
+    return self.conv(y) + x.relu_() if self.late else x.relu_() + self.conv(y)
+
+
+def written_through_a_view(self, x):
+    x = x * 1
+    y = self.norm(x)
+    x.view(-1)[::2] = 7
+    return self.conv(y) + (x if self.late else 0)
+
+
+@pytest.mark.parametrize("forward", [overwritten, written_through_a_view])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_norm_whose_input_is_overwritten_meanwhile_keeps_its_result(forward, late):
+    """Merged it would be an Identity, and the layer behind it would read what was written."""
+    model = module(forward, norm=nn.BatchNorm2d(3), conv=nn.Conv2d(3, 3, 1))
+    model.late = late
+    result = same(model, images())
+    before = forward is overwritten and late  # the layer has run when its input is written into
+    assert type(result.norm) is (nn.Identity if before else ScaleShift)
+
+
 def test_masked_weights_keep_their_zeros_forward():
     layer = nn.Linear(4, 2)
     parametrize.register_parametrization(layer, "weight", Mask(torch.tensor([[True, False, True, True]] * 2)))

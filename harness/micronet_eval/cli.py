@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import signal
 import sys
@@ -605,6 +607,8 @@ def architectures(style: str) -> None:
 
 def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
+    gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long,
+    atexit.register(gc.freeze)  # and so it does at the end, when all of it goes anyway
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
     try:
         plugins.add_commands(cli)

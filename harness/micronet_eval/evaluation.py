@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
-from torch import Tensor, nn
+from torch import nn
 
 from micronet_eval import crosscheck, plugins, proof
 from micronet_eval.accumulators import WhatIf, what_if
@@ -26,7 +25,6 @@ from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.explaining import Explanation, explanations
-from micronet_eval.formats import FLOAT8
 from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged, merged_trace
 from micronet_eval.opening import Opened, formulas, open_submission
@@ -197,7 +195,7 @@ def measured(
         if opened.isolation != NO_CODE:
             sizes = sorted({min(BATCH, quality.examples), quality.examples % BATCH} - {0, 1})
             check_batches(opened.model, opened.task.input_shape, opened.trace, sizes)
-        if other := proof.changed(opened.model, weights):
+        if quality.examples and (other := proof.changed(opened.model, weights)):
             raise InputError(
                 f"the model changes {other[0]!r} while it runs; what is counted has to be what is measured"
             )
@@ -311,21 +309,11 @@ def _report(
 
 def _not_finite(counted: Account) -> tuple[str, ...]:
     """Says where weights are no numbers: they are counted as any others, but no file may hold them."""
-    bad = [s.name for s in counted.stored if not s.in_code and not _is_finite(s.tensor)]
+    bad = [s.name for s in counted.stored if not s.in_code and not s.value.seen.finite]
     if not bad:
         return ()
     several = f"{len(bad)} tensors hold" if len(bad) > 1 else "1 tensor holds"
     return (f"{several} NaN or infinity, the first is {bad[0]!r}; the model cannot be packed",)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point():
-        return True
-    values = tensor.float() if tensor.dtype in FLOAT8 else tensor
-    total = (
-        values.sum()
-    )  # what is no number stays none, and a sum takes a tenth of the time; finite values may overflow
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
 
 
 def _wide(counted: Account) -> tuple[str, ...]:
@@ -386,9 +374,9 @@ _version = cache(version)
 
 
 def _environment() -> dict[str, str]:
-    packages = {name: _version(name) for name in ("micronet-eval", "torch", "torchvision")}
-    others = {d.project_name: d.version for _, d in plugins.manager().list_plugin_distinfo()}
-    return {"python": platform.python_version(), **packages, **others, "device": "cpu", "seed": str(SEED)}
+    ours = {name: _version(name) for name in ("micronet-eval", "torch", "torchvision")}
+    others = dict(plugins.packages().values())
+    return {"python": platform.python_version(), **ours, **others, "device": "cpu", "seed": str(SEED)}
 
 
 __all__ = ["Claim", "Report", "costs", "evaluate", "open_submission", "score"]

@@ -29,6 +29,8 @@ def block_mask(kept: Tensor, block: Block) -> Tensor:
     """Which blocks of the matrix hold an element that is `kept` (bool): [ceil(rows / r), ceil(columns / c)]."""
     rows, columns = _matrix(kept.shape)
     matrix = kept.reshape(rows, columns)
+    if block == ELEMENT:
+        return matrix
     return _any_of(_any_of(matrix, 0, block[0]), 1, block[1])
 
 
@@ -49,6 +51,8 @@ def _any_of(kept: Tensor, dim: int, size: int) -> Tensor:
 def elements(mask: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
     """Which elements of a tensor of `shape` lie in the blocks of `mask`."""
     rows, columns = _matrix(shape)
+    if block == ELEMENT:
+        return mask.reshape(tuple(shape))
     spread = mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return spread[:rows, :columns].reshape(tuple(shape))
 
@@ -57,10 +61,10 @@ def kept_elements(kept: Tensor, block: Block) -> int:
     """How many elements lie in blocks that hold an element that is `kept`; blocks at the edges are smaller."""
     rows, columns = _matrix(kept.shape)
     mask = block_mask(kept, block)
-    height, width = torch.full((len(mask), 1), block[0]), torch.full((mask.shape[1],), block[1])
-    height[-1] -= -rows % block[0]
-    width[-1] -= -columns % block[1]
-    return int((mask.cpu() * height * width).sum())
+    (height, width), below, right = block, -rows % block[0], -columns % block[1]  # how far blocks reach over the edges
+    over = below * width * mask[-1].sum() if below else 0
+    over += right * (height * mask[:, -1].sum() - (below * mask[-1, -1] if below else 0)) if right else 0
+    return int(height * width * mask.sum() - over)
 
 
 def mask_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:

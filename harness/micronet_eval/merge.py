@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace as replaced
 from functools import cache
 from typing import Any, Literal, TypeGuard
@@ -17,9 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from micronet_eval.nonzeros import least
 from micronet_eval.precision import through_views
-from micronet_eval.structure import Mask, ScaleShift, layer_type, replace, submodule
+from micronet_eval.structure import Mask, ScaleShift, layer_type, replace
 from micronet_eval.trace import Buffer, Example, Op, Trace, Value, changed, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
@@ -67,7 +66,7 @@ def merged_trace(model: nn.Module, example_input: Example) -> Trace:
     if not any(_is_norm(m) for m in model.modules()):
         return recorded
     merges = _mergeable_on_all_paths(model, recorded, BOTH)
-    if isinstance(model, fx.GraphModule) or not all(_is_plain(recorded, layer) for _, layer, _ in merges):
+    if isinstance(model, fx.GraphModule) or not _are_plain(recorded, {layer for _, layer, _ in merges}):
         return trace(_merge(copy.deepcopy(model), recorded, BOTH), example_input)
     return _Rewriting(model, recorded).without_norms({norm: (layer, way) for norm, layer, way in merges})
 
@@ -114,18 +113,21 @@ def _mergeable(
 ) -> Iterator[tuple[str, str, Direction]]:
     """The paths of each batch norm that can be merged and of the layer that takes it; backward where both can."""
     runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or "batch_norm" in op.name)
-    users = recorded.users
+    users, modules = recorded.users, dict(model.named_modules(remove_duplicate=False))
+    times = {op: time for time, op in enumerate(recorded.ops)}
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     for op in recorded.ops:
-        norm = submodule(model, op.module) if "batch_norm" in op.name else None
+        norm = modules.get(op.module) if "batch_norm" in op.name else None
         if norm is None or not _is_norm(norm):
             continue
         for direction in directions:
             find = _only_source if direction == "backward" else _only_reader
             layer = find(op, users, recorded.outputs)
-            if layer is None or runs[op.module] != 1 or runs[layer.module] != 1:
+            own = None if layer is None else modules.get(layer.module)
+            if layer is None or own is None or runs[op.module] != 1 or runs[layer.module] != 1:
                 continue
-            own = model.get_submodule(layer.module)
+            if direction == "forward" and _is_overwritten(op.args[0], recorded, times[op], times[layer]):
+                continue
             weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
             alone = parametrize.is_parametrized(own) or (weight.producer is None and reads[weight] == 1)
             if alone and _can_scale(own):
@@ -158,6 +160,12 @@ def _only_reader(norm: Op, users: Mapping[Value, list[Op]], outputs: tuple[Value
             return None
         value = op.out
     return None
+
+
+def _is_overwritten(value: Value, recorded: Trace, norm: int, layer: int) -> bool:
+    """Whether the memory of what goes into a norm is written before a layer runs, which would then read it there."""
+    memory = recorded.buffers[value]
+    return any(recorded.buffers[written] is memory for op in recorded.ops[norm + 1 : layer] for written in op.written)
 
 
 def _can_scale(layer: nn.Module) -> bool:
@@ -252,21 +260,19 @@ def _scale_shift(norm: _BatchNorm) -> ScaleShift:
 
 # --- in the trace -----------------------------------------------------------------------------------------------------
 
-_SMALLEST = torch.finfo(torch.float32).tiny
-"""A product above this is not rounded to zero."""
 
-
-def _is_plain(recorded: Trace, layer: str) -> bool:
-    """Whether a layer is a convolution whose weight and bias are parameters as they are."""
-    (op,) = (op for op in recorded.ops if op.module == layer and op.name in _DOT_PRODUCTS)
-    return op.name == "aten.convolution" and all(v is None or v.name is not None for v in op.args[1:3])
+def _are_plain(recorded: Trace, layers: Container[str]) -> bool:
+    """Whether these layers are convolutions whose weights and biases are parameters as they are."""
+    ops = [op for op in recorded.ops if op.name in _DOT_PRODUCTS and op.module in layers]
+    constants = (v for op in ops for v in op.args[1:3])
+    return all(op.name == "aten.convolution" for op in ops) and all(v is None or v.name is not None for v in constants)
 
 
 class _Rewriting:
     """Takes the batch norms out of a trace of `model`, as if the merged model had run."""
 
     def __init__(self, model: nn.Module, recorded: Trace) -> None:
-        self.model, self.recorded = model, recorded
+        self.modules, self.recorded = dict(model.named_modules()), recorded
         self.now: dict[Value, Value] = {}  # what is read in the place of a value
         self.buffers = dict(recorded.buffers)
         self.moved: dict[Buffer, Buffer] = {}
@@ -275,10 +281,10 @@ class _Rewriting:
 
     def without_norms(self, merges: Mapping[str, tuple[str, Direction]]) -> Trace:
         """`merges`: batch norm -> the layer that takes it, and in which direction; all others become ScaleShifts."""
-        constants = {layer: self._merged(norm, layer, way) for norm, (layer, way) in merges.items()}
+        takes = {layer: (norm, way) for norm, (layer, way) in merges.items()}
         ops: list[Op] = []
         for op in self.recorded.ops:
-            if "batch_norm" in op.name and _is_norm(norm := self.model.get_submodule(op.module)):
+            if "batch_norm" in op.name and _is_norm(norm := self.modules[op.module]):
                 if op.module in merges:
                     self._skip(op)
                 else:
@@ -286,8 +292,8 @@ class _Rewriting:
                 self.folded -= _folded_by_a_norm()
                 continue
             args = op.args
-            if op.module in constants and op.name == "aten.convolution":
-                args = (args[0], *constants[op.module], *args[3:])
+            if op.module in takes and op.name == "aten.convolution":
+                args = (args[0], *self._merged(op, *takes[op.module]), *args[3:])
             op.args, op.kwargs = self._current(args), self._current(op.kwargs)
             op.__dict__.pop("inputs", None)
             ops.append(op)
@@ -307,19 +313,19 @@ class _Rewriting:
         self.buffers[value] = Buffer(data.untyped_storage().nbytes())
         return value
 
-    def _merged(self, norm_path: str, layer_path: str, way: Direction) -> tuple[Value, Value]:
-        """Weight and bias of a layer behind the merge."""
-        norm, layer = self.model.get_submodule(norm_path), self.model.get_submodule(layer_path)
-        assert isinstance(norm, _BatchNorm) and isinstance(layer.weight, Tensor)
-        weight, (scale, shift) = layer.weight.detach(), _scale_and_shift(norm)
-        if weight.is_meta or _keeps_zeros(weight, scale):
+    def _merged(self, op: Op, norm_path: str, way: Direction) -> tuple[Value, Value]:
+        """Weight and bias of the layer that runs `op`, behind the merge."""
+        norm, layer, weight = self.modules[norm_path], self.modules[op.module], op.args[1]
+        assert isinstance(norm, _BatchNorm)
+        scale, shift = _scale_and_shift(norm)
+        if weight.known is None or _keeps_zeros(weight, scale):
             bias = _bias_behind(layer, scale, shift) if way == "backward" else _bias_in_front(layer, shift)
         else:
             layer = copy.deepcopy(layer)
             (_merge_backward if way == "backward" else _merge_forward)(layer, norm)
             assert isinstance(layer.weight, Tensor) and isinstance(layer.bias, Tensor)
-            weight, bias = layer.weight.detach(), layer.bias.detach()
-        return self._constant(_join(layer_path, "weight"), weight), self._constant(_join(layer_path, "bias"), bias)
+            weight, bias = self._constant(_join(op.module, "weight"), layer.weight.detach()), layer.bias.detach()
+        return weight, self._constant(_join(op.module, "bias"), bias)
 
     def _skip(self, op: Op) -> None:
         """What read the result of a merged batch norm reads what went into it, in whose memory it lies."""
@@ -357,9 +363,9 @@ class _Rewriting:
         return view.out
 
 
-def _keeps_zeros(weight: Tensor, scale: Tensor) -> bool:
-    """Whether nothing in a weight that is not zero becomes so when it is scaled."""
-    return bool(least(weight) * scale.abs().min() > _SMALLEST)
+def _keeps_zeros(weight: Value, scale: Tensor) -> bool:
+    """Whether nothing in a weight that is not zero becomes so when it is scaled: what is a normal number does not."""
+    return bool(weight.least() * scale.abs().min() > torch.finfo(weight.dtype).tiny)
 
 
 @cache

@@ -1,11 +1,12 @@
-"""Which values are not zero, at the speed of reading them: a piece at a time, so that what is made of it stays cached.
+"""What values are like, at the speed of reading them: a piece at a time, so that what is made of it stays cached.
 
-torch.count_nonzero reads several times slower than memory delivers.
+torch.count_nonzero alone reads several times slower than memory delivers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,45 @@ _IN_NUMPY = frozenset({torch.float32, torch.float64, torch.bool, torch.uint8, to
                        torch.int64})  # fmt: skip
 
 
-def count(tensor: Tensor) -> int:
-    """How many elements are not zero."""
-    return sum(int(np.count_nonzero(piece != 0)) for piece in _pieces(tensor))
+@dataclass(frozen=True)
+class Seen:
+    """How many elements of a tensor are not zero, and whether all are finite.
+
+    `least` is the least magnitude of those that are not zero, where that was asked for: NaN where one is NaN, infinite
+    where there are none.
+    """
+
+    nonzeros: int
+    finite: bool
+    least: float | None = None
 
 
-def least(tensor: Tensor) -> float:
-    """The least magnitude of the elements that are not zero: NaN where one is NaN, infinite where there are none."""
-    found = np.inf
+def seen(tensor: Tensor) -> Seen:
+    """Without the least magnitude, in one pass over the elements."""
+    nonzeros, finite = 0, True
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in _pieces(tensor):
+            nonzeros += int(np.count_nonzero(piece != 0))
+            # A sum of squares is infinite or NaN where an element is; where it overflows, all are looked at.
+            if finite and piece.dtype.kind == "f" and not np.dot(piece, piece) < np.inf:
+                finite = bool(np.isfinite(piece).all())
+    return Seen(nonzeros, finite)
+
+
+def seen_closely(tensor: Tensor) -> Seen:
+    """With the least magnitude of floating-point numbers, in one pass over the elements, which takes longer."""
+    nonzeros, finite, least = 0, True, np.inf
     for piece in _pieces(tensor):
         magnitudes = np.abs(piece)
-        if (smallest := magnitudes.min()) == 0:
-            smallest = magnitudes[magnitudes > 0].min(initial=np.inf)
-        found = np.minimum(found, smallest)
-    return float(found)
+        smallest, largest = magnitudes.min(), magnitudes.max()
+        if smallest > 0:
+            nonzeros += piece.size
+        else:
+            kept = magnitudes != 0
+            nonzeros += int(np.count_nonzero(kept))
+            smallest = smallest if np.isnan(smallest) else np.where(kept, magnitudes, np.inf).min()
+        finite, least = finite and bool(largest < np.inf), np.minimum(least, smallest)
+    return Seen(nonzeros, finite, float(least))
 
 
 def by_output(tensor: Tensor, dim: int) -> NDArray[np.int64]:
@@ -53,4 +79,6 @@ def _pieces(tensor: Tensor) -> Iterator[NDArray[Any]]:
         flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
     flat = flat.reshape(-1)
     for piece in (flat[start : start + _PIECE] for start in range(0, flat.numel(), _PIECE)):
-        yield (piece if tensor.dtype in _IN_NUMPY else is_nonzero(piece)).cpu().numpy()
+        if tensor.dtype not in _IN_NUMPY:
+            piece = piece.float() if tensor.dtype.is_floating_point else is_nonzero(piece)
+        yield piece.cpu().numpy()

@@ -13,7 +13,9 @@ import hashlib
 import json
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +39,7 @@ from micronet_eval.formats import (
     of_weights,
 )
 from micronet_eval.masks import ELEMENT, Block, block_mask, elements, mask_shape
-from micronet_eval.nonzeros import is_nonzero
+from micronet_eval.nonzeros import seen
 from micronet_eval.storage import Stored, stored_tensors
 from micronet_eval.structure import (
     StructureError,
@@ -85,10 +87,19 @@ class Packed:
 
 # --- bits -------------------------------------------------------------------------------------------------------------
 
+_FEW = 512  # codes that are read bit by bit, in fewer calls than whole words take
 _CHUNK = 1 << 16  # codes at a time, so that they stay cached; a multiple of 8, so that every chunk ends on a byte
 
 
-def to_bytes(codes: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
+Codes = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.bool_]
+
+
+def _dtype(width: int) -> Any:
+    """Of codes that are read: the smaller, the fewer bytes go through memory."""
+    return np.bool_ if width == 1 else np.int32 if width < 32 else np.int64
+
+
+def to_bytes(codes: Codes, width: int) -> NDArray[np.uint8]:
     """`codes` bit by bit, `width` each, least significant first; what is left of the last byte is 0."""
     if width == 1:
         return np.packbits(codes.astype(np.bool_), bitorder="little")
@@ -102,23 +113,32 @@ def to_bytes(codes: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
     return packed.reshape(-1)[: -(-codes.size * width // 8)]
 
 
-def from_bytes(data: NDArray[np.uint8], count: int, width: int) -> NDArray[np.int64]:
+def from_bytes(data: NDArray[np.uint8], count: int, width: int) -> Codes:
     """The `count` codes that `to_bytes` made `data` of."""
     if width == 1:
-        return np.unpackbits(data, count=count, bitorder="little").astype(np.int64)
-    if count == 1:  # an exponent: most of what is read
-        number = int.from_bytes(data.tobytes(), "little") & ((1 << width) - 1)
-        return np.array([number], np.uint64).view(np.int64)
+        return np.unpackbits(data, count=count, bitorder="little").view(np.bool_)
+    if count <= _FEW:  # most of what is read: exponents and biases
+        bits = np.unpackbits(data, count=count * width, bitorder="little").reshape(count, width)
+        codes: Codes = bits @ _powers(width)
+        return codes
     packed = np.zeros((-(-count // 8), width), np.uint8)
     packed.reshape(-1)[: data.size] = data
     wide = np.uint32 if width <= 24 else np.uint64
-    codes = np.empty((len(packed), 8), np.int64)
+    groups = np.empty((len(packed), 8), _dtype(width))
     for i in range(8):
         code = np.zeros(len(packed), wide)
         for byte in range(i * width // 8, -(-(i + 1) * width // 8)):
             code |= _shifted(packed[:, byte].astype(wide), i * width - 8 * byte)
-        codes[:, i] = code & wide((1 << width) - 1)
-    return codes.reshape(-1)[:count]
+        groups[:, i] = code & wide((1 << width) - 1)
+    return groups.reshape(-1)[:count]
+
+
+@cache
+def _powers(width: int) -> NDArray[Any]:
+    """What each bit of a code counts; the highest of 64 is the sign."""
+    powers = np.uint64(1) << np.arange(width, dtype=np.uint64)
+    counts: NDArray[Any] = powers.view(np.int64).astype(_dtype(width), copy=False)
+    return counts
 
 
 def _shifted(bits: NDArray[Any], right: int) -> NDArray[Any]:
@@ -136,7 +156,7 @@ class _BitWriter:
         self.last = np.zeros(1, np.uint8)  # the byte that is not full
         self.used = 0  # bits of it
 
-    def write(self, codes: NDArray[np.int64], width: int) -> None:
+    def write(self, codes: Codes, width: int) -> None:
         for start in range(0, codes.size, _CHUNK):
             chunk = codes[start : start + _CHUNK]
             packed = to_bytes(chunk, width)
@@ -157,10 +177,10 @@ class _BitReader:
         self.data = data
         self.position = 0
 
-    def read(self, count: int, width: int) -> NDArray[np.int64]:
+    def read(self, count: int, width: int) -> Codes:
         if self.position + count * width > 8 * self.data.size:
             raise OffGrid("the data ends too early")
-        codes = np.empty(count, np.int64)
+        codes: Codes = np.empty(count, _dtype(width))
         for start in range(0, count, _CHUNK):
             n = min(_CHUNK, count - start)
             first, skip = divmod(self.position, 8)
@@ -195,10 +215,10 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
         layout: Layout
         if stored.in_code:
             continue  # the architecture makes it again
-        owner = _owner(model, stored.name)
-        if owner is None:
+        tensor = _tensor(model, stored.name)
+        if tensor is None:
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
-        if not _same(getattr(owner, stored.name.rpartition(".")[2]), stored.tensor):
+        if not _same(tensor, stored.tensor):
             raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
         codes, block = _codes(stored), stored.mask(stored.format.code_bits, stored.format)
         width = stored.format.code_bits
@@ -212,7 +232,8 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
             layout = "bitmask" if block == ELEMENT else f"blocks:{block[0]}x{block[1]}"
             mask = block_mask(stored.is_nonzero.cpu(), block)
             masks.write(mask.reshape(-1).numpy(), 1)
-            values.write(codes[elements(mask, block, codes.shape).numpy()], width)
+            for piece, kept in _pieces(codes, elements(mask, block, codes.shape).numpy()):
+                values.write(piece.take(kept), width)
         for column, bits in stored.format.side:
             overhead.write(column.reshape(-1).numpy(), bits)
         tensors.append((stored.name, stored.format.spec, layout))
@@ -259,45 +280,53 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
 def _same(parameter: Tensor, used: Tensor) -> bool:
     """Whether what is used is the parameter itself, bit for bit: NaN, too, whose refusal has a message of its own."""
     alike = parameter.numel() == used.numel() and parameter.dtype == used.dtype
-    return alike and np.array_equal(_bytes(parameter), _bytes(used))
+    return alike and torch.equal(_bits(parameter), _bits(used))
 
 
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    # A copy: the stride of a single element can be anything, and then torch gives no view of its bytes.
-    plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-    data: NDArray[np.uint8] = plain.view(torch.uint8).numpy()
-    return data
+def _bits(tensor: Tensor) -> Tensor:
+    """The elements in a row, as integers of the same size."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().cpu().reshape(-1).view(integers[tensor.dtype.itemsize])
 
 
-def _codes(stored: Stored) -> NDArray[np.int64]:
-    if stored.tensor.is_floating_point() and not bool(torch.isfinite(stored.tensor).all()):
+def _pieces(codes: Codes, kept: NDArray[np.bool_]) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
+    """Both a piece at a time, and of what is kept the places: to take by places is several times faster."""
+    codes, kept = codes.reshape(-1), kept.reshape(-1)
+    for start in range(0, codes.size, _CHUNK):
+        yield codes[start : start + _CHUNK], np.flatnonzero(kept[start : start + _CHUNK])
+
+
+def _codes(stored: Stored) -> Codes:
+    if not stored.value.seen.finite:
         raise InputError(f"tensor {stored.name!r} holds NaN or infinity")
     try:
-        codes: NDArray[np.int64] = stored.format.encode(stored.tensor.cpu()).numpy()
+        codes: Codes = stored.format.encode(stored.tensor.cpu()).numpy()
         return codes
     except OffGrid as error:
         raise InputError(f"tensor {stored.name!r}: {error}") from error
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module | None:
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter, quantized where it is, or a buffer."""
     path, _, attribute = name.rpartition(".")
     owner = submodule(model, path)
-    return owner if owner is not None and isinstance(getattr(owner, attribute, None), Tensor) else None
+    tensor = None if owner is None else getattr(owner, attribute, None)
+    return tensor if isinstance(tensor, Tensor) else None
 
 
 def _read_tensor(
     packed: Packed, readers: dict[str, _BitReader], model: nn.Module, name: str, spec: str, layout: Layout
 ) -> tuple[Tensor, Format]:
-    owner = _owner(model, name)
-    if owner is None:
+    place = _tensor(model, name)
+    if place is None:
         raise OffGrid(f"tensor {name!r} has no place in the architecture")
-    shape = getattr(owner, name.rpartition(".")[2]).shape
+    shape = place.shape
     side = readers["overhead"]
     if shape.numel() > _MOST_ELEMENTS:
         raise OffGrid(f"tensor {name!r} has {shape.numel():,} elements; at most {_MOST_ELEMENTS:,} are read")
 
     def read_side(count: int, width: int) -> Tensor:
-        return torch.from_numpy(side.read(count, width))
+        return torch.from_numpy(side.read(count, width)).to(torch.int64)
 
     if layout == "plain":
         tensor = packed.plain.get(name)
@@ -310,30 +339,39 @@ def _read_tensor(
         value = number_format.decode(read_side(int(np.prod(shape)), number_format.code_bits).reshape(shape))
     else:
         number_format = format_of(spec, shape, read_side)
-        kept = _read_mask(readers["masks"], shape, layout)
-        found = readers["values"].read(int(kept.sum()), number_format.code_bits)
-        if layout == "dense":
-            value = number_format.decode(torch.from_numpy(found).view(shape))
-        else:
-            codes = np.zeros(shape, np.int64)
-            codes[kept.numpy()] = found
-            value = number_format.decode(torch.from_numpy(codes)).masked_fill_(~kept, 0)
-        if layout == "bitmask" and not torch.equal(is_nonzero(value), kept):
+        kept = None if layout == "dense" else _read_mask(readers["masks"], shape, layout)
+        count = shape.numel() if kept is None else int(np.count_nonzero(kept))
+        codes = readers["values"].read(count, number_format.code_bits)
+        if kept is not None:
+            codes = _spread(codes, kept)
+        value = number_format.decode(torch.from_numpy(codes).view(shape))
+        if kept is not None and not number_format.holds_zero:
+            value.masked_fill_(~torch.from_numpy(kept), 0)
+        if layout == "bitmask" and seen(value).nonzeros != count:
             raise OffGrid(f"tensor {name!r}: the bitmask names a value that is zero")
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if not seen(value).finite:
         raise OffGrid(f"tensor {name!r} holds NaN or infinity")
     return value, number_format
 
 
-def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> Tensor:
+def _spread(codes: Codes, kept: NDArray[np.bool_]) -> Codes:
+    """The codes at the places of what is kept, and 0 elsewhere."""
+    spread: Codes = np.zeros(kept.size, codes.dtype)
+    done = 0
+    for piece, places in _pieces(spread, kept):
+        piece[places] = codes[done : done + places.size]
+        done += places.size
+    return spread
+
+
+def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> NDArray[np.bool_]:
     """Which elements of a tensor are in the file."""
-    if layout == "dense":
-        return torch.ones(shape, dtype=torch.bool)
     rows, columns = layout.removeprefix("blocks:").split("x") if layout != "bitmask" else ELEMENT
     block: Block = int(rows), int(columns)
     blocks = mask_shape(shape, block)
-    mask = torch.from_numpy(reader.read(blocks[0] * blocks[1], 1)).to(torch.bool).view(blocks)
-    return elements(mask, block, shape)
+    mask = torch.from_numpy(reader.read(blocks[0] * blocks[1], 1)).view(blocks)
+    kept: NDArray[np.bool_] = elements(mask, block, shape).numpy()
+    return kept
 
 
 _Places = dict[int, list[tuple[nn.Module, str]]]
@@ -366,7 +404,7 @@ def _assign(model: nn.Module, places: _Places, name: str, value: Tensor, number_
         raise OffGrid(f"tensor {name!r}: {error}") from error
     tied = places[id(new)] = places.pop(id(old))
     for module, key in tied:
-        setattr(module, key, new)
+        module._parameters[key] = new
         if quantizer is not None:
             parametrize.register_parametrization(module, key, quantizer, unsafe=True)
 
@@ -417,11 +455,19 @@ def read(path: Path) -> Packed:
     return Packed(structure, streams, plain)
 
 
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    # A copy: the stride of a single element can be anything, and then torch gives no view of its bytes.
+    plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    data: NDArray[np.uint8] = plain.view(torch.uint8).numpy()
+    return data
+
+
 def _metadata(streams: dict[str, NDArray[np.uint8]], plain: dict[str, Tensor]) -> dict[str, str]:
     """One key only: safetensors writes several in an order that changes from run to run."""
     digest = hashlib.sha256()
     for data in (*(streams[name] for name in _STREAMS), *(_bytes(plain[name]) for name in sorted(plain))):
-        digest.update(data.size.to_bytes(8, "little") + data.tobytes())
+        digest.update(data.size.to_bytes(8, "little"))
+        digest.update(data.data)
     return {_KEY: json.dumps({**_KIND, "sha256": digest.hexdigest()})}
 
 

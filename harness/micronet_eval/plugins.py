@@ -40,13 +40,18 @@ def manager() -> pluggy.PluginManager:
     return plugins
 
 
+@cache
+def packages() -> Mapping[Any, tuple[str, str]]:
+    """The name and version of the distribution that each plugin comes from, which are read from its metadata."""
+    return {plugin: (dist.project_name, dist.version) for plugin, dist in manager().list_plugin_distinfo()}
+
+
 def registered(kind: Kind) -> Mapping[str, Registered]:
     """All that is registered of one kind, by name. Raises InputError where two plugins use one name."""
     plugins = manager()
-    packages = {plugin: f"{dist.project_name} {dist.version}" for plugin, dist in plugins.list_plugin_distinfo()}
     found: dict[str, Registered] = {}
     for implementation in getattr(plugins.hook, f"micronet_register_{kind}s").get_hookimpls():
-        package = packages.get(implementation.plugin, str(implementation.plugin_name))
+        package = " ".join(packages().get(implementation.plugin, (str(implementation.plugin_name),)))
 
         def register(name: str, thing: Any, package: str = package) -> None:
             if name in found:

@@ -6,7 +6,8 @@ then torch's kernel is asked, which also refuses what does not fit. A test compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -51,14 +52,14 @@ def _in_rows(t: Tensor) -> bool:
 
 def _like(x: Tensor, *numbers: Any, **more: Any) -> Result:
     """Element-wise on one tensor."""
-    if any(isinstance(n, Tensor | complex) for n in numbers) or not _plain(x):
+    if any(isinstance(n, (Tensor, complex)) for n in numbers) or not _plain(x):
         return None
     return _empty(x.shape, x)
 
 
 def _itself(x: Tensor, *numbers: Any, **more: Any) -> Result:
     """Element-wise on one tensor, in place."""
-    return x if x.dtype.is_floating_point and not any(isinstance(n, Tensor | complex) for n in numbers) else None
+    return x if x.dtype.is_floating_point and not any(isinstance(n, (Tensor, complex)) for n in numbers) else None
 
 
 def _both(x: Tensor, y: Any, **more: Any) -> Result:
@@ -117,8 +118,11 @@ def _bmm(a: Tensor, b: Tensor) -> Result:
     return _empty((*a.shape[:2], b.shape[2]), a) if a.shape[::2] == b.shape[:2] else None
 
 
-def _pooled(x: Tensor, *windows: list[int]) -> list[int] | None:
-    """The shape behind a pooling by kernel, stride, padding, dilation; a single number holds for both dimensions."""
+def _pooled(x: Tensor, ceil: bool, *windows: list[int]) -> list[int] | None:
+    """The shape behind a pooling by kernel, stride, padding, dilation; a single number holds for both dimensions.
+
+    With `ceil` a last window may reach over the edge, if it begins inside.
+    """
     kernel, stride, padding, dilation = (w * 2 if len(w) == 1 else w for w in windows)
     if len(x.shape) != 4 or not _plain(x) or 0 in x.shape:
         return None
@@ -127,7 +131,8 @@ def _pooled(x: Tensor, *windows: list[int]) -> list[int] | None:
         room = n + 2 * p - d * (k - 1) - 1
         if room < 0 or 2 * p > k:
             return None
-        sizes.append(room // s + 1)
+        windows_along = (room + (s - 1) * ceil) // s + 1
+        sizes.append(windows_along - (ceil and (windows_along - 1) * s >= n + p))
     return [*x.shape[:2], *sizes]
 
 
@@ -139,7 +144,7 @@ def _average(
     ceil: bool = False,
     *more: Any,
 ) -> Result:
-    shape = None if ceil else _pooled(x, kernel, [*stride], [*padding], [1])
+    shape = _pooled(x, ceil, kernel, [*stride], [*padding], [1])
     return None if shape is None else _empty(shape, x)
 
 
@@ -147,7 +152,7 @@ def _maximum(
     x: Tensor, kernel: list[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,), ceil: bool = False,
 ) -> Result:  # fmt: skip
-    shape = None if ceil else _pooled(x, kernel, [*stride], [*padding], [*dilation])
+    shape = _pooled(x, ceil, kernel, [*stride], [*padding], [*dilation])
     return None if shape is None else (_empty(shape, x), torch.empty(shape, dtype=torch.int64, device="meta"))
 
 
@@ -247,3 +252,46 @@ RULES: Mapping[Any, Callable[..., Result]] = MappingProxyType(
     }
 )  # fmt: skip
 """Operation -> what it returns, from its arguments."""
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
+
+
+def geometry(func: Any, args: Any, kwargs: Any) -> Hashable:
+    """All that the shape of a new tensor depends on which an operation returns; None where it may return anything else.
+
+    What an operation made of tensors laid out like these it will make again: a network repeats its layers.
+    """
+    if not _returns_new(func):
+        return None
+    try:
+        key = func, _laid_out(args), _laid_out(kwargs)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def is_new(result: Any) -> bool:
+    """Whether a result is one tensor that fills the memory it lies in, as torch.empty_strided would make it."""
+    if type(result) is not Tensor or result.storage_offset():
+        return False
+    reach = sum((n - 1) * step for n, step in zip(result.shape, result.stride(), strict=True)) + 1
+    return result.untyped_storage().nbytes() == reach * result.dtype.itemsize and 0 not in result.shape
+
+
+@cache
+def _returns_new(func: Any) -> bool:
+    schema = func._schema
+    alone = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+    return alone and not schema.is_mutable and schema.returns[0].alias_info is None
+
+
+def _laid_out(item: Any) -> Hashable:
+    if isinstance(item, Tensor):
+        return tuple(item.shape), item.stride(), item.dtype
+    if isinstance(item, (list, tuple)):
+        return tuple(map(_laid_out, item))
+    if isinstance(item, dict):
+        return tuple((name, _laid_out(part)) for name, part in item.items())
+    return type(item), item

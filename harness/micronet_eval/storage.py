@@ -49,6 +49,9 @@ from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
 
 FREEBIE_BITS = 16
 
+_MANY = 1 << 16
+"""Elements of a tensor that is looked at in part first."""
+
 
 @dataclass(frozen=True)
 class Bits:
@@ -110,18 +113,38 @@ class Stored:
 
         The largest blocks come last: of two that are equally small the first is taken.
         """
-        dense = self.elements * width
         if self.nonzeros == self.elements:
             return None
         if not number_format.holds_zero:
             return ELEMENT  # a block could hold a zero
-        sizes: dict[Block | None, int] = {None: dense, ELEMENT: self.nonzeros * width + self.elements}
-        if self.nonzeros * width < dense:
-            for block in candidates(self.value.shape):
-                least = self.nonzeros and max(kept for inner, kept in self._found.items() if _lies_in(inner, block))
-                if least * width + (mask := mask_bits(self.value.shape, block)) < min(sizes.values()):
-                    sizes[block] = self._kept(block) * width + mask
-        return min(sizes, key=sizes.__getitem__)
+        if width not in self._masks:
+            self._masks[width] = self._smallest_mask(width)
+        return self._masks[width]
+
+    def _smallest_mask(self, width: int) -> Block | None:
+        best: Block | None = None
+        smallest = self.elements * width
+        if self.nonzeros * width + self.elements < smallest:
+            best, smallest = ELEMENT, self.nonzeros * width + self.elements
+        for block in candidates(self.value.shape) if self.nonzeros < self.elements else ():
+            room = (smallest - mask_bits(self.value.shape, block) - 1) // width  # elements that may be kept
+            if self.nonzeros <= room and not self._keeps_more(block, room) and (kept := self._kept(block)) <= room:
+                best, smallest = block, kept * width + mask_bits(self.value.shape, block)
+        return best
+
+    def _keeps_more(self, block: Block, room: int) -> bool:
+        """Whether blocks can be told to keep more than `room` elements without looking at all of them."""
+        if any(kept > room and _lies_in(inner, block) for inner, kept in self._found.items()):
+            return True
+        rows = self.elements and len(self.is_nonzero) // 4 // block[0] * block[0] if self.value.shape[1:] else 0
+        if self.elements < _MANY or not rows or block in self._found:
+            return False
+        part = self.is_nonzero[:rows]
+        return kept_elements(part, block) + self.nonzeros - int(part.sum()) > room
+
+    @cached_property
+    def _masks(self) -> dict[int, Block | None]:
+        return {}
 
     @cached_property
     def is_nonzero(self) -> Tensor:
@@ -141,7 +164,7 @@ class Stored:
 
 def _lies_in(inner: Block, block: Block) -> bool:
     """Whether blocks of one size are made of whole blocks of the other, so that they keep at least as many elements."""
-    return all(outer % n == 0 for outer, n in zip(block, inner, strict=True))
+    return block[0] % inner[0] == 0 and block[1] % inner[1] == 0
 
 
 def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:
@@ -325,7 +348,7 @@ class _Alike:
 
 
 def _frozen(item: object) -> Hashable:
-    if isinstance(item, list | tuple):
+    if isinstance(item, (list, tuple)):
         return tuple(map(_frozen, item))
     if isinstance(item, dict):
         return tuple((k, _frozen(v)) for k, v in item.items())

@@ -75,9 +75,13 @@ class _NoDraws(TorchFunctionMode):
     """Leaves out the drawing of random weights, which has no effect on the meta device but takes seconds there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _DRAWS and (drawn := args[0] if args else kwargs["tensor"]).is_meta:
+            return drawn
+        return func(*args, **kwargs)
+
+
+_DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 @contextmanager

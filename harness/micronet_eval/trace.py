@@ -13,11 +13,10 @@ from __future__ import annotations
 import gc
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-from micronet_eval import nonzeros, shapes
+from micronet_eval import shapes
 from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.formats import CONVERSIONS
+from micronet_eval.nonzeros import Seen, is_nonzero, seen, seen_closely
 from micronet_eval.unfused import unfused
 
 
@@ -39,9 +39,9 @@ class Buffer:
     bytes: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen ones take several times as long to make
 class Value:
-    """A tensor at one moment of the run. In-place operations make a new value.
+    """A tensor at one moment of the run. In-place operations make a new value; a value never changes.
 
     `data` holds the real tensor of a constant (a parameter, a buffer, or what is computed without any input); None for
     activations. `name` is the path of a parameter or buffer, `input`, or `constant` for a tensor that the model keeps
@@ -69,23 +69,37 @@ class Value:
         return None if self.data is None or self.data.is_meta else self.data
 
     @cached_property
-    def nonzeros(self) -> int:
-        """Elements of a constant that are not zero, counted once for all its views; all where there are no values."""
+    def seen(self) -> Seen:
+        """What the values of a constant are like, found once for all its views; none is zero where they are unknown."""
+        if self.known is None:
+            return Seen(self.numel, True)
         op = self.producer
         if op is not None and op.name in _REARRANGED and op.inputs[0].dtype == self.dtype:
-            return op.inputs[0].nonzeros
-        return self.numel if self.known is None else nonzeros.count(self.known)
+            return op.inputs[0].seen
+        return seen(self.known)
+
+    def least(self) -> float:
+        """The least magnitude of a constant's values that are not zero; its values are read once for all of `seen`."""
+        assert self.known is not None
+        self.seen = seen_closely(self.known)
+        assert self.seen.least is not None
+        return self.seen.least
+
+    @property
+    def nonzeros(self) -> int:
+        """Elements of a constant that are not zero."""
+        return self.seen.nonzeros
 
     @cached_property
     def is_pattern(self) -> bool:
         """Whether all values of a constant that are not zero are the same, as in the mask of causal attention."""
         if self.known is None or self.numel < 2:
             return False
-        is_nonzero = nonzeros.is_nonzero(self.known)
         if not self.nonzeros:
             return True
-        first = self.known.flatten()[int(is_nonzero.flatten().to(torch.uint8).argmax())]
-        return bool(((self.known == first) == is_nonzero).all())
+        kept = is_nonzero(self.known)
+        first = self.known.flatten()[int(kept.flatten().to(torch.uint8).argmax())]
+        return bool(((self.known == first) == kept).all())
 
 
 def constant(tensor: Tensor) -> Value:
@@ -115,6 +129,11 @@ class Op:
     @cached_property
     def inputs(self) -> tuple[Value, ...]:
         return tuple(_leaves(self.args, Value) + _leaves(tuple(self.kwargs.values()), Value))
+
+    @property
+    def written(self) -> tuple[Value, ...]:
+        """What it writes into, as it was before."""
+        return tuple(_leaves([self.arg(*place) for place in _writes(self.func)], Value)) if self.func else ()
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at `position`, or by keyword `name`, or `default`."""
@@ -220,12 +239,16 @@ def _check(model: nn.Module, example_input: Example) -> None:
 
 def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     recorder = _Recorder()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):  # a tied parameter comes once
-        recorder.known(name, tensor)
+    modules = {module: name for name, module in model.named_modules()}
+    for kind in ("_parameters", "_buffers"):
+        for module, path in modules.items():
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None:  # a tied parameter has its first name
+                    recorder.known(f"{path}.{name}" if path else name, tensor)
     with ExitStack() as stack:
-        stack.enter_context(_evaluation(model))
-        stack.enter_context(_swapped(model, recorder))
-        stack.enter_context(_module_paths(model, recorder.path))
+        stack.enter_context(_evaluation(modules))
+        stack.enter_context(_swapped(modules, recorder))
+        stack.enter_context(_module_paths(modules, recorder.path))
         stack.enter_context(unfused())
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
@@ -277,6 +300,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.memory: dict[int, Buffer] = {}  # by storage
         self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
         self.made: dict[Any, list[Value]] = {}  # what was folded, so that each layer's mask is made, and held, once
+        self.returned: dict[Any, tuple[Any, ...]] = {}  # shape, strides, dtype that torch's slow kernels gave
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
 
     @classmethod
@@ -404,8 +428,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = shapes.RULES.get(func)
         if rule is not None and (result := rule(*args, **kwargs)) is not None:
             return result
+        like = shapes.geometry(func, args, kwargs)
+        if like in self.returned:
+            shape, strides, dtype = self.returned[like]
+            return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         try:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if like is not None and shapes.is_new(result):
+                self.returned[like] = result.shape, result.stride(), result.dtype
+            return result
         except (NotImplementedError, RuntimeError) as error:
             if not _VALUE_DEPENDENT & set(func.tags):
                 raise
@@ -488,7 +519,7 @@ def _may_differ(func: Any) -> bool:
 
 def _hashable(item: Any) -> Any:
     """Arguments by their types, too, since 1 == 1.0 == True."""
-    if isinstance(item, list | tuple):
+    if isinstance(item, _NESTED):
         return tuple(map(_hashable, item))
     if isinstance(item, dict):
         return tuple((name, _hashable(part)) for name, part in item.items())
@@ -501,13 +532,16 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return _tensors(tuple(args[i] if i < len(args) else kwargs.get(name) for i, name in into), {}) if into else []
 
 
+_NESTED = (list, tuple)
+
+
 def _leaves(items: Sequence[Any], kind: Any) -> list[Any]:
     """What of a kind lies in lists and tuples of any nesting, in order. Arguments and results hold nothing else."""
     found = []
     for item in items:
         if isinstance(item, kind):
             found.append(item)
-        elif isinstance(item, list | tuple):
+        elif isinstance(item, _NESTED):
             found += _leaves(item, kind)
     return found
 
@@ -538,9 +572,9 @@ def _at(path: str) -> str:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode for all modules, and afterwards the mode that each of them had."""
-    training = [m for m in model.modules() if m.training]
+    training = [m for m in modules if m.training]
     for module in training:
         module.training = False
     try:
@@ -551,12 +585,11 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _swapped(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None]:
     """Stand-ins in the place of all parameters and buffers, and afterwards everything in every module as it was.
 
     torch.func.functional_call does not put back those of a module that the model has twice.
     """
-    modules = list(model.modules())
     before = [(vars(module), dict(vars(module))) for module in modules]
     held_in = (held for _, table in before for held in table.values())
     contents = [(held, held.copy()) for held in held_in if type(held) in (list, dict, set)]
@@ -572,13 +605,12 @@ def _swapped(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+def _module_paths(names: Mapping[nn.Module, str], path: list[str]) -> Iterator[None]:
     """Keeps the path of the module that runs on top of `path`. Global hooks would cost more than many modules."""
-    names = {id(module): name for name, module in model.named_modules()}
     call = nn.Module.__call__
 
     def named_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        path.append(names.get(id(module), path[-1] if path else ""))
+        path.append(names.get(module, path[-1] if path else ""))
         result = call(module, *args, **kwargs)
         path.pop()
         return result

@@ -29,8 +29,8 @@ def nonzeros_by_output(weight: Value, output_dim: int) -> tuple[int, int]:
     A weight without values counts as dense.
     """
     outputs = weight.shape[output_dim]
-    if weight.known is None or weight.nonzeros == weight.numel > 0:
-        return weight.numel, outputs
+    if weight.known is None or weight.numel - weight.nonzeros < weight.numel // max(outputs, 1):
+        return weight.nonzeros, outputs  # the zeros are too few to fill one
     return weight.nonzeros, int(np.count_nonzero(by_output(weight.known, output_dim)))
 
 

@@ -48,7 +48,7 @@ class Format(ABC):
 
     @abstractmethod
     def encode(self, tensor: Tensor) -> Tensor:
-        """The codes of `tensor`, int64 of the same shape, each non-negative below 2**code_bits (64-bit codes wrap).
+        """The codes of `tensor`, integers of the same shape, each non-negative below 2**code_bits (64-bit codes wrap).
 
         Zero is code 0 where it has one, and negative zero is zero: nothing can be hidden in it, and a masked weight is
         one. Raises OffGrid where a value has no code.
@@ -68,6 +68,8 @@ class Format(ABC):
     def __hash__(self) -> int:
         return hash(self.spec)
 
+
+_PIECE = 1 << 16  # elements at a time, so that what is made of them stays cached
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -152,19 +154,21 @@ class FixedPoint(Format):
         return ((torch.tensor([self.exponent & 0xFF], device="cpu"), 8),)
 
     def encode(self, tensor: Tensor) -> Tensor:
-        steps = tensor.to(torch.float64) * 2.0**-self.exponent
-        low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
-        bad = (steps != steps.round()) | (steps < low) | (steps > high)
-        if bad.any():
-            value, step = tensor[bad].flatten()[0].item(), 2.0**self.exponent
-            raise OffGrid(
-                f"value {value!r} is not on the grid of {self.spec} with exponent {self.exponent} "
-                f"(multiples of {step!r} from {low * step!r} to {high * step!r})"
-            )
-        return steps.to(torch.int64) & ((1 << self.bits) - 1)
+        step, low, high = 2.0**self.exponent, -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        codes = torch.empty(tensor.numel(), dtype=torch.int32, device=tensor.device)
+        for piece, values in zip(torch.split(codes, _PIECE), torch.split(tensor.reshape(-1), _PIECE), strict=True):
+            exact = values if values.dtype == torch.float64 else values.float()
+            piece.copy_((exact / step).clamp_(low, high))  # cut off after the point
+            if bool((bad := piece * step != exact).any()):
+                raise OffGrid(
+                    f"value {values[bad][0].item()!r} is not on the grid of {self.spec} with exponent {self.exponent} "
+                    f"(multiples of {step!r} from {low * step!r} to {high * step!r})"
+                )
+            piece &= (1 << self.bits) - 1
+        return codes.view(tensor.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return (_sign_extend(codes, self.bits).to(torch.float64) * 2.0**self.exponent).to(torch.float32)
+        return _sign_extend(codes, self.bits).to(torch.float32).mul_(2.0**self.exponent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,7 +335,7 @@ class Codebook(Format):
     def decode(self, codes: Tensor) -> Tensor:
         if bool((codes >= self.table.numel()).any()):
             raise OffGrid(f"a code of {self.spec} is beyond its table")
-        return self.table[(codes + self._first()) % self.table.numel()] + 0  # no negative zero
+        return self.table[(codes.to(torch.int64) + self._first()) % self.table.numel()] + 0  # no negative zero
 
     def _first(self) -> int:
         """The place in the table that is code 0: that of zero, where it is there."""

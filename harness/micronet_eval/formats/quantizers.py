@@ -60,7 +60,7 @@ def fixed_point(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
     step = 2.0 ** int(exponent.item())
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     # Adding 0.0 turns negative zeros, which fixed point does not have, into zeros.
-    return ((x / step).round_().clamp_(low, high) + 0.0).mul_(step)
+    return (x / step).round_().clamp_(low, high).add_(0.0).mul_(step)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
