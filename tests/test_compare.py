@@ -245,7 +245,9 @@ def test_ray_gives_the_same_numbers(base, tmp_path):
     here = results_of(jobs, tmp_path / "here.sqlite", "here")
     ray = results_of(jobs, tmp_path / "ray.sqlite", "ray", workers=2)
     assert [replace(r, seconds=0) for r in here] == [replace(r, seconds=0) for r in ray]
-    assert [bool(r.error) for r in ray] == [False, False, True]
+    assert [r.error.partition("n-m: ")[2] for r in ray] == [
+        "", "", "n = 3 of m = 2 removes nothing; n must be smaller than m"
+    ]  # fmt: skip
     with pytest.raises(InputError, match="a job asks for 99 GPUs, and the cluster has"):
         results_of([Job("x")], tmp_path / "none.sqlite", "ray:gpus=99", workers=1)
 
@@ -444,6 +446,14 @@ def test_the_live_view_says_how_far_it_is(table, width):
     shown = " ".join(console.file.getvalue().split())
     assert "5 of 10 done, 3 running, 2 failed, 20 s so far, about 33 s left; 2 from before" in shown
     assert "good_1" in shown and "broken: why" in shown
+
+
+def test_the_live_view_has_room_for_a_reason_behind_a_long_name():
+    console = Console(width=60, height=24, file=io.StringIO())
+    view = LiveView(total=2)
+    view.watch([Result("long" * 30, 0, error="the reason"), Result("other", 0, error="why")], 0)
+    console.print(view)
+    assert "the reason" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("width", [60, 160])

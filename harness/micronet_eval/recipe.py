@@ -503,7 +503,9 @@ def strategy_of(stage: Stage, place: str) -> Strategy | None:
         if fault["type"] == "extra_forbidden":
             unknown = plugins.unknown("option", option, strategy.model_fields)
             raise InputError(f"field '{place}': {kind} {name}: {unknown}") from error
-        raise InputError(f"field '{place}': {kind} {name}: option {option!r}: {fault['msg']}") from error
+        # what options say together has no option of its own
+        told = f"option {option!r}: {fault['msg']}" if option else fault["msg"].removeprefix("Value error, ")
+        raise InputError(f"field '{place}': {kind} {name}: {told}") from error
 
 
 def _told(step: Step) -> str:
