@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from pydantic import Field
@@ -23,6 +25,7 @@ from micronet_eval.comparing import (
     Row,
     grid,
     jobs_at,
+    jobs_in,
     jobs_of,
     options,
     parse,
@@ -187,6 +190,19 @@ def test_processes_print_nothing_into_the_live_view(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def dies(job):
+    if job.name == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Result(job.name, job.seed, score=1.0)
+
+
+def test_a_process_that_dies_fails_its_job_alone():
+    from micronet_plugins.executors import local
+
+    found = {job.name: result.error for job, result in local(dies, [Job(name) for name in "abcde"], 2)}
+    assert found == {**dict.fromkeys("acde", ""), "b": "the process that ran it died, out of memory perhaps"}
+
+
 def test_processes_give_the_same_numbers(base, tmp_path):
     jobs = jobs_of(parse("sparsifier", "random:sparsity=0.3,0.6"), base, 1, None, None, tmp_path / "kept")
     here = results_of(jobs, tmp_path / "here.sqlite", "here")
@@ -229,7 +245,9 @@ def test_ray_gives_the_same_numbers(base, tmp_path):
     here = results_of(jobs, tmp_path / "here.sqlite", "here")
     ray = results_of(jobs, tmp_path / "ray.sqlite", "ray", workers=2)
     assert [replace(r, seconds=0) for r in here] == [replace(r, seconds=0) for r in ray]
-    assert [bool(r.error) for r in ray] == [False, False, True]
+    assert [r.error.partition("n-m: ")[2] for r in ray] == [
+        "", "", "n = 3 of m = 2 removes nothing; n must be smaller than m"
+    ]  # fmt: skip
     with pytest.raises(InputError, match="a job asks for 99 GPUs, and the cluster has"):
         results_of([Job("x")], tmp_path / "none.sqlite", "ray:gpus=99", workers=1)
 
@@ -279,6 +297,55 @@ def test_a_changed_submission_is_evaluated_again(submission, tmp_path):
     before = job.key
     (submission / "submission.toml").write_text((submission / "submission.toml").read_text() + "\n")
     assert job.key != before
+    assert replace(job, data="/data").key != job.key  # then its quality may be measured
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        'start = "{0}"',
+        'stages = [{{train = {{epochs = 1, distill = {{teacher = "{0}"}}}}}}]',
+        'stages = [{{rounds = {{stages = [{{train = {{augment = "{0}/file"}}}}]}}}}]',
+    ],
+)
+def test_a_recipe_is_run_again_when_what_it_reads_has_changed(tmp_path, reads):
+    (tmp_path / "file").write_text("a")
+    job = Job("x", recipe=reads.format(tmp_path))
+    before = job.key
+    assert job.key == before
+    (tmp_path / "file").write_text("b")
+    assert job.key != before
+
+
+def test_a_job_is_run_again_with_another_version_of_a_plugin(monkeypatch):
+    before, manager = Job("x").key, comparing.jobs.plugins.manager()
+    dist = SimpleNamespace(project_name="stranger", version="2")
+    monkeypatch.setattr(manager, "list_plugin_distinfo", lambda: [(None, dist)])
+    assert Job("x").key != before
+
+
+def test_what_has_one_name_is_not_one_row(base, submission, tmp_path):
+    (submission / "recipe.toml").write_text(BASE)
+    other = tmp_path / "other" / submission.name
+    shutil.copytree(submission, other)
+    jobs = jobs_in([submission, submission / "recipe.toml", other, base], 2, None)
+    assert [job.name for job in jobs] == [
+        str(submission), *[str(submission / "recipe.toml")] * 2, str(other), "base", "base"
+    ]  # fmt: skip
+
+
+def test_what_is_given_twice_is_run_once(submission, tmp_path):
+    given = submission, submission
+    (row,) = comparing.compare(*given, results=tmp_path / "r.sqlite", executor="here").rows
+    assert (row.name, row.seeds) == (submission.name, 1)
+
+
+@pytest.mark.parametrize("what", ["CREATE TABLE results (other TEXT)", "CREATE VIEW results AS SELECT 1 AS key, 2"])
+def test_results_of_another_program_are_left_alone(tmp_path, what):
+    with closing(sqlite3.connect(tmp_path / "other.sqlite")) as store:
+        store.execute(what)
+    with pytest.raises(InputError, match=r"other.sqlite cannot hold results: .*; name another file by --results"):
+        results_of([Job("x")], tmp_path / "other.sqlite", "here")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -317,6 +384,7 @@ def table():
     several = [
         Result("good_1", 0, "digits", 1000, 5000, 0.1, 0.1, 0.2, 0.9, True, 3),
         Result("good_1", 1, "digits", 1000, 5000, 0.1, 0.3, 0.4, 1.0, True, 3),
+        Result("good_1", 2, error="unlucky"),
         Result("worse & more", 0, "digits", 2000, 5000, 0.2, 0.3, 0.5, 0.8, False, 3),
         Result("broken", 0, error="why"),
     ]
@@ -331,8 +399,13 @@ def test_columns_for_people_and_programs(table):
         "| * | good_1 | 0.30000 ±0.14142 | 95.00% ±7.07% |",
         "|  | worse & more | 0.50000 | 80.00% |",
         "|  | broken | failed |  |",
+        "",
+        "- good_1: failed: unlucky",
+        "- broken: failed: why",
     ]
     assert chosen.to_latex().splitlines() == [
+        "% good_1: failed: unlucky",
+        "% broken: failed: why",
         r"\begin{tabular}{lrr}",
         r"\toprule",
         r"strategy & score & quality \\",
@@ -343,9 +416,11 @@ def test_columns_for_people_and_programs(table):
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    assert chosen.to_csv().splitlines()[0] == "strategy,score,score_deviation,quality,quality_deviation"
+    assert chosen.to_csv().splitlines()[0] == "strategy,score,score_deviation,quality,quality_deviation,errors"
+    assert chosen.to_csv().splitlines()[-1] == "broken,,,,,why"
     whole = json.loads(table.to_json())
     assert whole[0]["params32"] == 1000 and whole[0]["pareto"] is True and whole[2]["errors"] == "why"
+    assert "<p>good_1: failed: unlucky</p>" in table._repr_html_()
     assert "<td>good_1</td>" in table._repr_html_() and "worse &amp; more" in table._repr_html_()
     assert [row.name for row in sorted_rows(table.rows, "params32")] == ["good_1", "worse & more", "broken"]
 
@@ -369,8 +444,16 @@ def test_the_live_view_says_how_far_it_is(table, width):
     view.watch(table.results, 3)
     console.print(view)
     shown = " ".join(console.file.getvalue().split())
-    assert "4 of 10 done, 3 running, 1 failed, 20 s so far, about 1 min 0 s left; 2 from before" in shown
+    assert "5 of 10 done, 3 running, 2 failed, 20 s so far, about 33 s left; 2 from before" in shown
     assert "good_1" in shown and "broken: why" in shown
+
+
+def test_the_live_view_has_room_for_a_reason_behind_a_long_name():
+    console = Console(width=60, height=24, file=io.StringIO())
+    view = LiveView(total=2)
+    view.watch([Result("long" * 30, 0, error="the reason"), Result("other", 0, error="why")], 0)
+    console.print(view)
+    assert "the reason" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("width", [60, 160])
@@ -420,10 +503,17 @@ def test_a_failed_job_is_a_row_with_its_reason(run, base, tmp_path, register):
         def apply(self, model, context):
             raise InputError("cannot do this")
 
-    register(sparsifiers={"broken": Broken})
-    words = ["--sparsifier", "broken", "--sparsifier", "random", "--executor", "here"]
+    class Leaving(Sparsifier):
+        """Ends the program."""
+
+        def apply(self, model, context):
+            sys.exit("left")
+
+    register(sparsifiers={"broken": Broken, "leaving": Leaving})
+    words = ["--sparsifier", "broken", "--sparsifier", "leaving", "--sparsifier", "random", "--executor", "here"]
     code, out, _ = run("compare", "--on", base, *words, "--results", tmp_path / "r.sqlite")
     assert code == 1
     assert "failed" in out
     assert "cannot do this" in out
+    assert "leaving: SystemExit: left" in out
     assert isinstance(Job("x").key, str)

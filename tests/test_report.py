@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -287,6 +288,37 @@ def test_the_names_of_the_library():
         assert callable(getattr(micronet_eval, name)) or name == "RULES"
     with pytest.raises(AttributeError, match="has no attribute 'evalute'"):
         _ = micronet_eval.evalute
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda folder: micronet_eval.compress(f"{folder}/recipe.toml", f"{folder}/made"),
+        lambda folder: micronet_eval.train_only(f"{folder}/recipe.toml", f"{folder}/made"),
+        lambda folder: micronet_eval.search(f"{folder}/recipe.toml", micronet_eval.Search()),
+        lambda folder: micronet_eval.reproduce(folder),
+        lambda folder: micronet_eval.import_weights(folder, f"{folder}/weights.pt", f"{folder}/made"),
+        lambda folder: micronet_eval.new_plugin("pruner", "my-pruner", folder),
+    ],
+)
+def test_functions_take_paths_as_text(tmp_path, call):
+    with pytest.raises(micronet_eval.errors.InputError, match=str(tmp_path)):
+        call(str(tmp_path))
+
+
+def test_what_is_wrong_with_a_submission_in_python(tmp_path):
+    assert [finding.rule for finding in micronet_eval.validate(str(tmp_path / "none"))] == ["folder.exists"]
+
+
+def test_every_command_is_a_function_and_told():
+    import click
+
+    from micronet_eval.cli import cli
+
+    told = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    shown = set(re.findall(r"`(?:micronet-eval )?([a-z]+)[ `]", told)) | {"evaluate"}  # which is the default
+    assert set(cli.list_commands(click.Context(cli))) <= shown
+    assert set(re.findall(r"`mn\.(\w+)", told)) <= set(micronet_eval.__all__)
 
 
 def test_a_notebook_shows_the_figures_and_no_markup_of_others(submission):

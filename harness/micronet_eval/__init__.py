@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from micronet_eval.new import new_plugin
     from micronet_eval.pages import write_comparison, write_pages
     from micronet_eval.plugins import registered
+    from micronet_eval.policy_search import Search, search
     from micronet_eval.ranking import leaderboard
-    from micronet_eval.recipe import compress
+    from micronet_eval.recipe import compress, train_only
+    from micronet_eval.reproducing import reproduce
     from micronet_eval.rules import RULES
     from micronet_eval.targets import count
+    from micronet_eval.validating import validate
 
 _ROOMS = {
     "checking": ("check",),
@@ -37,10 +40,13 @@ _ROOMS = {
     "new": ("new_plugin",),
     "pages": ("write_comparison", "write_pages"),
     "plugins": ("registered",),
+    "policy_search": ("Search", "search"),
     "ranking": ("leaderboard",),
-    "recipe": ("compress",),
+    "recipe": ("compress", "train_only"),
+    "reproducing": ("reproduce",),
     "rules": ("RULES",),
     "targets": ("count",),
+    "validating": ("validate",),
 }
 
 
@@ -58,6 +64,7 @@ __all__ = [
     "RULES",
     "Comparison",
     "Report",
+    "Search",
     "check",
     "compare",
     "compress",
@@ -69,7 +76,11 @@ __all__ = [
     "leaderboard",
     "new_plugin",
     "registered",
+    "reproduce",
     "score",
+    "search",
+    "train_only",
+    "validate",
     "write_comparison",
     "write_pages",
 ]

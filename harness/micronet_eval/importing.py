@@ -17,12 +17,13 @@ from micronet_eval.merge import merged
 from micronet_eval.submission import MANIFEST, TABLE_LIMIT, WEIGHTS, build, manifest_bytes, read_manifest, task_of
 
 
-def import_weights(folder: Path, path: Path, output: Path, isolation: Isolation = AUTO) -> None:
+def import_weights(folder: str | Path, path: str | Path, output: str | Path, isolation: Isolation = AUTO) -> None:
     """Writes the submission that the submission.toml in `folder` describes, with the weights of a state dict.
 
     The state dict has the architecture's names, or others that the architecture translates when it is loaded (by
     torch's `register_load_state_dict_pre_hook`). Raises InputError where it does not fit, or is none.
     """
+    folder, path, output = Path(folder), Path(path), Path(output)
     manifest = read_manifest(folder)
     task, architecture = task_of(manifest, folder / MANIFEST), manifest.architecture
     if output.exists() and not output.is_dir():

@@ -14,7 +14,7 @@ from micronet_eval import plugins
 from micronet_eval.errors import InputError
 
 
-def new_plugin(kind: plugins.Kind, name: str, folder: Path) -> None:
+def new_plugin(kind: plugins.Kind, name: str, folder: str | Path) -> None:
     """Writes a package with the strategy `name`, its tests and its README into `folder`, which must not exist yet.
 
     Raises InputError where the name cannot be used or the folder cannot be written.
@@ -24,6 +24,7 @@ def new_plugin(kind: plugins.Kind, name: str, folder: Path) -> None:
         raise InputError(f"{name!r} is no name for a package; use small letters, digits and hyphens, as in my-{kind}")
     if name in (known := plugins.registered(kind)):
         raise InputError(f"there is a {kind} {name!r} already, from {known[name].package}; choose another name")
+    folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists already; name another folder by -o")
     values = {"kind": kind, "name": name, "module": module, "class_": module.title().replace("_", "")}

@@ -48,9 +48,9 @@ class Search(Table):
 
 
 def search(
-    path: Path,
+    path: str | Path,
     how: Search,
-    data: Path | None = None,
+    data: str | Path | None = None,
     log: Log = lambda line: None,
     progress: Told = lambda done, total: None,
 ) -> Policy:
@@ -60,10 +60,11 @@ def search(
     same policy. Raises InputError where the recipe is wrong, has no training, or is not for images, where training data
     are missing, and where optuna is not installed.
     """
+    path, root = Path(path), None if data is None else Path(data)
     recipe = read_toml(path, Recipe)
     try:
         task: Task = plugins.lookup("task", recipe.task)
-        examples, _ = data_of(recipe, task, data)
+        examples, _ = data_of(recipe, task, root)
     except (InputError, DataMissing) as error:
         raise InputError(f"{path}: {error}") from error
     training = next((stage.train for _, stage in named_stages(recipe.stages) if stage.train is not None), None)

@@ -185,9 +185,9 @@ Told = Callable[[int, int], None]
 
 
 def compress(
-    path: Path,
-    folder: Path,
-    data: Path | None = None,
+    path: str | Path,
+    folder: str | Path,
+    data: str | Path | None = None,
     log: Log = lambda line: None,
     resume: bool = False,
     progress: Told = lambda done, total: None,
@@ -197,13 +197,14 @@ def compress(
     What it has done is kept in `folder` until it ends; `resume` goes on from there, and ends with the same files.
     Raises InputError where the recipe is wrong, the training data is missing, or there is nothing to resume.
     """
-    _make(path, folder, resume, lambda: _Run(path, data, log, progress))
+    path, root = Path(path), None if data is None else Path(data)
+    _make(path, Path(folder), resume, lambda: _Run(path, root, log, progress))
 
 
 def train_only(
-    path: Path,
-    folder: Path,
-    data: Path | None = None,
+    path: str | Path,
+    folder: str | Path,
+    data: str | Path | None = None,
     log: Log = lambda line: None,
     resume: bool = False,
     progress: Told = lambda done, total: None,
@@ -213,14 +214,16 @@ def train_only(
     The latter is what other recipes `start` from. Else as `compress`.
     """
 
+    path, root = Path(path), None if data is None else Path(data)
+
     def run() -> _Run:
-        made = _Run(path, data, log, progress)
+        made = _Run(path, root, log, progress)
         for name, stage in named_stages(made.recipe.stages):
             if stage.strategy_kind is not None or stage.merge is not None:
                 raise InputError(f"{path}: field '{name}': {stage} does not train; micronet-eval compress runs it")
         return made
 
-    _make(path, folder, resume, run, TRAINED)
+    _make(path, Path(folder), resume, run, TRAINED)
 
 
 def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], state_dict: str = "") -> None:
@@ -501,7 +504,9 @@ def strategy_of(stage: Stage, place: str) -> Strategy | None:
         if fault["type"] == "extra_forbidden":
             unknown = plugins.unknown("option", option, strategy.model_fields)
             raise InputError(f"field '{place}': {kind} {name}: {unknown}") from error
-        raise InputError(f"field '{place}': {kind} {name}: option {option!r}: {fault['msg']}") from error
+        # what options say together has no option of its own
+        told = f"option {option!r}: {fault['msg']}" if option else fault["msg"].removeprefix("Value error, ")
+        raise InputError(f"field '{place}': {kind} {name}: {told}") from error
 
 
 def _told(step: Step) -> str:

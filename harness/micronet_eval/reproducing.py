@@ -41,8 +41,8 @@ class Reproduction:
 
 
 def reproduce(
-    folder: Path,
-    data: Path | None = None,
+    folder: str | Path,
+    data: str | Path | None = None,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Reproduction:
@@ -51,6 +51,7 @@ def reproduce(
     Bit for bit can hold on one machine with one version of torch; elsewhere training rounds otherwise. Raises
     InputError where there is no recipe, or its data is missing.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     before = packing.read(folder / WEIGHTS)
     try:

@@ -25,11 +25,12 @@ def to_csv(table: Table) -> str:
 def to_markdown(table: Table) -> str:
     """Rows as a Markdown table."""
     head = list(table[0])
-    lines = [head, ["---"] * len(head), *([_markdown(row[name]) for name in head] for row in table)]
+    lines = [head, ["---"] * len(head), *([in_markdown(row[name]) for name in head] for row in table)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _markdown(value: object) -> str:
+def in_markdown(value: object) -> str:
+    """A value in one line of Markdown, and in one cell."""
     return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 

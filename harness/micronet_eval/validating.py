@@ -71,9 +71,9 @@ class Finding:
     kind: Literal["error", "warning"] = "error"
 
 
-def validate(folder: Path, data: Path | None = None, isolation: Isolation = AUTO) -> list[Finding]:
+def validate(folder: str | Path, data: str | Path | None = None, isolation: Isolation = AUTO) -> list[Finding]:
     """Everything that is wrong with a submission; nothing where it is valid. Quality is measured where the data is."""
-    return list(_findings(folder, data, isolation))
+    return list(_findings(Path(folder), None if data is None else Path(data), isolation))
 
 
 def _findings(folder: Path, data: Path | None, isolation: Isolation) -> Iterator[Finding]:

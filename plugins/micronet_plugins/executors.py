@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from micronet_eval.comparing import Job, Result
@@ -19,21 +19,36 @@ def here(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Ite
 
 
 def local(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
-    """So many processes, each with one thread. A process that dies fails its jobs, not the others that are done."""
-    if not jobs:
-        return
+    """So many processes, each with one thread. A job whose process dies fails, and no other."""
+    waiting = list(jobs)
+    while waiting:
+        # Nobody says which of several jobs it was that died, and all of their processes end: each is tried alone.
+        for job in (yield from _together(run, waiting, workers)):
+            if (yield from _together(run, [job], 1)):
+                yield job, Result(job.name, job.seed, error="the process that ran it died, out of memory perhaps")
+
+
+def _together(
+    run: Callable[[Job], Result], waiting: list[Job], workers: int
+) -> Generator[tuple[Job, Result], None, list[Job]]:
+    """Takes jobs off `waiting` and runs them; where a process dies, the jobs that ran then are returned."""
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _prepare) as pool:
-        running = {pool.submit(run, job): job for job in jobs}
+    running: dict[Future[Result], Job] = {}
+    with ProcessPoolExecutor(min(workers, len(waiting)), context, _prepare) as pool:
         try:
-            for future in as_completed(running):
-                job = running[future]
-                try:
-                    yield job, future.result()
-                except BrokenProcessPool:
-                    yield job, Result(job.name, job.seed, error="the process that ran it died, out of memory perhaps")
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    running[pool.submit(run, waiting[0])] = waiting[0]
+                    del waiting[0]
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in sorted(ended, key=lambda future: future.exception() is not None):
+                    result = future.result()
+                    yield running.pop(future), result
+        except BrokenProcessPool:
+            return list(running.values())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    return []
 
 
 def _prepare() -> None:

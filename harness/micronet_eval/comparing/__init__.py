@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from micronet_eval import plugins, tables
-from micronet_eval.comparing.grid import Cell, grid, jobs_at, jobs_of, options, parse, title
+from micronet_eval.comparing.grid import Cell, grid, jobs_at, jobs_in, jobs_of, options, parse, title
 from micronet_eval.comparing.jobs import Job, Result, run
 from micronet_eval.comparing.running import Executor, Watch, executor_of, results_of
 from micronet_eval.comparing.showing import render
@@ -68,12 +68,18 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The table in Markdown, figures rounded; * marks the Pareto-optimal rows."""
-        return tables.to_markdown(self._written())
+        reasons = [f"\n- {tables.in_markdown(reason)}" for reason in self._reasons()]
+        return tables.to_markdown(self._written()) + ("\n" + "".join(reasons) if reasons else "")
 
     def to_latex(self) -> str:
-        """The table in LaTeX, for the package booktabs; Pareto-optimal rows are bold."""
+        """The table in LaTeX, for the package booktabs; Pareto-optimal rows are bold, failures are comments."""
         cells = [{name: cell for name, cell in row.items() if name} for row in self._written()]
-        return tables.to_latex(cells, [row.best for row in self.rows])
+        table = tables.to_latex(cells, [row.best for row in self.rows])
+        return "".join(f"% {' '.join(reason.split())}\n" for reason in self._reasons()) + table
+
+    def _reasons(self) -> list[str]:
+        """Why jobs failed. A row of which other seeds did not fail has to say so, too."""
+        return [f"{row.name}: failed: {error}" for row in self.rows for error in row.errors]
 
     def _written(self) -> list[dict[str, object]]:
         return [written(row, chosen(self.columns)) for row in self.rows]
@@ -82,7 +88,8 @@ class Comparison:
         found = self._written()
         head = "".join(f"<th>{escape(name)}</th>" for name in found[0])
         body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row.values()) + "</tr>" for row in found)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        reasons = "".join(f"<p>{escape(reason)}</p>" for reason in self._reasons())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{reasons}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield render(self.rows, options.max_width, self.columns)
@@ -120,7 +127,7 @@ def compare(
     shown = None if columns is None else tuple(chosen(columns))
     sorted_rows((), sort)  # what is unknown is told before anything runs
     root, store = None if data is None else Path(data), Path(results)
-    todo = [job for path in paths for job in jobs_at(Path(path), seeds, root, isolation)]
+    todo = jobs_in(list(map(Path, paths)), seeds, root, isolation)
     kinds: dict[plugins.Kind, OneOrMore] = {"pruner": pruners, "sparsifier": sparsifiers, "quantizer": quantizers}
     cells = grid([[c for text in _several(texts) for c in parse(kind, text)] for kind, texts in kinds.items()])
     if cells and on is None:
@@ -129,6 +136,7 @@ def compare(
         todo += jobs_of(cells, Path(on), seeds, fine_tune, root, store.with_suffix(".kept"))
     if not todo:
         raise InputError("nothing to compare; give recipes, submissions, or strategies with --on RECIPE")
+    todo = list(dict.fromkeys(todo))  # what is given twice is run once
     with live(len(todo)) as watch:
         found = results_of(todo, store, executor, workers, watch)
     return Comparison(tuple(sorted_rows(rows(found), sort)), tuple(found), shown)
@@ -154,6 +162,7 @@ __all__ = [
     "flat",
     "grid",
     "jobs_at",
+    "jobs_in",
     "jobs_of",
     "options",
     "parse",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,17 @@ def jobs_at(path: Path, seeds: int, data: Path | None, isolation: Isolation = AU
         raise InputError(f"{path} is no submission's folder and no recipe: {error}") from error
     name = printable(path.stem if path.stem != "recipe" else path.resolve().parent.name)
     return [Job(name, seed, tomli_w.dumps(_seeded(recipe, seed)), data=root) for seed in range(seeds)]
+
+
+def jobs_in(paths: Sequence[Path], seeds: int, data: Path | None, isolation: Isolation = AUTO) -> list[Job]:
+    """Those of several paths, as `jobs_at`. What would have the name of another has its path for a name."""
+    found = {path: jobs_at(path, seeds, data, isolation) for path in paths}
+    names = [jobs[0].name for jobs in found.values()]
+    return [
+        job if names.count(job.name) == 1 else replace(job, name=printable(str(path)))
+        for path, jobs in found.items()
+        for job in jobs
+    ]
 
 
 def _seeded(recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -6,15 +6,23 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError
 from micronet_eval.files import digest
 from micronet_eval.isolation import AUTO, Isolation
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,32 @@ class Job:
 
     @property
     def key(self) -> str:
-        """What the result depends on: the recipe or the submission's bytes, and the version of the program."""
-        whole = hashlib.sha256(self.recipe.encode())
-        for path in sorted(Path(self.folder).glob("*")) if self.folder else ():
-            whole.update(os.fsencode(path.name) + digest(path))
-        return f"{whole.hexdigest()[:32]}-{self.seed}-{version('micronet-eval')}"
+        """What the result depends on, with the seed and the version of the program."""
+        return f"{_depends(self.recipe, self.data, self.folder)}-{self.seed}-{version('micronet-eval')}"
+
+
+def _depends(recipe: str, data: str | None, folder: str = "") -> str:
+    """A digest of a recipe or a submission: the bytes that it reads, where its data are, the versions of plugins."""
+    whole = hashlib.sha256(recipe.encode())
+    read = [folder] if folder else _read_by(tomllib.loads(recipe))
+    for path in (inside for place in map(Path, read) for inside in (place, *sorted(place.glob("*")))):
+        whole.update(os.fsencode(path.name) + digest(path))
+    versions = sorted(f"{dist.project_name} {dist.version}" for _, dist in plugins.manager().list_plugin_distinfo())
+    whole.update("\n".join([data or "", *versions]).encode())
+    return whole.hexdigest()[:32]
+
+
+def _read_by(table: object) -> Iterator[str]:
+    """The folders and files that a recipe reads: what it starts from, its teachers, its policies of augmentation."""
+    if isinstance(table, Mapping):
+        for name, value in table.items():
+            if isinstance(value, str) and name in ("start", "teacher", "augment"):
+                yield value
+            else:
+                yield from _read_by(value)
+    elif isinstance(table, list):
+        for item in table:
+            yield from _read_by(item)
 
 
 @dataclass(frozen=True)
@@ -78,7 +107,7 @@ def run(job: Job) -> Result:
         except (InputError, SubmissionError) as error:
             told = str(error).replace(f"{folder}/", "")
             return Result(job.name, job.seed, error=told, seconds=time.perf_counter() - start)
-        except Exception as error:  # of a foreign strategy, whatever it is
+        except (Exception, SystemExit) as error:  # of a foreign strategy, whatever it is
             return Result(
                 job.name, job.seed, error=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - start
             )
@@ -115,7 +144,7 @@ def _lay(job: Job, made: Path, data: Path | None) -> None:
     from micronet_eval.kept import KEPT, Kept
     from micronet_eval.recipe import trained
 
-    base = Path(job.kept) / hashlib.sha256(job.base.encode()).hexdigest()[:32]
+    base = Path(job.kept) / _depends(job.base, job.data)
     base.parent.mkdir(parents=True, exist_ok=True)
     with base.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another job may be training it; the lock ends with its process

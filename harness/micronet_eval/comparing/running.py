@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -58,10 +58,11 @@ def results_of(
     """The result of every job, in their order; those that `results`, a SQLite file, has already are not run again.
 
     Each result is written as soon as it is there, so that a run that was killed goes on with what is missing. A job
-    that failed is run again the next time. Raises InputError where there is no such executor.
+    that failed is run again the next time. Raises InputError where there is no such executor, or where the file cannot
+    be read or written.
     """
     execute, workers = executor_of(executor), workers or os.cpu_count() or 1
-    with closing(_opened(results)) as store:
+    with _opened(results) as store:
         done = {job: Result(**json.loads(row[0])) for job in jobs if (row := _row(store, job)) is not None}
         missing = [job for job in jobs if job not in done]
         watch([*done.values()], min(len(missing), workers))
@@ -74,14 +75,18 @@ def results_of(
     return [done[job] for job in jobs]
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        store = sqlite3.connect(path)
-        store.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, result TEXT)")
-    except (OSError, sqlite3.Error) as error:
-        raise InputError(f"{path} cannot hold results: {error}; name another file") from error
-    return store
+    except OSError as error:
+        raise InputError(f"{path} cannot hold results: {error}; name another file by --results") from error
+    try:
+        with closing(sqlite3.connect(path)) as store:
+            store.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, result TEXT)")
+            yield store
+    except sqlite3.Error as error:  # no such file, another program's, a full disk
+        raise InputError(f"{path} cannot hold results: {error}; name another file by --results") from error
 
 
 def _row(store: sqlite3.Connection, job: Job) -> tuple[str] | None:

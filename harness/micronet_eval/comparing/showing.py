@@ -81,9 +81,10 @@ class LiveView:
         yield told
         found = sorted_rows(rows(self.results), "score")
         good, bad = [row for row in found if not row.failed], [row for row in found if row.failed]
-        most = max(1, height - ROOM - min(len(bad), 3))
-        for row in bad[-3:]:
-            yield Text(f"{row.name}: {row.errors[0]}", "red", no_wrap=True, overflow="ellipsis")
+        most = max(1, height - ROOM - 2 * min(len(bad), 3))
+        for row in bad[-3:]:  # the name alone may fill a line
+            yield Text(f"{row.name}:", "red", no_wrap=True, overflow="ellipsis")
+            yield Text(f"  {row.errors[0]}", "red", no_wrap=True, overflow="ellipsis")
         if good:
             yield _table(good[:most], width, None)
             if len(good) > most:

@@ -174,7 +174,7 @@ def sorted_rows(found: Sequence[Row], by: str) -> list[Row]:
 
 
 def flat(row: Row, columns: Sequence[str] | None = None) -> dict[str, object]:
-    """The figures of a row as numbers, for programs: all, or those of some columns."""
+    """The figures of a row as numbers, for programs: all, or those of some columns; and why jobs failed."""
     found: dict[str, object] = {"strategy": row.name}
     for name in columns or [name for name in COLUMNS if name not in ("passed", "time")]:
         if name == "time":
@@ -185,8 +185,7 @@ def flat(row: Row, columns: Sequence[str] | None = None) -> dict[str, object]:
             found[f"{name}_deviation"] = row.spread.get(name)
     if columns is None:
         found |= {"passed": row.passed, "pareto": row.best, "seconds": round(row.seconds, 1)}
-        found["errors"] = "; ".join(row.errors)
-    return found
+    return {**found, "errors": "; ".join(row.errors)}
 
 
 def written(row: Row, columns: Sequence[str]) -> dict[str, object]:
