@@ -16,10 +16,11 @@ from micronet_eval.merge import merged
 from micronet_eval.recipe import compress
 from micronet_eval.structure import quantizers_of
 from micronet_eval.submission import build, read_manifest
+from micronet_plugins.tasks import FASHION_SYSTEM
 
 FOLDER = Path(__file__).parent.parent / "submissions"
 WEIGHTS = "weights.safetensors"
-ALL = ["1", "2", "3", "digits"]
+ALL = ["1", "2", "3", "digits", "fashion-small"]
 
 # SCORING.md, the table of the WaveComp entry, and the counts before quantization below it
 STORAGE = {"1": 344_500, "2": 355_800, "3": 324_670}
@@ -167,6 +168,19 @@ def test_the_claims_of_digits_hold():
     claims = report_of("digits").claims
     assert [claim.name for claim in claims] == ["storage", "math", "score", "quality"]
     assert all(claim.holds for claim in claims)
+
+
+# --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
+
+
+def test_fashion_small_is_right_on_more_than_94_of_100_test_images():
+    if not FASHION_SYSTEM.is_dir():
+        pytest.skip("Fashion-MNIST is not installed")
+    report = evaluate(FOLDER / "fashion-small")
+    assert (report.quality.examples, report.passed) == (10_000, True)
+    assert abs(report.quality.correct - 9_471) <= 10  # other processors round otherwise
+    assert report.score.total == pytest.approx(0.00836, abs=5e-6)
+    assert [claim.name for claim in report.claims if claim.holds][:3] == ["storage", "math", "score"]
 
 
 # --- made again -------------------------------------------------------------------------------------------------------
