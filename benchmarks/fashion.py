@@ -20,7 +20,7 @@ import tomllib
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FASHION, AGAINST = RESULTS / "fashion.json", RESULTS / "against_toolkits.json"
+FASHION = RESULTS / "fashion.json"
 PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "docs" / "wavecomp-fashion.svg"
 PIPELINE = "fashion-wavecomp"
 
@@ -31,7 +31,7 @@ def measured(folder: Path) -> dict[str, Any]:
     from micronet_eval.submission import Manifest, read_toml
 
     report = evaluate(folder)
-    assert report.score is not None and report.quality is not None
+    assert report.score is not None and report.quality.measured is not None
     recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
     provenance = read_toml(folder / "submission.toml", Manifest).provenance
     return {
@@ -44,7 +44,7 @@ def measured(folder: Path) -> dict[str, Any]:
         "storage": report.score.storage,
         "math": report.score.math,
         "score": report.score.total,
-        "correct": report.quality.correct,
+        "correct": round(report.quality.measured * report.quality.examples),
         "examples": report.quality.examples,
         "passed": report.quality.passed,
         "steps": [step.model_dump(mode="json") for step in provenance.steps] if provenance else [],
@@ -93,8 +93,6 @@ def page() -> str:
     pipeline = next((x for x in found if x["folder"] == PIPELINE), None)
     if pipeline is not None:
         lines += ["", *_pipeline(pipeline)]
-    if AGAINST.exists():
-        lines += ["", *_against(json.loads(AGAINST.read_text(encoding="utf-8")))]
     return "\n".join([*lines, ""])
 
 
@@ -170,26 +168,6 @@ def figure(x: dict[str, Any]) -> str:
         '<text x="265" y="20" fill="#1b6ca8">training</text><text x="325" y="20" fill="#c8553d">pruning</text>'
     )
     return "\n".join([*lines, "</svg>", ""])
-
-
-def _against(kept: dict[str, Any]) -> list[str]:
-    ours, theirs = kept["ours"], kept["theirs"]
-    lines = [
-        "## Against what a user would pick",
-        "",
-        "`python -m benchmarks.against_toolkits`: the same trained network, teacher and number of epochs, but one",
-        "round of torch-pruning's magnitude pruner and torchao's int8 in the place of our sparsifier and quantizer.",
-        "",
-        "| | storage | math | score | ours by theirs | accuracy | threshold |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for x in (ours, *theirs):
-        verdict = "reached" if x["passed"] else "missed"
-        lines.append(
-            f"| {x['name']} | {x['storage']:.5f} | {x['math']:.5f} | {x['score']:.5f} | "
-            f"{ours['score'] / x['score']:.2f} | {x['quality']:.2%} | {verdict} |"
-        )
-    return [*lines, "", f"{kept['environment']}."]
 
 
 def main() -> None:

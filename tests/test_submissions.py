@@ -131,7 +131,7 @@ def test_the_counted_bits_are_those_of_the_file(name):
     assert storage.bits / 8 < storage.file_bytes <= 1.02 * storage.bits / 8 + 65_536
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["1", "2", "3", "digits"])
 def test_weights_are_on_the_grid_that_the_file_says(name):
     model, tensors = unpacked(FOLDER / name)
     bits = {path: int(spec.partition(":")[2] or 8) for path, spec, _ in packed_tensors(name)}
@@ -177,8 +177,8 @@ def test_fashion_small_is_right_on_more_than_94_of_100_test_images():
     if not FASHION_SYSTEM.is_dir():
         pytest.skip("Fashion-MNIST is not installed")
     report = evaluate(FOLDER / "fashion-small")
-    assert (report.quality.examples, report.passed) == (10_000, True)
-    assert abs(report.quality.correct - 9_471) <= 10  # other processors round otherwise
+    assert (report.quality.examples, report.quality.passed) == (10_000, True)
+    assert abs(report.quality.measured - 0.9471) <= 0.001  # other processors round otherwise
     assert report.score.total == pytest.approx(0.00836, abs=5e-6)
     assert [claim.name for claim in report.claims if claim.holds][:3] == ["storage", "math", "score"]
 

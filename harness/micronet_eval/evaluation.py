@@ -195,7 +195,7 @@ def measured(
         if opened.isolation != NO_CODE:
             sizes = sorted({min(BATCH, quality.examples), quality.examples % BATCH} - {0, 1})
             check_batches(opened.model, opened.task.input_shape, opened.trace, sizes)
-        if quality.examples and (other := proof.changed(opened.model, weights)):
+        if other := proof.changed(opened.model, weights):
             raise InputError(
                 f"the model changes {other[0]!r} while it runs; what is counted has to be what is measured"
             )
