@@ -12,13 +12,12 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from pydantic import Field
 from rich.console import Console
 
-from micronet_eval import comparing, evaluate
+from micronet_eval import comparing, evaluate, plugins
 from micronet_eval.comparing import (
     Job,
     Result,
@@ -305,6 +304,7 @@ def test_a_changed_submission_is_evaluated_again(submission, tmp_path):
     [
         'start = "{0}"',
         'stages = [{{train = {{epochs = 1, distill = {{teacher = "{0}"}}}}}}]',
+        'stages = [{{train = {{epochs = 1, distill = {{teacher = ["other", "{0}"]}}}}}}]',
         'stages = [{{rounds = {{stages = [{{train = {{augment = "{0}/file"}}}}]}}}}]',
     ],
 )
@@ -318,9 +318,8 @@ def test_a_recipe_is_run_again_when_what_it_reads_has_changed(tmp_path, reads):
 
 
 def test_a_job_is_run_again_with_another_version_of_a_plugin(monkeypatch):
-    before, manager = Job("x").key, comparing.jobs.plugins.manager()
-    dist = SimpleNamespace(project_name="stranger", version="2")
-    monkeypatch.setattr(manager, "list_plugin_distinfo", lambda: [(None, dist)])
+    before = Job("x").key
+    monkeypatch.setattr(plugins, "packages", lambda: {None: ("stranger", "2")})
     assert Job("x").key != before
 
 

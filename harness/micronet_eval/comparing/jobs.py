@@ -56,7 +56,7 @@ def _depends(recipe: str, data: str | None, folder: str = "") -> str:
     read = [folder] if folder else _read_by(tomllib.loads(recipe))
     for path in (inside for place in map(Path, read) for inside in (place, *sorted(place.glob("*")))):
         whole.update(os.fsencode(path.name) + digest(path))
-    versions = sorted(f"{dist.project_name} {dist.version}" for _, dist in plugins.manager().list_plugin_distinfo())
+    versions = sorted(map(" ".join, plugins.packages().values()))
     whole.update("\n".join([data or "", *versions]).encode())
     return whole.hexdigest()[:32]
 
@@ -65,8 +65,9 @@ def _read_by(table: object) -> Iterator[str]:
     """The folders and files that a recipe reads: what it starts from, its teachers, its policies of augmentation."""
     if isinstance(table, Mapping):
         for name, value in table.items():
-            if isinstance(value, str) and name in ("start", "teacher", "augment"):
-                yield value
+            places = value if isinstance(value, list) else [value]
+            if name in ("start", "teacher", "augment") and all(isinstance(place, str) for place in places):
+                yield from places
             else:
                 yield from _read_by(value)
     elif isinstance(table, list):

@@ -63,14 +63,17 @@ def results_of(
     """
     execute, workers = executor_of(executor), workers or os.cpu_count() or 1
     with _opened(results) as store:
-        done = {job: Result(**json.loads(row[0])) for job in jobs if (row := _row(store, job)) is not None}
+        keys = {job: job.key for job in jobs}  # of what they read now, not when they have ended
+        done = {job: Result(**json.loads(row[0])) for job in jobs if (row := _row(store, keys[job])) is not None}
         missing = [job for job in jobs if job not in done]
         watch([*done.values()], min(len(missing), workers))
         for job, result in execute(run, missing, workers):
             done[job] = result
             if not result.error:
                 with store:
-                    store.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (job.key, json.dumps(asdict(result))))
+                    store.execute(
+                        "INSERT OR REPLACE INTO results VALUES (?, ?)", (keys[job], json.dumps(asdict(result)))
+                    )
             watch([*done.values()], min(len(jobs) - len(done), workers))
     return [done[job] for job in jobs]
 
@@ -89,6 +92,6 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         raise InputError(f"{path} cannot hold results: {error}; name another file by --results") from error
 
 
-def _row(store: sqlite3.Connection, job: Job) -> tuple[str] | None:
-    found: tuple[str] | None = store.execute("SELECT result FROM results WHERE key = ?", (job.key,)).fetchone()
+def _row(store: sqlite3.Connection, key: str) -> tuple[str] | None:
+    found: tuple[str] | None = store.execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
     return found
