@@ -455,18 +455,11 @@ def read(path: Path) -> Packed:
     return Packed(structure, streams, plain)
 
 
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    # A copy: the stride of a single element can be anything, and then torch gives no view of its bytes.
-    plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-    data: NDArray[np.uint8] = plain.view(torch.uint8).numpy()
-    return data
-
-
 def _metadata(streams: dict[str, NDArray[np.uint8]], plain: dict[str, Tensor]) -> dict[str, str]:
     """One key only: safetensors writes several in an order that changes from run to run."""
     digest = hashlib.sha256()
-    for data in (*(streams[name] for name in _STREAMS), *(_bytes(plain[name]) for name in sorted(plain))):
-        digest.update(data.size.to_bytes(8, "little"))
+    for data in (*(streams[name] for name in _STREAMS), *(_bits(plain[name]).numpy() for name in sorted(plain))):
+        digest.update(data.nbytes.to_bytes(8, "little"))
         digest.update(data.data)
     return {_KEY: json.dumps({**_KIND, "sha256": digest.hexdigest()})}
 

@@ -265,7 +265,7 @@ def geometry(func: Any, args: Any, kwargs: Any) -> Hashable:
     if not _returns_new(func):
         return None
     try:
-        key = func, _laid_out(args), _laid_out(kwargs)
+        key = func, hashable(args, _laid_out), hashable(kwargs, _laid_out)
         hash(key)
     except TypeError:
         return None
@@ -288,10 +288,18 @@ def _returns_new(func: Any) -> bool:
 
 
 def _laid_out(item: Any) -> Hashable:
-    if isinstance(item, Tensor):
-        return tuple(item.shape), item.stride(), item.dtype
+    return (tuple(item.shape), item.stride(), item.dtype) if isinstance(item, Tensor) else typed(item)
+
+
+def hashable(item: Any, each: Callable[[Any], Hashable] = lambda item: item) -> Hashable:
+    """Arguments of any nesting as a key; `each` makes one of what is no list, tuple or dict."""
     if isinstance(item, (list, tuple)):
-        return tuple(map(_laid_out, item))
+        return tuple([hashable(part, each) for part in item])
     if isinstance(item, dict):
-        return tuple((name, _laid_out(part)) for name, part in item.items())
+        return tuple([(name, hashable(part, each)) for name, part in item.items()])
+    return each(item)
+
+
+def typed(item: Any) -> Hashable:
+    """A number with its type, since 1 == 1.0 == True."""
     return type(item), item

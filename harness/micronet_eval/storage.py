@@ -45,6 +45,7 @@ from micronet_eval.grids import (
 from micronet_eval.masks import ELEMENT, Block, candidates, kept_elements, mask_bits
 from micronet_eval.nonzeros import is_nonzero
 from micronet_eval.precision import number_width, numbers
+from micronet_eval.shapes import hashable
 from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
 
 FREEBIE_BITS = 16
@@ -126,7 +127,7 @@ class Stored:
         smallest = self.elements * width
         if self.nonzeros * width + self.elements < smallest:
             best, smallest = ELEMENT, self.nonzeros * width + self.elements
-        for block in candidates(self.value.shape) if self.nonzeros < self.elements else ():
+        for block in candidates(self.value.shape):
             room = (smallest - mask_bits(self.value.shape, block) - 1) // width  # elements that may be kept
             if self.nonzeros <= room and not self._keeps_more(block, room) and (kept := self._kept(block)) <= room:
                 best, smallest = block, kept * width + mask_bits(self.value.shape, block)
@@ -136,10 +137,11 @@ class Stored:
         """Whether blocks can be told to keep more than `room` elements without looking at all of them."""
         if any(kept > room and _lies_in(inner, block) for inner, kept in self._found.items()):
             return True
-        rows = self.elements and len(self.is_nonzero) // 4 // block[0] * block[0] if self.value.shape[1:] else 0
-        if self.elements < _MANY or not rows or block in self._found:
+        if self.elements < _MANY or block in self._found or not self.value.shape[1:]:
             return False
-        part = self.is_nonzero[:rows]
+        part = self.is_nonzero[: len(self.is_nonzero) // 4 // block[0] * block[0]]
+        if not len(part):
+            return False
         return kept_elements(part, block) + self.nonzeros - int(part.sum()) > room
 
     @cached_property
@@ -342,17 +344,9 @@ class _Alike:
                 continue
             else:
                 arguments = tree_map(lambda a: self.found[a] if isinstance(a, Value) else a, (op.args, op.kwargs))
-                self.found[last] = self.made.setdefault((op.name, _frozen(arguments), op.outputs.index(last)), last)
+                self.found[last] = self.made.setdefault((op.name, hashable(arguments), op.outputs.index(last)), last)
             waiting.pop()
         return self.found[value]
-
-
-def _frozen(item: object) -> Hashable:
-    if isinstance(item, (list, tuple)):
-        return tuple(map(_frozen, item))
-    if isinstance(item, dict):
-        return tuple((k, _frozen(v)) for k, v in item.items())
-    return item
 
 
 def _leaves(value: Value) -> dict[Value, None]:

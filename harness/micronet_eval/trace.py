@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
@@ -367,7 +367,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.folded += 1
         for tensor in written:
             self._unshare(tensor, op)
-        same = None if _may_differ(func) else (func, _hashable(op.args), _hashable(op.kwargs))
+        same = None if _may_differ(func) else (func, *(shapes.hashable(a, _told) for a in (op.args, op.kwargs)))
         values = self.made.get(same)
         if values is None:
             reals = _leaves((self._fold(func, op, args, kwargs, result),), Tensor)
@@ -517,13 +517,8 @@ def _may_differ(func: Any) -> bool:
     return func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
 
 
-def _hashable(item: Any) -> Any:
-    """Arguments by their types, too, since 1 == 1.0 == True."""
-    if isinstance(item, _NESTED):
-        return tuple(map(_hashable, item))
-    if isinstance(item, dict):
-        return tuple((name, _hashable(part)) for name, part in item.items())
-    return item if isinstance(item, Value) else (type(item), item)
+def _told(item: Any) -> Hashable:
+    return item if isinstance(item, Value) else shapes.typed(item)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
