@@ -22,7 +22,7 @@ from micronet_eval.recipe import compress, train_only
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context
 from micronet_eval.trace import trace
-from micronet_eval.training import Ensemble, Training, loader, takes_channels_last, train
+from micronet_eval.training import Distillation, Ensemble, Training, loader, takes_channels_last, train
 from micronet_plugins.architectures import pyramidnet
 from micronet_plugins.shake_drop import ShakeDrop, keeps
 
@@ -117,6 +117,11 @@ def test_several_teachers_teach_the_mean_of_their_logits(trained, tmp_path):
         train_only(recipe(tmp_path / f"{name}.toml", stage), tmp_path / name)
         made.append(load_file(tmp_path / name / "trained.safetensors"))
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())  # (x + x) / 2 is x
+
+
+def test_without_a_name_the_teacher_is_the_uncompressed_model():
+    assert Distillation().folders == Distillation(teacher="").folders == ()
+    assert Distillation(teacher="one").folders == ("one",)
 
 
 def test_a_teacher_knows_the_task(trained, tmp_path):

@@ -46,11 +46,11 @@ class Distillation(Table):
 
     weight: float = Field(0.5, gt=0, le=1)
     temperature: float = Field(4.0, gt=0)
-    teacher: str | tuple[str, ...] = ()
+    teacher: str | tuple[str, ...] = ""
 
     @property
     def folders(self) -> tuple[str, ...]:
-        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+        return (self.teacher,) if self.teacher and isinstance(self.teacher, str) else tuple(self.teacher)
 
 
 class Ensemble(nn.Module):
