@@ -142,9 +142,14 @@ def zeros_by_layer(scores: Sequence[Tensor], sparsity: float, limit: float) -> l
 
 def zero_smallest(layer: nn.Module, scores: Tensor, count: int) -> None:
     """Holds the `count` weights with the lowest scores [all weights, flat] at zero; of equals the first."""
+    set_mask(layer, without_lowest(scores, count).view_as(weight_of(layer)))
+
+
+def without_lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask [the scores' shape] of all but the `count` lowest; of equals the first go."""
     mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[scores.flatten().argsort(stable=True)[:count]] = False
-    set_mask(layer, mask.view_as(weight_of(layer)))
+    return mask.view_as(scores)
 
 
 def set_mask(layer: nn.Module, mask: Tensor) -> None:

@@ -19,6 +19,7 @@ from micronet_plugins.magnitude import (
     SPARSITY,
     costs_of,
     set_mask,
+    without_lowest,
     worths,
     zero_smallest,
     zeros_by_layer,
@@ -85,9 +86,7 @@ class Block(Sparsifier):
         scores = worths([norm.flatten() for norm in norms], self.scope, costs_of(model, layers, self.mac_cost, context))
         counts = zeros_by_layer(scores, self.sparsity, self.limit)
         for layer, block, norm, count in zip(layers, blocks, norms, counts, strict=True):
-            kept = torch.ones(norm.numel(), dtype=torch.bool)
-            kept[norm.flatten().argsort(stable=True)[:count]] = False
-            set_mask(layer, elements(kept.view_as(norm), block, weight_of(layer).shape))
+            set_mask(layer, elements(without_lowest(norm, count), block, weight_of(layer).shape))
         return model
 
 
