@@ -54,6 +54,13 @@ print(*(m for m in ("torch._dynamo", "torch._inductor", "sympy", "fvcore") if m 
     assert done.stdout.split() == []
 
 
+def test_nothing_is_printed_at_the_end_where_triton_was_loaded():
+    pytest.importorskip("triton")
+    code = "import sys, triton; sys.argv = ['micronet-eval', 'tasks']; from micronet_eval.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 

@@ -605,10 +605,16 @@ def architectures(style: str) -> None:
     )  # fmt: skip
 
 
+def _end() -> None:
+    """Leaves the objects that are still there alone, unless there is triton, which complains of what stays."""
+    if "triton" not in sys.modules:
+        gc.freeze()
+
+
 def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
     gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long,
-    atexit.register(gc.freeze)  # and so it does at the end, when all of it goes anyway
+    atexit.register(_end)  # and so it does at the end, when all of it goes anyway
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
     try:
         plugins.add_commands(cli)
