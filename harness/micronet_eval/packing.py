@@ -251,6 +251,8 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
             _assign(model, places, name, *_read_tensor(packed, readers, model, name, spec, layout))
         for reader in readers.values():
             reader.finish()
+    except RecursionError as error:
+        raise InputError("the weights do not fit: a layer is nested too deep") from error
     except (OffGrid, StructureError) as error:
         raise InputError(f"the weights do not fit: {error}") from error
     return model
@@ -331,6 +333,8 @@ def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> Tensor:
         return torch.ones(shape, dtype=torch.bool)
     rows, columns = layout.removeprefix("blocks:").split("x") if layout != "bitmask" else ELEMENT
     block: Block = int(rows), int(columns)
+    if block != ELEMENT and block[0] * block[1] > shape.numel():
+        raise OffGrid(f"blocks of {rows} x {columns} are larger than a tensor of shape {tuple(shape)}")
     blocks = mask_shape(shape, block)
     mask = torch.from_numpy(reader.read(blocks[0] * blocks[1], 1)).to(torch.bool).view(blocks)
     return elements(mask, block, shape)
