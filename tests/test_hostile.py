@@ -11,17 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL, RECIPE, own_folder
 from pydantic import ValidationError
 
-from micronet_eval import bounds, isolation, quality
+from micronet_eval import bounds, isolation, packing, quality
 from micronet_eval.batches import check_batches
 from micronet_eval.errors import InputError, SubmissionError
-from micronet_eval.evaluation import evaluate
+from micronet_eval.evaluation import evaluate, score
 from micronet_eval.graph import Graph, model_of
 from micronet_eval.isolation import NO_CODE, Isolation, Limits, graph_of_file
+from micronet_eval.plugins import lookup
 from micronet_eval.structure import StructureError
 from micronet_eval.trace import trace
 
@@ -227,6 +229,13 @@ def test_a_model_that_costs_more_for_a_batch_than_its_examples(tmp_path):
         evaluate(own_folder(tmp_path / "own", ACROSS))
 
 
+def test_batches_are_compared_where_nothing_is_measured(tmp_path, monkeypatch):
+    unmeasured = quality.not_measured(lookup("task", "digits"), None, "no data")
+    monkeypatch.setattr("micronet_eval.evaluation.measure", lambda *words: unmeasured)
+    with pytest.raises(InputError, match="does something else for 100 examples at once"):
+        evaluate(own_folder(tmp_path / "own", ACROSS))
+
+
 class BySize(torch.nn.Module):
     """Knows by the size of its batch that it is traced: all its weights only then have no part in it."""
 
@@ -245,6 +254,39 @@ def test_a_model_that_sees_by_its_batch_that_it_is_traced():
     check_batches(BySize(), (64,), one, [1])
     with pytest.raises(InputError, match="does something else for 100 examples at once than for one"):
         check_batches(BySize(), (64,), one, [100])
+
+
+class ByPlace(torch.nn.Module):
+    """One example meets weights that are all zero, a hundred meet others of the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.cat([torch.zeros(64, 64), torch.ones(64, 99)], 1))
+
+    def forward(self, x):
+        n = x.shape[0] - 1
+        return x @ self.weight[:, n : n + 64]
+
+
+class ByNumber(torch.nn.Module):
+    def forward(self, x):
+        return x * (1 + (x.shape[0] // 2) * 0.0137)
+
+
+class ByBound(torch.nn.Module):
+    def forward(self, x):
+        return x.clamp(max=x.shape[0])
+
+
+@pytest.mark.attack(
+    "takes other weights, or other numbers, for a batch than for one example", "refused: they are compared"
+)
+@pytest.mark.parametrize("model", [ByPlace, ByNumber, ByBound])
+def test_a_model_that_takes_other_values_for_a_batch(model):
+    one = trace(model(), torch.zeros(1, 64))
+    check_batches(model(), (64,), one, [1])
+    with pytest.raises(InputError, match="does something else for 100 examples at once than for one"):
+        check_batches(model(), (64,), one, [100])
 
 
 @pytest.mark.attack("branches on values", "refused: it cannot be traced")
@@ -378,6 +420,61 @@ def test_weights_that_change_while_the_model_runs(own, tmp_path):
     (folder / "model.py").write_text(changing)
     with pytest.raises(InputError, match=r"the model changes 'gain' while it runs"):
         evaluate(folder)
+
+
+@pytest.mark.attack("has other weights from the second batch on, behind zeros that are counted", "refused when traced")
+@pytest.mark.parametrize("change", ["self.a.mul_(0).add_(self.b)", "torch.mul(self.b, 1, out=self.a)"])
+@pytest.mark.parametrize("kind", ["fixed-point:8", "float32"])
+def test_weights_that_change_behind_their_first_use(tmp_path, change, kind):
+    """A quantized weight is computed once for all batches: a hash of what it is computed from does not see a change."""
+    ours = f"{GAIN}\n        self.a, self.b = (nn.Parameter(torch.full((width * 16, 10), i)) for i in (0.0, 1.0))"
+    body = f"x = x.view(x.shape[0], -1)\n        y = self.head(x) + x @ self.a\n        {change}\n        return y"
+    plain = MODEL.replace("nn.BatchNorm2d(width)", "nn.Identity()")
+    folder = own_folder(tmp_path / "own", plain)
+    (folder / "model.py").write_text(plain.replace(GAIN, ours).replace(LAST, body))
+    names = dict.fromkeys(("conv.weight", "conv.bias", "gain", "head.weight", "head.bias"), "float32")
+    shapes = {"conv.weight": (3, 1, 3, 3), "conv.bias": (3,), "gain": (1, 3, 1, 1), "head.weight": (10, 48)}
+    values = {name: torch.ones(shapes.get(name, (10,))) for name in names}
+    values |= {"a": torch.zeros(48, 10), "b": torch.ones(48, 10)}
+    structure = packing.Structure(tensors=[(n, names.get(n, kind), "plain") for n in values])
+    nothing, exponents = np.zeros(0, np.uint8), np.zeros(2 if kind != "float32" else 0, np.uint8)
+    streams = {"values": nothing, "masks": nothing, "overhead": exponents}
+    packing.write(packing.Packed(structure, streams, values), folder / "weights.safetensors")
+    with pytest.raises(InputError, match=r"the model changes .* while it runs"):
+        evaluate(folder)
+
+
+@pytest.mark.attack("reads wide integers as several narrow numbers", "stored as the numbers that are used")
+def test_bits_that_are_read_as_another_dtype():
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            four = torch.arange(1, 65).half().view(torch.int64)
+            self.wide = torch.nn.Parameter(four.clone(), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.wide.view(torch.float16).float().view(8, 8)
+
+    # 64 numbers of 16 bits; the 16 integers that hold them would be 256 bits by the freebie.
+    assert score(Wide(), torch.zeros(1, 8)).storage.bits == 64 * 16
+
+
+@pytest.mark.attack("computes in float64, two values in each", "refused")
+def test_numbers_of_64_bits(tmp_path):
+    wide = MODEL.replace(GAIN, f"{GAIN}\n        self.w = nn.Parameter(torch.ones(1, dtype=torch.float64))")
+    assert "float64" not in str(Graph.model_json_schema())
+    told = run_code(tmp_path, wide.replace(LAST, f"{LAST} * self.w"))
+    assert "ValidationError" in told
+
+
+@pytest.mark.attack("hides weights in a graph of many operations and arguments", "refused: at most 20,000 arguments")
+def test_a_graph_that_is_too_large():
+    many = [{"node": "x"}] * 20_001
+    nodes = [{"op": "placeholder", "name": "x", "target": "x"},
+             {"op": "call_function", "name": "a", "target": "torch.cat", "args": [many]},
+             {"op": "output", "name": "output", "target": "output", "args": [{"node": "a"}]}]  # fmt: skip
+    with pytest.raises(StructureError, match=r"20,002 arguments; at most 20,000"):
+        model_of(Graph.model_validate({"layers": {}, "tensors": {}, "nodes": nodes}))
 
 
 @pytest.mark.attack("behaves otherwise while it is traced", "only what was traced is ever run")

@@ -17,6 +17,8 @@ from micronet_eval import packing
 from micronet_eval.errors import InputError, printable
 from micronet_eval.evaluation import evaluate, score
 from micronet_eval.formats.number import OffGrid, format_of
+from micronet_eval.structure import StructureError, build_layer
+from micronet_eval.validating import validate
 
 TOO_LARGE = b'{"values":{"dtype":"U8","shape":[9876543210],"data_offsets":[0,9876543210]}}'
 
@@ -316,3 +318,62 @@ def test_a_count_warns_of_weights_that_are_no_numbers():
         "1 tensor holds NaN or infinity, the first is 'weight'; the model cannot be packed",
     )
     assert score(torch.nn.Linear(2, 2), torch.zeros(1, 2)).warnings == ()
+
+
+@pytest.mark.attack("recipe.toml is a link to a file of the organiser's", "not read, so not published")
+def test_a_recipe_that_is_a_link(submission, run, tmp_path):
+    (tmp_path / "private").write_text("password = 1")
+    (submission / "recipe.toml").unlink()
+    (submission / "recipe.toml").symlink_to(tmp_path / "private")
+    assert run("leaderboard", submission, "--html", tmp_path / "site")[0] == 0
+    assert not [path for path in (tmp_path / "site").rglob("*.*") if "password" in path.read_text()]
+
+
+def changed(submission, **parts):
+    path = submission / "weights.safetensors"
+    packed = packing.read(path)
+    packing.write(packing.Packed(packed.structure.model_copy(update=parts), packed.streams, packed.plain), path)
+    return packed.structure
+
+
+@pytest.mark.attack("blocks of a mask that are larger than all memory", "refused")
+def test_blocks_beyond_their_tensor(submission, run):
+    name, kind, _ = packing.read(submission / "weights.safetensors").structure.tensors[0]
+    changed(submission, tensors=[(name, kind, "blocks:9999999999x9999999999")])
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "are larger than a tensor of shape" in err
+
+
+@pytest.mark.attack("names of tensors and options of 1 MB", "refused in a short message")
+@pytest.mark.parametrize("what", ["tensors", "layers"])
+def test_names_in_the_weights_that_are_long(submission, run, what):
+    layer = {"type": "Linear", "in_features": 1, "out_features": 1, "k" * 1_000_000: 1}
+    changed(
+        submission,
+        **({"layers": {"0": layer}} if what == "layers" else {"tensors": [("n" * 1_000_000, "int8", "dense")]}),
+    )
+    status, _, err = run(submission)
+    assert status == 2
+    assert len(err) < 5_000
+    assert max(map(len, (finding.told for finding in validate(submission)))) < 5_000
+
+
+@pytest.mark.attack("a layer that asks for values of its own, on another device", "refused")
+@pytest.mark.parametrize("option", ["device", "dtype"])
+def test_layers_that_are_placed(option):
+    with pytest.raises(StructureError, match=f"no option '{option}' in a file"):
+        build_layer({"type": "Linear", "in_features": 1, "out_features": 1, option: "cpu"})
+
+
+@pytest.mark.attack("layers nested too deep", "refused")
+def test_layers_nested_too_deep(submission):
+    deep = {"type": "Identity"}
+    for _ in range(2_000):
+        deep = {"type": "Sequential", "layers": [deep]}
+    packed = packing.read(submission / "weights.safetensors")
+    with pytest.raises(InputError, match="nested too deep"):
+        packing.unpack(
+            packing.Packed(packed.structure.model_copy(update={"layers": {"0": deep}}), packed.streams, {}),
+            torch.nn.Sequential(torch.nn.Identity()),
+        )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import tomli_w
@@ -161,3 +162,10 @@ def test_a_recipe_that_is_wrong(submission, run):
     status, _, err = run("reproduce", submission)
     assert status == 2
     assert f"{submission / 'recipe.toml'}: field 'architecture'" in err
+
+
+def test_a_validation_ends_in_time(good, run, monkeypatch):
+    monkeypatch.setattr("micronet_eval.evaluation.measure", lambda *words: time.sleep(30))
+    status, out, err = run("validate", good, "--limits", "evaluation=3", "--format", "csv")
+    assert (status, err) == (2, "")
+    assert "it took more than 3 seconds (--limits evaluation)" in out

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from micronet_eval.errors import InputError
-from micronet_eval.trace import Op, Trace, trace
+from micronet_eval.graph import values_in
+from micronet_eval.trace import Op, Trace, Value, trace
 
 
 def check_batches(model: nn.Module, shape: tuple[int, ...], recorded: Trace, sizes: Iterable[int]) -> None:
     """Traces batches of `sizes` examples of a shape beside `recorded`, the trace of one example.
 
-    Each operation has to be the same, with constants of the same shapes, and with results that are as large, or larger
-    by just the size of the batch. Raises InputError where one is not.
+    Each operation has to be the same, with the same constants and numbers, value for value, and with results that are
+    as large, or larger by just the size of the batch. Raises InputError where one is not.
     """
     for size in sizes:
         batched = trace(model, torch.zeros(size, *shape))
@@ -34,11 +35,20 @@ def check_batches(model: nn.Module, shape: tuple[int, ...], recorded: Trace, siz
 
 
 def _alike(one: Op, many: Op, size: int) -> bool:
-    constants = [[v.shape for v in op.inputs if v.is_constant] for op in (one, many)]
+    constants = [[v for v in op.inputs if v.is_constant] for op in (one, many)]
     results = zip(one.outputs, many.outputs, strict=False)
     return (
         one.name == many.name
-        and constants[0] == constants[1]
+        and len(constants[0]) == len(constants[1])
+        and all(map(_same, *constants))
+        and values_in(one) == values_in(many)
         and len(one.outputs) == len(many.outputs)
         and all(b.numel in (a.numel, a.numel * size) for a, b in results)
     )
+
+
+def _same(a: Value, b: Value) -> bool:
+    """Whether two constants have the same values: of a weight, one batch could read zeros and another the rest."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.data is None or b.data is None:
+        return False
+    return a.data is b.data or torch.equal(a.data, b.data)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from micronet_eval.task import Task
 
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
+LONGEST = 4_000  # characters of a message: a name in a file can have millions
 
 _format = click.option(
     "--format",
@@ -632,7 +633,8 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _complain(error: Exception) -> int:
-    click.echo(printable(f"micronet-eval: {error}"), err=True)
+    told = printable(f"micronet-eval: {error}")
+    click.echo(told if len(told) <= LONGEST else f"{told[:LONGEST]} ...", err=True)
     return BAD_INPUT if isinstance(error, InputError) else BROKEN
 
 

@@ -193,7 +193,8 @@ def measured(
     try:
         quality = measure(opened.model, opened.task, data, opened.claimed_quality, progress)
         if opened.isolation != NO_CODE:
-            sizes = sorted({min(BATCH, quality.examples), quality.examples % BATCH} - {0, 1})
+            examples = quality.examples or BATCH  # where nothing was measured somebody else may
+            sizes = sorted({min(BATCH, examples), examples % BATCH} - {0, 1})
             check_batches(opened.model, opened.task.input_shape, opened.trace, sizes)
         if other := proof.changed(opened.model, weights):
             raise InputError(

@@ -20,9 +20,12 @@ from torch.utils._pytree import tree_flatten
 
 from micronet_eval.precision import numbers
 from micronet_eval.structure import StructureError, build_layer, describe, quiet, submodule
-from micronet_eval.trace import Trace
+from micronet_eval.trace import Op, Trace
 
-MOST_NODES = 50_000
+MOST_NODES, MOST_WORDS = 5_000, 20_000
+"""Of a graph: its nodes, and all their arguments. Which numbers and values they name is stored nowhere: at most a few
+hundred 32-bit parameters can hide there. The largest networks that people draw by hand have a quarter of this."""
+
 MOST_NUMBERS = 16
 """Different numbers in the code of a model that no rule counts, as the bounds of a clamp; more could be its weights."""
 
@@ -41,8 +44,9 @@ Name = Annotated[str, Field(pattern=r"\A[A-Za-z_][A-Za-z0-9_]*\z", max_length=20
 Path = Annotated[
     str, Field(pattern=r"\A[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\z", max_length=500), AfterValidator(_no_keyword)
 ]
+# No float64: an operation on it counts as one on 32 bits, and could do the work of two.
 Dtype = Literal[
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
+    "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
 ]  # fmt: skip
 
 
@@ -120,13 +124,18 @@ _TAKE_VALUES = frozenset(f"aten.{name}" for name in _OF_VALUES.split())
 """Operations whose whole numbers are values; those of others are sizes and places."""
 
 
+def values_in(op: Op) -> tuple[float, ...]:
+    """The numbers among the arguments of an operation that it computes with; the others are sizes and places."""
+    given = [a for a in tree_flatten((op.args, op.kwargs))[0] if type(a) in (int, float)]
+    values = [float(a) for a in given if type(a) is float or op.name in _TAKE_VALUES]
+    return (*values, *map(float, numbers(op)))
+
+
 def uncounted_numbers(recorded: Trace) -> set[float]:
     """The numbers of an executed graph that no rule counts; zero, one and infinity say nothing."""
     found: set[float] = set()
     for op in recorded.ops:
-        given = [a for a in tree_flatten((op.args, op.kwargs))[0] if type(a) in (int, float)]
-        values = {float(a) for a in given if type(a) is float or op.name in _TAKE_VALUES}
-        found |= values - set(map(float, numbers(op)))
+        found |= set(values_in(op)) - set(map(float, numbers(op)))
     return {number for number in found if abs(number) not in (0.0, 0.5, 1.0, inf)}
 
 
@@ -243,6 +252,9 @@ def _place(root: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _fx_graph(graph: Graph) -> fx.Graph:
     made, built = fx.Graph(), dict[str, fx.Node]()
+    words = sum(len(tree_flatten((node.args, node.kwargs))[0]) for node in graph.nodes)
+    if words > MOST_WORDS:
+        raise StructureError(f"its nodes have {words:,} arguments; at most {MOST_WORDS:,} are possible")
     for node in graph.nodes:
         args = () if node.op == "placeholder" else tuple(_decode(item, built) for item in node.args)
         kwargs = {key: _decode(item, built) for key, item in node.kwargs.items()}

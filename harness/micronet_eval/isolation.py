@@ -139,7 +139,7 @@ def _system() -> list[str]:
     words = ["--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/lib", "/lib32", "/lib64", "/sbin"):
         words += ["--ro-bind-try", name, name]
-    return [*words, "--proc", "/proc", "--dev", "/dev"]
+    return [*words, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
 
 
 def _scratch(size: int) -> list[str]:

@@ -127,6 +127,11 @@ def _open(folder: Path, data: Path | None, isolation: Isolation) -> Opened:
     level = NO_CODE
     if manifest.architecture.file is not None:
         level = isolation.level
+        if recorded.rewritten:
+            raise InputError(
+                f"{where}: field 'architecture.file': the model changes {recorded.rewritten[0]!r} while it runs; "
+                "what is counted has to be what is measured"
+            )
         if len(hidden := sorted(uncounted_numbers(recorded))) > MOST_NUMBERS:
             raise InputError(
                 f"{where}: field 'architecture.file': model.py has {len(hidden)} numbers in its code that are not "

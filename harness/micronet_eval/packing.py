@@ -272,6 +272,8 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
             _assign(model, places, name, *_read_tensor(packed, readers, model, name, spec, layout))
         for reader in readers.values():
             reader.finish()
+    except RecursionError as error:
+        raise InputError("the weights do not fit: a layer is nested too deep") from error
     except (OffGrid, StructureError) as error:
         raise InputError(f"the weights do not fit: {error}") from error
     return model
@@ -368,6 +370,8 @@ def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> NDArray
     """Which elements of a tensor are in the file."""
     rows, columns = layout.removeprefix("blocks:").split("x") if layout != "bitmask" else ELEMENT
     block: Block = int(rows), int(columns)
+    if block != ELEMENT and block[0] * block[1] > shape.numel():
+        raise OffGrid(f"blocks of {rows} x {columns} are larger than a tensor of shape {tuple(shape)}")
     blocks = mask_shape(shape, block)
     mask = torch.from_numpy(reader.read(blocks[0] * blocks[1], 1)).view(blocks)
     kept: NDArray[np.bool_] = elements(mask, block, shape).numpy()

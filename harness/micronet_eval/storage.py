@@ -256,7 +256,7 @@ def _sources(value: Value, op: Op | None) -> list[_Source]:
     producer = value.producer
     if producer is None or producer.name not in FREE or producer.name in (WRITE_OP, *FILLS) or is_conversion(producer):
         return [(value, itself, None)]
-    if not producer.inputs:  # made of numbers
+    if not producer.inputs or _is_reinterpreted(producer):  # made of numbers, or of bits
         return [(value, itself, None)]
     moved = {s[0]: s for source in producer.inputs if source.is_constant for s in _sources(source, producer)}
     if itself.bits().total > sum(s.bits().total for _, s, _ in moved.values()):
@@ -265,6 +265,11 @@ def _sources(value: Value, op: Op | None) -> list[_Source]:
         return [(value, itself, None)]
     (source, whole, further) = next(iter(moved.values()))
     return [(value, itself, further or (source, whole))]
+
+
+def _is_reinterpreted(op: Op) -> bool:
+    """Whether bits are read as those of another dtype: four float16 in an int64 are not one number of 16 bits."""
+    return op.name == "aten.view" and op.inputs[0].dtype != op.out.dtype
 
 
 def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:

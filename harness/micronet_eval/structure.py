@@ -139,6 +139,8 @@ def build_layer(description: dict[str, Any]) -> nn.Module:
         return nn.Sequential(*(build_layer(layer) for layer in layers))
     if not isinstance(kind, str) or kind not in LAYERS:
         raise StructureError(f"no layer type {kind!r}; known: Sequential, {', '.join(LAYERS)}")
+    if placed := {"device", "dtype"} & options.keys():
+        raise StructureError(f"a {kind} has no option {placed.pop()!r} in a file")
     try:
         return LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:

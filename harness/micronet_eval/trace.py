@@ -152,7 +152,7 @@ class Trace:
     """`ops` act on activations, in order of execution; `folded` counts the operations on parameters alone.
 
     Of an fx.GraphModule `nodes` tells which value is the result of which node; else it is empty. `buffers` tells where
-    each value lies.
+    each value lies. `rewritten` names what is written into although it is no activation, but what the model keeps.
     """
 
     ops: tuple[Op, ...]
@@ -161,6 +161,7 @@ class Trace:
     folded: int
     nodes: Mapping[Value, str] = field(repr=False)
     buffers: Mapping[Value, Buffer] = field(repr=False)
+    rewritten: tuple[str, ...] = ()
 
     def by_path(self) -> dict[str, Trace]:
         """The operations of each path through the model on their own."""
@@ -261,7 +262,8 @@ def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
             raise InputError(f"the model does not run on input {shapes}: {_at(where)}{error}") from error
         with recorder:
             outputs = tuple(recorder.value(t) for t in tensors_in(results))
-    return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, recorder.nodes, recorder.buffers)
+    kept = recorder.nodes, recorder.buffers, tuple(recorder.rewritten)
+    return Trace(tuple(recorder.ops), recorder.inputs, outputs, recorder.folded, *kept)
 
 
 def _run(model: nn.Module, path: str, example: Example, recorder: _Recorder) -> object:
@@ -289,6 +291,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.folded = 0
+        self.rewritten: dict[str, None] = {}
         self.path: list[str] = []
         self.branch = ""
         self.values: dict[int, Value] = {}
@@ -352,6 +355,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
         written = _written(func, args, kwargs)
+        constants = [v for v in map(self.value, written) if v.is_constant]
+        self.rewritten |= {v.name or f"a constant of {self.path[-1] if self.path else ''!r}": None for v in constants}
         read = changed(args, Tensor, self.value), changed(kwargs, Tensor, self.value)
         op = Op(_name(func), self.path[-1] if self.path else "", *read, func=func, path=self.branch)
         result = self._execute(func, op, args, kwargs)

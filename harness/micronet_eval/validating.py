@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from micronet_eval import packing
+from micronet_eval.bounds import bounded
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.evaluation import Report, measured
 from micronet_eval.files import LARGEST
@@ -38,6 +39,7 @@ from micronet_eval.task import METRICS
 
 CODE = "model.py"
 MOST_FILES = 100
+LONGEST = 2_000  # characters of a finding
 
 RULES: dict[str, tuple[str, str]] = {
     "folder.exists": ("a submission is a folder", "name a folder with submission.toml and weights.safetensors"),
@@ -73,7 +75,14 @@ class Finding:
 
 def validate(folder: str | Path, data: str | Path | None = None, isolation: Isolation = AUTO) -> list[Finding]:
     """Everything that is wrong with a submission; nothing where it is valid. Quality is measured where the data is."""
-    return list(_findings(Path(folder), None if data is None else Path(data), isolation))
+    found: list[Finding] = []
+    place = Path(folder)
+    try:
+        with bounded(isolation.limits.evaluation, str(place)):
+            found.extend(_findings(place, None if data is None else Path(data), isolation))
+    except SubmissionError as error:
+        found.append(_from(error, "model.measures", place))
+    return found
 
 
 def _findings(folder: Path, data: Path | None, isolation: Isolation) -> Iterator[Finding]:
@@ -185,4 +194,10 @@ def _from(error: Exception, rule: str, place: Path) -> Finding:
 def _found(
     rule: str, place: Path | str, told: str, kind: Literal["error", "warning"] = "error", mend: str = ""
 ) -> Finding:
-    return Finding(rule, printable(str(place)), printable(told), printable(mend) or RULES[rule][1], kind)
+    return Finding(rule, printable(str(place)), _short(told), _short(mend) or RULES[rule][1], kind)
+
+
+def _short(told: str) -> str:
+    """What somebody else's file is told about in: a name in it can have millions of letters."""
+    text = printable(told)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
