@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from micronet_eval.nonzeros import count_true
+
 Block = tuple[int, int]
 """Rows and columns of a block of the matrix [first dimension, all others]: output channels by what feeds them."""
 
@@ -62,9 +64,9 @@ def kept_elements(kept: Tensor, block: Block) -> int:
     rows, columns = _matrix(kept.shape)
     mask = block_mask(kept, block)
     (height, width), below, right = block, -rows % block[0], -columns % block[1]  # how far blocks reach over the edges
-    over = below * width * mask[-1].sum() if below else 0
-    over += right * (height * mask[:, -1].sum() - (below * mask[-1, -1] if below else 0)) if right else 0
-    return int(height * width * mask.sum() - over)
+    over = below * width * count_true(mask[-1]) if below else 0
+    over += right * (height * count_true(mask[:, -1]) - (below * int(mask[-1, -1]) if below else 0)) if right else 0
+    return height * width * count_true(mask) - over
 
 
 def mask_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:

@@ -43,7 +43,7 @@ from micronet_eval.grids import (
     values_of,
 )
 from micronet_eval.masks import ELEMENT, Block, candidates, kept_elements, mask_bits
-from micronet_eval.nonzeros import is_nonzero
+from micronet_eval.nonzeros import count_true, is_nonzero
 from micronet_eval.precision import number_width, numbers
 from micronet_eval.shapes import hashable
 from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
@@ -142,7 +142,7 @@ class Stored:
         part = self.is_nonzero[: len(self.is_nonzero) // 4 // block[0] * block[0]]
         if not len(part):
             return False
-        return kept_elements(part, block) + self.nonzeros - int(part.sum()) > room
+        return kept_elements(part, block) + self.nonzeros - count_true(part) > room
 
     @cached_property
     def _masks(self) -> dict[int, Block | None]:

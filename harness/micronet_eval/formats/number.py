@@ -155,14 +155,15 @@ class FixedPoint(Format):
 
     def encode(self, tensor: Tensor) -> Tensor:
         step, low, high = 2.0**self.exponent, -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
-        codes = torch.empty(tensor.numel(), dtype=torch.int32, device=tensor.device)
+        dtype = torch.int16 if self.bits < 16 else torch.int32  # the smaller, the less goes through memory
+        codes = torch.empty(tensor.numel(), dtype=dtype, device=tensor.device)
         for piece, values in zip(torch.split(codes, _PIECE), torch.split(tensor.reshape(-1), _PIECE), strict=True):
             exact = values if values.dtype == torch.float64 else values.float()
             piece.copy_((exact / step).clamp_(low, high))  # cut off after the point
-            if bool((bad := piece * step != exact).any()):
+            if not torch.equal(back := piece.to(exact.dtype).mul_(step), exact):
                 raise OffGrid(
-                    f"value {values[bad][0].item()!r} is not on the grid of {self.spec} with exponent {self.exponent} "
-                    f"(multiples of {step!r} from {low * step!r} to {high * step!r})"
+                    f"value {values[back != exact][0].item()!r} is not on the grid of {self.spec} with exponent "
+                    f"{self.exponent} (multiples of {step!r} from {low * step!r} to {high * step!r})"
                 )
             piece &= (1 << self.bits) - 1
         return codes.view(tensor.shape)
