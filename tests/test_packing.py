@@ -228,6 +228,16 @@ def test_saturation_is_that_of_twos_complement():
     assert FixedPointQuantizer(4, -1)(x).tolist() == [3.5, 3.5, 3.5, -4, -4, -4, 3.5, -4]
 
 
+@pytest.mark.parametrize("exponent", [-126, -9, 0, 100])
+@pytest.mark.parametrize("bits", [2, 9, 22, 23, 24])  # float32 rounds by one addition up to 23
+def test_every_width_rounds_ties_to_even(bits, exponent):
+    step, low, high = 2.0**exponent, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    near = [n + part for n in (low, low // 2, -1, 0, 1, high // 2, high) for part in (-0.75, -0.5, -0.25, 0.25, 0.5)]
+    values = (torch.tensor(near, dtype=torch.float64) * step).float().tolist()  # what float32 has of them
+    rounded = [min(max(round(value / step), low), high) * step for value in values]  # Python rounds ties to even
+    assert FixedPointQuantizer(bits, exponent)(torch.tensor(values)).tolist() == rounded
+
+
 def test_the_quantizer_makes_no_negative_zero():
     assert not FixedPointQuantizer(8)(torch.tensor([-0.2, -0.0])).signbit().any()
 

@@ -59,7 +59,11 @@ def fixed_point(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
     """`x` rounded to the nearest multiple of 2**exponent (ties to even), saturated to `bits` bits two's complement."""
     step = 2.0 ** int(exponent.item())
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    # Adding 0.0 turns negative zeros, which fixed point does not have, into zeros.
+    if x.dtype == torch.float32 and bits <= 23:
+        # Beside 1.5 * 2**23 steps, and so in the sum, neighbours of float32 are one step apart: adding rounds, and
+        # leaves no negative zero, which fixed point does not have. Three passes over memory in the place of five.
+        shift = 1.5 * 2**23 * step
+        return x.clamp(low * step, high * step).add_(shift).sub_(shift)
     return (x / step).round_().clamp_(low, high).add_(0.0).mul_(step)
 
 
