@@ -60,6 +60,20 @@ def test_a_scale_of_activations_and_its_zero_point():
     assert (behind.mults, behind.adds) == (2 * 3, 2 * 3)  # both scales at once; z * sum(w), for want of a bias
 
 
+def test_an_output_without_weights_is_not_scaled():
+    model = FakeQuantized(0.125)
+    with torch.no_grad():
+        model.weight[1] = 0
+    assert count(model, 2, 4).layers[1].mults == 2 * 2
+
+
+def test_a_zero_point_alone_is_an_addition_without_a_factor():
+    model = FakeQuantized(0.125, 3)
+    model.scale.copy_(torch.tensor([0.125, 0.25, 0.5]))
+    behind = count(model, 2, 4).layers[1]
+    assert (behind.mults, behind.adds, behind.weight_bits) == (0, 2 * 3, 0)
+
+
 def test_an_element_wise_product_of_scaled_values_is_wide():
     class Square(nn.Module):
         def forward(self, x):
