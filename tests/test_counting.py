@@ -1,5 +1,8 @@
 """Formulas, bit-widths and storage on small modules, against numbers worked out by hand."""
 
+from dataclasses import replace
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -211,6 +214,7 @@ def test_the_worked_examples_of_the_rules():
     assert weighted(Cost(mults=1), 64)[0] == 1
     assert [weighted(Cost(adds=1), width)[1] * 32 for width in (5, 32, 64)] == [5, 32, 32]
     assert weighted(Cost(accumulations=1), 5)[1] == 1
+    assert weighted(Cost(adds=1), 16, freebie=True)[1] == 1
     assert round(3e6 / 6.9e6 + 500e6 / 1170e6, 3) == 0.862
 
 
@@ -238,6 +242,9 @@ def test_modules_in_three_steps():
         Module("0", 64, 64, 64.0, 0, 0, 0),
         Module("2", 256, 32, 32.0, 130 * 32, 16 * 32 + 128 + 64, 16 * 4 + 128 + 64 + 8),
     )
+    half = tuple(replace(priced, share=Fraction(1, 2)) for priced in counted.operations)
+    modules = by_module(replace(counted, operations=half), FORMULAS)
+    assert [(m.dense_ops, m.sparse_ops, m.ops32) for m in modules] == [(32, 32, 32.0), (128, 16, 16.0)]
 
 
 # --- what the forward makes, and what it keeps outside of its parameters ----------------------------------------------
@@ -344,6 +351,32 @@ def causal(x):
 def test_a_causal_mask_costs_one_bit_an_element():
     storage = count(Call(causal), 4, 4).storage
     assert (storage.mask_bits, storage.value_bits) == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("make", "value_bits", "mask_bits"),
+    [
+        (lambda places: places == 2, 32, 4),
+        (lambda places: places >= 0, 32, 0),
+        (lambda places: places < 0, 0, 0),
+    ],
+    ids=["one", "all", "none"],
+)
+def test_a_pattern_stores_its_one_value_and_where_it_is(make, value_bits, mask_bits):
+    storage = count(Call(lambda x: x + make(torch.arange(4)).float() * -1e9), 1, 4).storage
+    assert (storage.value_bits, storage.mask_bits) == (value_bits, mask_bits)
+
+
+def test_bits_that_are_read_as_halves_are_stored_as_halves():
+    narrow = FixedPointQuantizer(4, -2)(torch.full((1, 4), 0.5))
+    # Four float32 of 4 bits each, read as eight float16, of which every other one is zero.
+    assert count(Call(lambda x: x * narrow.view(torch.float16).float()), 1, 8).storage.bits == 4 * 16 + 8
+
+
+def test_a_block_that_saves_a_single_bit_is_taken():
+    linear = nn.Linear(1, 2, bias=False)
+    nn.init.zeros_(linear.weight)
+    assert count(linear, 1, 1).storage.bits == 1  # one block of zeros; two elements would take 2
 
 
 def test_a_returned_constant_is_stored():
