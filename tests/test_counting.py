@@ -1,5 +1,8 @@
 """Formulas, bit-widths and storage on small modules, against numbers worked out by hand."""
 
+from dataclasses import replace
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,8 @@ from torch.nn.utils import parametrize
 from micronet_eval.costs import FORMULAS, NoFormula, elementwise
 from micronet_eval.errors import InputError
 from micronet_eval.formats import FixedPointQuantizer
-from micronet_eval.scoring import account, weighted
+from micronet_eval.precision import number_width
+from micronet_eval.scoring import Layer, Module, account, by_module, weighted
 from micronet_eval.structure import Mask
 from micronet_eval.trace import trace
 
@@ -94,6 +98,11 @@ def test_pooling():
 def test_softmax():
     math = count(nn.Softmax(-1), 2, 5).math
     assert (math.mults, math.adds) == (20, 8)
+
+
+@pytest.mark.parametrize(("number", "bits"), [(0, 1), (1, 1), (0.25, 1), (-8, 1), (3, 32), (0.3, 32)])
+def test_a_number_is_as_wide_as_32_bits_unless_it_is_a_shift(number, bits):
+    assert number_width(number) == bits
 
 
 def test_an_unknown_operation_is_an_error_that_names_it_until_a_plugin_prices_it():
@@ -203,7 +212,39 @@ def test_the_worked_examples_of_the_rules():
     assert weighted(Cost(mults=1), max(3, 5))[0] * 32 == 5
     assert weighted(Cost(mults=1), max(32, 8))[0] == 1
     assert weighted(Cost(mults=1), 64)[0] == 1
+    assert [weighted(Cost(adds=1), width)[1] * 32 for width in (5, 32, 64)] == [5, 32, 32]
+    assert weighted(Cost(accumulations=1), 5)[1] == 1
+    assert weighted(Cost(adds=1), 16, freebie=True)[1] == 1
     assert round(3e6 / 6.9e6 + 500e6 / 1170e6, 3) == 0.862
+
+
+def test_what_only_stores_is_a_free_layer():
+    counted = account(trace(nonzero(nn.Embedding(10, 4)), torch.zeros(1, 5, dtype=torch.int64)), FORMULAS, False)
+    assert counted.free_layers == (Layer("", "aten.embedding", 0, 0, 0, 0, 0.0, 40 * 32),)
+    assert counted.layers == ()
+
+
+def test_an_account_shows_its_figures_and_no_tensors():
+    shown = repr(count(quantized_linear(3, 5), 1, 4))
+    assert not [name for name in ("trace", "operations", "stored", "widths") if f" {name}=" in shown]
+
+
+def test_modules_in_three_steps():
+    linear = nonzero(nn.Linear(64, 2))
+    with torch.no_grad():
+        linear.weight[:] = 0
+        linear.weight[0, ::8] = linear.weight[1, 3::8] = 0.5
+    parametrize.register_parametrization(linear, "weight", FixedPointQuantizer(4, -2))
+    counted = count(nn.Sequential(nn.ReLU(), nn.Flatten(), linear), 1, 64)
+    # 64 ReLUs. Of 2 x 64 weights 16 are left: as many additions as multiplications, with the bias; 2 biases of 32 bits,
+    # an exponent of 8. As 32-bit values 16 x 32 and a mask of 128; 4-bit values 16 x 4 and the mask.
+    assert by_module(counted, FORMULAS) == (
+        Module("0", 64, 64, 64.0, 0, 0, 0),
+        Module("2", 256, 32, 32.0, 130 * 32, 16 * 32 + 128 + 64, 16 * 4 + 128 + 64 + 8),
+    )
+    half = tuple(replace(priced, share=Fraction(1, 2)) for priced in counted.operations)
+    modules = by_module(replace(counted, operations=half), FORMULAS)
+    assert [(m.dense_ops, m.sparse_ops, m.ops32) for m in modules] == [(32, 32, 32.0), (128, 16, 16.0)]
 
 
 # --- what the forward makes, and what it keeps outside of its parameters ----------------------------------------------
@@ -310,6 +351,32 @@ def causal(x):
 def test_a_causal_mask_costs_one_bit_an_element():
     storage = count(Call(causal), 4, 4).storage
     assert (storage.mask_bits, storage.value_bits) == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("make", "value_bits", "mask_bits"),
+    [
+        (lambda places: places == 2, 32, 4),
+        (lambda places: places >= 0, 32, 0),
+        (lambda places: places < 0, 0, 0),
+    ],
+    ids=["one", "all", "none"],
+)
+def test_a_pattern_stores_its_one_value_and_where_it_is(make, value_bits, mask_bits):
+    storage = count(Call(lambda x: x + make(torch.arange(4)).float() * -1e9), 1, 4).storage
+    assert (storage.value_bits, storage.mask_bits) == (value_bits, mask_bits)
+
+
+def test_bits_that_are_read_as_halves_are_stored_as_halves():
+    narrow = FixedPointQuantizer(4, -2)(torch.full((1, 4), 0.5))
+    # Four float32 of 4 bits each, read as eight float16, of which every other one is zero.
+    assert count(Call(lambda x: x * narrow.view(torch.float16).float()), 1, 8).storage.bits == 4 * 16 + 8
+
+
+def test_a_block_that_saves_a_single_bit_is_taken():
+    linear = nn.Linear(1, 2, bias=False)
+    nn.init.zeros_(linear.weight)
+    assert count(linear, 1, 1).storage.bits == 1  # one block of zeros; two elements would take 2
 
 
 def test_a_returned_constant_is_stored():

@@ -206,6 +206,9 @@ def test_transposed_convolution_with_groups_keeps_their_weights_apart():
         (torch.mv, [(3, 5), (5,)], (15, 12)),
         (lambda m, x: torch.addmv(m[:, 0], m, x), [(3, 5), (5,)], (15, 15)),
         (torch.outer, [(3,), (5,)], (15, 0)),
+        (lambda m, x: torch.addmv(m[:, 0], m, x, beta=0), [(3, 5), (5,)], (15, 12)),
+        (lambda m, x: torch.addr(m, m[:, 0], x), [(3, 5), (5,)], (15, 15)),
+        (lambda a, b: torch.addbmm(a[0, :, :1], a, b, beta=0), [(2, 3, 4), (2, 4, 5)], (15 * 8, 15 * 7)),
         (lambda a, b: torch.baddbmm(a[:, :, :1], a, b), [(2, 3, 4), (2, 4, 5)], (120, 120)),
         (lambda a, b: torch.baddbmm(a[:, :, :1], a, b, alpha=2), [(2, 3, 4), (2, 4, 5)], (120 + 30, 120)),
         (lambda a, b: torch.baddbmm(a[:, :, :1], a, b, beta=0), [(2, 3, 4), (2, 4, 5)], (120, 90)),
@@ -256,6 +259,30 @@ def test_vector_times_a_sparse_constant():
     assert count(model, (3,)) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("function", "constant", "shape", "expected"),
+    [
+        (torch.mv, [1.0, 0, 0, 2, 0], (3, 5), (6, 3)),  # 3 outputs of 2 terms
+        (torch.mv, [0.0, 0, 0, 0, 0], (3, 5), (0, 0)),
+        (torch.dot, [1.0, 0, 0, 2, 3], (5,), (3, 2)),
+        (lambda x, c: torch.dot(c, x), [1.0, 0, 0, 2, 3], (5,), (3, 2)),
+        (lambda x, c: c @ x, [[[1.0, 0], [1, 1]], [[0, 0], [0, 1]]], (2, 2, 3), (12, 3)),  # rows of 1, 2, 0, 1 terms
+        (lambda x, c: F.conv_transpose1d(x, c, groups=2), [[[1.0]], [[0]], [[1]], [[1]]], (2, 4, 3), (18, 6)),
+        (lambda x, c: F.bilinear(x, x, c), [[[1.0, 1], [1, 0]], [[0, 0], [0, 0]]], (5, 2), (5 * 6, 5 * 2)),
+    ],
+)
+def test_products_with_a_constant_that_has_zeros(function, constant, shape, expected):
+    assert count(Call(lambda self, x: function(x, self.c), c=nn.Parameter(torch.tensor(constant))), shape) == expected
+
+
+def test_bag_of_embeddings_with_a_weight_for_each():
+    bags = torch.zeros(2, 3, dtype=torch.int64)
+    layer = nn.EmbeddingBag(10, 4, mode="sum")
+    counted = math_of(Call(lambda self, x, w: layer(x, per_sample_weights=w)), bags, torch.ones(2, 3))
+    # 2 bags of 3 rows of 4: dot products of 3 terms.
+    assert (counted.mults, counted.adds, counted.macs) == (24, 16, 24)
+
+
 def test_bag_of_embeddings():
     bags = torch.zeros(2, 3, dtype=torch.int64)
     totals = {mode: math_of(nn.EmbeddingBag(10, 4, mode=mode), bags) for mode in ("sum", "mean", "max")}
@@ -272,6 +299,15 @@ def test_fused_attention_costs_what_it_is_made_of(causal):
     assert fused == count(F.scaled_dot_product_attention, *shapes)
     # 10 scores of 4 terms for each of 7 keys, as many again for the values; scaling 2 x (5 + 7) x 4; softmax.
     assert fused[0] == 2 * 280 + 96 + 2 * 70
+
+
+def test_fused_attention_adds_its_mask_to_each_score():
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    shapes = [(1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 4), (5, 7)]
+    plain = count(lambda q, k, v, m: kernel(q, k, v)[0], *shapes)
+    masked = count(lambda q, k, v, m: kernel(q, k, v, attn_mask=m)[0], *shapes)
+    # Scores 70 x 3, softmax 70 - 10, values 40 x 6; the mask 2 x 5 x 7.
+    assert (plain[1], masked[1]) == (210 + 60 + 240, 210 + 60 + 240 + 70)
 
 
 def test_grouped_query_attention_repeats_keys_and_values():
@@ -403,6 +439,24 @@ def test_complex_numbers_are_an_error():
         (lambda x: x.norm(1, dim=1), (2 * 8, 2 * 7)),
         (lambda x: torch.linalg.vector_norm(x, math.inf, 1), (2 * 8, 2 * 7)),
         (lambda x: (x > 0).any(1), (0, 16 + 2 * 7)),
+        (lambda x: x.count_nonzero(1), (0, 16 + 2 * 7)),
+        (lambda x: x.aminmax(dim=1)[0], (0, 2 * 2 * 7)),
+        (lambda x: x.trace(), (0, 1)),
+        (lambda x: x.histc(4), (16, 2 * 16)),
+        (lambda x: x.cummax(1)[0], (0, 2 * 7)),
+        (lambda x: x.cummin(0)[0], (0, 8)),
+        (lambda x: x.logcumsumexp(1), (2 * 16, 2 * 7)),
+        (lambda x: x.mode(1)[0], (0, 16 * 3)),
+        (lambda x: x.nanmedian(0)[0], (0, 16)),
+        (lambda x: x.kthvalue(3, 1)[0], (0, 16 * 3)),
+        (lambda x: x.kthvalue(1, 0)[0], (0, 16)),
+        (lambda x: x.topk(1, 0)[0], (0, 8)),
+        (lambda x: torch.var_mean(x, 1)[0], (2 * (8 + 2), 2 * (7 + 8 + 7))),
+        (lambda x: torch.std_mean(x, 1)[0], (2 * (8 + 3), 2 * (7 + 8 + 7))),
+        (lambda x: torch.dist(x, x), (16 + 1, 16 + 15)),  # differences, squares, sum, root
+        (lambda x: torch.linalg.vector_norm(x, -math.inf, 1), (2 * 8, 2 * 7)),
+        (lambda x: torch.searchsorted(torch.arange(8.0), x), (0, 16 * 4)),  # 9 places: ceil(log2 9)
+        (lambda x: x.scatter_reduce(1, torch.zeros(2, 4, dtype=torch.int64), x[:, :4], "sum"), (0, 8)),
         (lambda x: torch.bucketize(x, torch.arange(7.0)), (0, 16 * 3)),
         (lambda x: x.scatter_add(1, torch.zeros(2, 4, dtype=torch.int64), x[:, :4]), (0, 8)),
         (lambda x: x.index_add(0, torch.tensor([1]), x[:1]), (0, 8)),
@@ -425,6 +479,34 @@ def test_folding_adds_where_windows_overlap():
 def test_rms_norm_by_hand():
     # 3 rows of 8: squares 8 and their mean 7 + 1*, epsilon 1 +, root 1, scaling 8, weight 8.
     assert count(nn.RMSNorm(8), (3, 8)) == (3 * 26, 3 * 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        # k = 6: mults 1 + 6 + 1 + 1 + 6 and a weight of 6; adds 6 + 1 and a bias of 6; sums 5 + 5.
+        ("native_layer_norm", ((4, 2, 3), (2, 3), True, None), (4 * 21, 4 * 7, 4 * 10)),
+        ("native_layer_norm", ((4, 2, 3), (2, 3), None, True), (4 * 15, 4 * 13, 4 * 10)),
+        ("native_group_norm", ((4, 6, 2), None, None, 4, 6, 2, 2), (8 * 15, 8 * 7, 8 * 10)),
+        ("native_group_norm", ((4, 6, 2), True, True, 4, 6, 2, 2), (8 * 21, 8 * 13, 8 * 10)),
+        ("native_batch_norm", ((1, 4, 6), True, None, None, None, True), (4 * 21, 4 * 7, 4 * 10)),
+        ("native_batch_norm", ((1, 4, 6), None, True, None, None, True), (4 * 15, 4 * 13, 4 * 10)),
+        ("native_batch_norm", ((1, 4, 6), True, True, True, True, False), (24, 0, 24)),
+    ],
+)
+def test_norms_by_their_formulas(name, arguments, expected):
+    shape, *others = arguments
+    x = SimpleNamespace(shape=shape, numel=math.prod(shape))
+    cost = FORMULAS[f"aten.{name}"](SimpleNamespace(name=f"aten.{name}", args=(x, *others), out=x))
+    assert (cost.mults, cost.adds, cost.accumulations, cost.macs) == (*expected, 0)
+
+
+@pytest.mark.parametrize("scales", [1, 3])
+def test_scales_that_are_found_while_running(scales):
+    op = SimpleNamespace(inputs=[SimpleNamespace(numel=12)], out=SimpleNamespace(numel=scales))
+    cost = FORMULAS["quantized_decomposed.choose_qparams"](op)
+    # Smallest and largest of k: twice k - 1 comparisons; for each scale 2 multiplications and 2 additions.
+    assert (cost.mults, cost.adds, cost.accumulations) == (2 * scales, 2 * (12 - scales) + 2 * scales, 0)
 
 
 @pytest.mark.parametrize(("weight", "each"), [(ones(8), 8), (None, 0)])
@@ -499,6 +581,44 @@ def test_antialiased_interpolation_goes_along_the_rows_then_the_columns():
     assert (
         count(lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), (1, 1, 8, 8)) == expected
     )
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "size", "taps", "elements"),
+    [
+        ("bicubic", (1, 2, 16, 12), (8, 6), 8, 2 * 16 * 6 + 2 * 8 * 6),  # half as large: twice 4 taps
+        ("bicubic", (1, 1, 2, 2), (1, 1), 2, 2 + 1),  # no more taps than elements
+        ("bilinear", (1, 1, 4, 4), (8, 8), 2, 4 * 8 + 8 * 8),
+    ],
+)
+def test_taps_of_antialiased_interpolation(mode, shape, size, taps, elements):
+    counted = count(lambda x: F.interpolate(x, size, mode=mode, antialias=True), shape)
+    assert counted == (taps * elements, (taps - 1) * elements)
+
+
+@pytest.mark.parametrize("pool", [F.avg_pool2d, F.avg_pool3d])
+def test_a_window_of_one_size_has_it_in_every_dimension(pool):
+    d = 2 if pool is F.avg_pool2d else 3
+    # 2 ** d windows of 3 ** d.
+    assert count(lambda x: pool(x, [3]), (1, 1, *[6] * d)) == (2**d, 2**d * (3**d - 1))
+
+
+def test_sampling_by_16_taps_and_in_three_dimensions():
+    sample = lambda x, g, mode: F.grid_sample(x, g, mode, align_corners=False)  # noqa: E731
+    # 6 places x 2: 2 * and 1 +, 4 polynomials of 3 and 3; 16 weights; 3 channels of 16 taps.
+    bicubic = count(lambda x, g: sample(x, g, "bicubic"), (1, 3, 8, 8), (1, 2, 3, 2))
+    assert bicubic == (6 * (4 + 24 + 16 + 48), 6 * (2 + 24 + 45))
+    # 6 places x 3: 2 * and 1 + and 2 distances; 8 weights; 3 channels of 8 taps.
+    assert count(lambda x, g: sample(x, g, "bilinear"), (1, 3, 4, 4, 4), (1, 1, 2, 3, 3)) == (
+        6 * (6 + 8 + 24),
+        6 * (3 + 6 + 21),
+    )
+
+
+def test_a_grid_of_an_affine_map():
+    op = SimpleNamespace(out=SimpleNamespace(shape=(1, 2, 5, 2), numel=20))
+    cost = FORMULAS["aten.affine_grid_generator"](op)
+    assert (cost.mults, cost.adds, cost.accumulations) == (40, 0, 40)  # 20 coordinates of 2 terms and a shift
 
 
 def test_sampling_on_a_grid():

@@ -163,6 +163,13 @@ def test_bits_are_inverse(data, width, count):
     assert np.array_equal(from_bytes(packed, codes.size, width), codes)
 
 
+@pytest.mark.parametrize("count", [1, 600])
+@pytest.mark.parametrize("width", [31, 32, 33])
+def test_the_highest_bit_of_a_code_is_no_sign(width, count):
+    codes = np.full(count, 1 << (width - 1), np.int64)
+    assert from_bytes(to_bytes(codes, width), count, width).tolist() == codes.tolist()
+
+
 def test_bits_start_with_the_least_significant():
     assert to_bytes(np.array([6, 1]), 4).tolist() == [0b0001_0110]
 

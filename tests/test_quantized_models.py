@@ -60,6 +60,74 @@ def test_a_scale_of_activations_and_its_zero_point():
     assert (behind.mults, behind.adds) == (2 * 3, 2 * 3)  # both scales at once; z * sum(w), for want of a bias
 
 
+def test_an_output_without_weights_is_not_scaled():
+    model = FakeQuantized(0.125)
+    with torch.no_grad():
+        model.weight[1] = 0
+    assert count(model, 2, 4).layers[1].mults == 2 * 2
+
+
+def test_a_zero_point_alone_is_an_addition_without_a_factor():
+    model = FakeQuantized(0.125, 3)
+    model.scale.copy_(torch.tensor([0.125, 0.25, 0.5]))
+    behind = count(model, 2, 4).layers[1]
+    assert (behind.mults, behind.adds, behind.weight_bits) == (0, 2 * 3, 0)
+
+
+class Twice(FakeQuantized):
+    """Activations are quantized with one scale, and again with another; the weights are not."""
+
+    def __init__(self, second):
+        super().__init__(0.1)
+        self.second = second
+
+    def forward(self, x):
+        x = torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127)
+        return F.linear(torch.fake_quantize_per_tensor_affine(x, self.second, 0, -128, 127), self.weight)
+
+
+@pytest.mark.parametrize(("second", "scalings"), [(0.3, [8, 8, 6]), (0.1, [8, 6])])
+def test_values_that_have_the_scale_already_are_not_scaled_again(second, scalings):
+    layers = count(Twice(second), 2, 4).layers
+    assert [layer.mults for layer in layers if layer.op == "micronet.scale"] == scalings
+
+
+def test_scaled_weights_on_the_left_of_a_product_with_bias():
+    class Left(FakeQuantized):
+        def forward(self, x):
+            weight = torch.fake_quantize_per_channel_affine(self.weight, self.scale, self.zero, 0, -7, 7)
+            return torch.addmm(torch.ones(3, 5), weight, x)
+
+    assert count(Left(0.1), 4, 5).layers[-1].mults == 3 * 5  # one an output
+
+
+def test_scales_of_tokens_that_are_found_while_running():
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    ops, limits = torch.ops.quantized_decomposed, (-128, 127, torch.int8)
+
+    class Tokens(FakeQuantized):
+        def __init__(self, product):
+            super().__init__(0.1)
+            self.product = product
+
+        def forward(self, x):
+            scales = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+            codes = ops.quantize_per_token(x, *scales, *limits)
+            x = ops.dequantize_per_token(codes, *scales, *limits, torch.float32)
+            return self.product(x, self.weight)
+
+    def scalings(product):
+        return [
+            (layer.mults, layer.adds) for layer in count(Tokens(product), 2, 4).layers if layer.op == "micronet.scale"
+        ]
+
+    # To codes one multiplication an element; zero points are subtracted from each. The scale of a token waits until
+    # behind the product with a constant, one an output; where tokens are summed it is one an element.
+    assert scalings(F.linear) == [(8, 0), (0, 8), (6, 0)]
+    assert scalings(lambda x, _: x.t() @ x) == [(8, 0), (8, 8)]
+
+
 def test_an_element_wise_product_of_scaled_values_is_wide():
     class Square(nn.Module):
         def forward(self, x):

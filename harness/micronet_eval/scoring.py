@@ -248,7 +248,7 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
             whole = dense_cost(p, formulas)
             steps += [(dense_ops, whole.mults + whole.all_adds), (sparse_ops, p.cost.mults + p.cost.all_adds)]
         for sums, cost in steps:
-            sums[p.op.module] = sums.get(p.op.module, 0) + (cost if p.share == 1 else cost * p.share)
+            sums[p.op.module] = sums.get(p.op.module, 0) + cost * p.share
     for tensor, op in account.stored.items():
         module = op.module if op is not None else ""
         bits[module] += tensor.bits(widest).total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from micronet_eval.costs.cost import Cost, Formula
-from micronet_eval.costs.elementwise import elementwise
 from micronet_eval.trace import Op, Value
 
 
@@ -158,6 +157,12 @@ def vector_norm(op: Op) -> Cost:
     return Cost(mults=k + (0 if order == 1 else groups), accumulations=k - groups)
 
 
+def distance(op: Op) -> Cost:
+    """Between two tensors of k elements: k differences, k squares (or powers), k - 1 additions, 1 root. *(ours)*"""
+    k = _elements(op)
+    return Cost(mults=k + 1, adds=k, accumulations=k - 1)
+
+
 FORMULAS: dict[str, Formula] = {
     "aten.mean": mean,
     "aten.sum": total,
@@ -196,5 +201,5 @@ FORMULAS: dict[str, Formula] = {
     "aten.logsumexp": logsumexp,
     "aten.linalg_vector_norm": vector_norm,
     "aten.norm": vector_norm,
-    "aten.dist": lambda op: elementwise(0, 1)(op) + Cost(adds=_elements(op) - 1, mults=_elements(op) + 1),
+    "aten.dist": distance,
 }
