@@ -86,6 +86,7 @@ def test_every_combination_of_the_values_is_a_cell():
         ("magnitud", "nearest: magnitude"),
         ("magnitude:sparsit=0.5", "unknown option 'sparsit'; nearest: sparsity"),
         ("magnitude:0.5", "'0.5' has no value; write options like option=value"),
+        ("magnitude:sparsity=0.5,7", "--sparsifier magnitude:.*: option 'sparsity': Input should be less than"),
     ],
 )
 def test_what_is_no_strategy(text, message):
@@ -99,6 +100,30 @@ def test_fine_tuning_options():
     }  # fmt: skip
     with pytest.raises(InputError, match="'epochs' has no value"):
         options("epochs")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pruner", "magnitude:ratio=7"], "--pruner magnitude:ratio=7: pruner magnitude: option 'ratio'"),
+        (["--fine-tune", "epochs=-1,learning_rate=0.1"], "--fine-tune: field 'epochs': Input should be greater than 0"),
+        (["--fine-tune", "epoch=1,epochs=1,learning_rate=0.1"], "--fine-tune: field 'epoch': Extra inputs"),
+    ],
+)
+def test_options_out_of_range_are_told_before_anything_is_trained(base, run, tmp_path, words, message):
+    kept = tmp_path / "results.sqlite"
+    status, out, err = run("compare", "--on", base, "--pruner", "random", *words, "--results", kept)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert list(tmp_path.glob("results*")) == []
+
+
+def test_a_base_that_is_no_recipe_is_told_by_its_name(run, tmp_path):
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text('task = "digits"\n')
+    status, _, err = run("compare", "--on", wrong, "--pruner", "random", "--results", tmp_path / "r.sqlite")
+    assert status == 2
+    assert f"{wrong}: field 'stages': Field required" in err
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ train = { epochs = 2, learning_rate = 0.001 }
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -494,19 +494,23 @@ def strategy_of(stage: Stage, place: str) -> Strategy | None:
     kind = stage.strategy_kind
     if kind is None:
         return None
-    name = getattr(stage, kind)
+    return configured(kind, getattr(stage, kind), stage.__pydantic_extra__ or {}, f"field '{place}'")
+
+
+def configured(kind: plugins.Kind, name: str, options: Mapping[str, Any], place: str) -> Strategy:
+    """A strategy with options. Raises InputError, which begins with the `place`, where one is unknown or out of range."""
     strategy: type[Strategy] = plugins.lookup(kind, name)
     try:
-        return strategy(**(stage.__pydantic_extra__ or {}))
+        return strategy(**options)
     except ValidationError as error:
         fault = error.errors()[0]
         option = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             unknown = plugins.unknown("option", option, strategy.model_fields)
-            raise InputError(f"field '{place}': {kind} {name}: {unknown}") from error
+            raise InputError(f"{place}: {kind} {name}: {unknown}") from error
         # what options say together has no option of its own
         told = f"option {option!r}: {fault['msg']}" if option else fault["msg"].removeprefix("Value error, ")
-        raise InputError(f"field '{place}': {kind} {name}: {told}") from error
+        raise InputError(f"{place}: {kind} {name}: {told}") from error
 
 
 def _told(step: Step) -> str:

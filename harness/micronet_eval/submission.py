@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
@@ -147,8 +147,13 @@ class Manifest(Table):
 
 def read_toml(path: Path, model: type[Model]) -> Model:
     """A TOML file as `model`. Raises InputError that names the file, the field and the mend."""
+    return checked(read_table(path, Decimal), model, path)
+
+
+def checked(table: Mapping[str, Any], model: type[Model], path: str | Path) -> Model:
+    """A table of the file `path`, or of what it names, as `model`. Raises InputError as `read_toml` does."""
     try:
-        return model.model_validate(read_table(path, Decimal))
+        return model.model_validate(table)
     except ValidationError as error:
         faults = error.errors()
         told = [_fault(path, fault) for fault in faults[:MOST_FAULTS]]
@@ -199,7 +204,7 @@ def _check_text(item: Any, path: Path) -> None:
         raise InputError(f"{path}: {printable(item)[:60]!r} has the control character U+{ord(bad[0]):04X}; remove it")
 
 
-def _fault(path: Path, fault: Any) -> str:
+def _fault(path: str | Path, fault: Any) -> str:
     field, told = faults_of(fault)
     return f"{path}: {field}: {told}"
 

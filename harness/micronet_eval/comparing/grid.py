@@ -15,7 +15,8 @@ from micronet_eval import plugins
 from micronet_eval.comparing.jobs import Job
 from micronet_eval.errors import InputError, printable
 from micronet_eval.isolation import AUTO, Isolation
-from micronet_eval.submission import read_table
+from micronet_eval.recipe import Recipe, Training, configured
+from micronet_eval.submission import checked, read_table
 
 Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
 """What is applied one after the other: kind, name, options of each strategy."""
@@ -24,12 +25,15 @@ Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
 def parse(kind: plugins.Kind, text: str) -> list[Cell]:
     """`name:option=value,value,option=value` as every combination of the values, each a cell of one strategy.
 
-    Raises InputError where there is no such strategy, or no such option.
+    Raises InputError where there is no such strategy or option, or where options are out of range.
     """
     name, _, rest = text.partition(":")
     strategy = plugins.lookup(kind, name)
     values = _values(f"{kind} {name}", rest, strategy.model_fields)
-    return [((kind, name, dict(zip(values, chosen, strict=True))),) for chosen in itertools.product(*values.values())]
+    found = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    for given in found:  # told before anything is trained
+        configured(kind, name, given, f"--{kind} {text}")
+    return [((kind, name, given),) for given in found]
 
 
 def options(text: str, what: str = "--fine-tune", known: Iterable[str] | None = None) -> dict[str, Any]:
@@ -82,12 +86,16 @@ def title(cell: Cell) -> str:
 def jobs_of(
     cells: Sequence[Cell], base: Path, seeds: int, fine_tune: Mapping[str, Any] | None, data: Path | None, kept: Path
 ) -> list[Job]:
-    """A job for each cell and seed, on the network that the recipe `base` trains. Raises InputError if that is none.
+    """A job for each cell and seed, on the network that the recipe `base` trains.
 
     Behind each strategy comes `fine_tune`, the options of a training stage; quantizers come behind merged batch norm.
+    Raises InputError where the recipe or the options of training are wrong.
     """
     found: list[Job] = []
     recipe = read_table(base)
+    checked(recipe, Recipe, base)
+    if fine_tune:
+        checked(fine_tune, Training, "--fine-tune")
     stages = recipe.get("stages", [])
     for cell, seed in itertools.product(cells, range(seeds)):
         more: list[dict[str, Any]] = []
