@@ -91,7 +91,7 @@ _FEW = 512  # codes that are read bit by bit, in fewer calls than whole words ta
 _CHUNK = 1 << 16  # codes at a time, so that they stay cached; a multiple of 8, so that every chunk ends on a byte
 
 
-Codes = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.bool_]
+Codes = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.int16] | NDArray[np.bool_]
 
 
 def _dtype(width: int) -> Any:

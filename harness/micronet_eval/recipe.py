@@ -498,7 +498,7 @@ def strategy_of(stage: Stage, place: str) -> Strategy | None:
 
 
 def configured(kind: plugins.Kind, name: str, options: Mapping[str, Any], place: str) -> Strategy:
-    """A strategy with options. Raises InputError, which begins with the `place`, where one is unknown or out of range."""
+    """A strategy with options. Raises InputError that begins with the `place` where one is unknown or out of range."""
     strategy: type[Strategy] = plugins.lookup(kind, name)
     try:
         return strategy(**options)
