@@ -15,8 +15,9 @@ from micronet_eval import plugins
 from micronet_eval.comparing.jobs import Job
 from micronet_eval.errors import InputError, printable
 from micronet_eval.isolation import AUTO, Isolation
-from micronet_eval.recipe import Recipe, Training, configured
+from micronet_eval.recipe import Recipe, configured
 from micronet_eval.submission import checked, read_table
+from micronet_eval.training import Training
 
 Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
 """What is applied one after the other: kind, name, options of each strategy."""
