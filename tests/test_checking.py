@@ -59,3 +59,14 @@ def test_the_command(run, submission, tmp_path):
     assert ElementTree.parse(tmp_path / "j.xml").getroot().get("failures") == "1"
     run(*words)
     assert (tmp_path / "s.md").read_text().count("### small") == 2
+
+
+def test_what_cannot_be_evaluated_is_told_in_the_files_too(run, submission, tmp_path):
+    (submission / "weights.safetensors").write_bytes(b"nothing <&|")
+    junit, summary = tmp_path / "j.xml", tmp_path / "s.md"
+    code, out, err = run("check", submission, "--junit", junit, "--summary", summary)
+    assert (code, out) == (2, "")
+    (case,) = ElementTree.parse(junit).getroot()
+    assert (case.get("name"), case[0].tag) == ("evaluation", "error")
+    assert case[0].get("message") == err.removeprefix("micronet-eval: ").strip()
+    assert summary.read_text().startswith(f"### {submission.name}: not evaluated\n\n")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from micronet_eval.errors import printable
 from micronet_eval.evaluation import Report, evaluate
 from micronet_eval.task import METRICS
 
@@ -56,14 +57,32 @@ def checks(report: Report, max_score: float | None = None, min_quality: float | 
 
 def to_junit(report: Report, found: Sequence[Check]) -> str:
     """JUnit XML: a test case for each check."""
-    failures, skipped = sum(c.holds is False for c in found), sum(c.holds is None for c in found)
-    counts = {"tests": str(len(found)), "failures": str(failures), "skipped": str(skipped), "errors": "0"}
-    suite = ElementTree.Element("testsuite", {"name": f"micronet-eval {report.submission}", **counts})
-    for check in found:
-        case = ElementTree.SubElement(suite, "testcase", classname=report.submission, name=check.name)
-        if check.holds is not True:
-            kind = "failure" if check.holds is False else "skipped"
-            ElementTree.SubElement(case, kind, message=check.figures)
+    kinds: dict[bool | None, str] = {True: "", False: "failure", None: "skipped"}
+    return _junit(report.submission, [(c.name, kinds[c.holds], c.figures) for c in found])
+
+
+def error_junit(submission: str, error: Exception) -> str:
+    """JUnit XML of a submission that could not be evaluated: one test case, with the error."""
+    return _junit(submission, [("evaluation", "error", printable(str(error)))])
+
+
+def error_summary(submission: str, error: Exception) -> str:
+    """Markdown, as `to_summary`, of a submission that could not be evaluated."""
+    return f"### {_escaped(submission)}: not evaluated\n\n{_escaped(printable(str(error)))}\n"
+
+
+def _junit(submission: str, cases: Sequence[tuple[str, str, str]]) -> str:
+    """A suite of test cases: each a name, what is wrong (nothing: it passed), and a message."""
+    wrong = [kind for _, kind, _ in cases]
+    counts = {"tests": len(cases), "failures": wrong.count("failure"), "skipped": wrong.count("skipped"),
+              "errors": wrong.count("error")}  # fmt: skip
+    suite = ElementTree.Element(
+        "testsuite", {"name": f"micronet-eval {submission}", **{name: str(n) for name, n in counts.items()}}
+    )
+    for name, kind, message in cases:
+        case = ElementTree.SubElement(suite, "testcase", classname=submission, name=name)
+        if kind:
+            ElementTree.SubElement(case, kind, message=message)
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 

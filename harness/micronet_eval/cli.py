@@ -201,22 +201,19 @@ def check(
     isolation: Isolation,
 ) -> None:
     """Check a submission in continuous integration: limits, claims, the threshold; exit status 1 if one fails."""
-    from micronet_eval.checking import checks, to_junit, to_summary
+    from micronet_eval.checking import checks, error_junit, error_summary, to_junit, to_summary
     from micronet_eval.evaluation import evaluate
-    from micronet_eval.files import write_whole
 
-    with _progress(f"measuring {folder.name}") as progress:
-        report = evaluate(folder, data, progress, ruleset=ruleset, isolation=isolation)
+    try:
+        with _progress(f"measuring {folder.name}") as progress:
+            report = evaluate(folder, data, progress, ruleset=ruleset, isolation=isolation)
+    except (InputError, SubmissionError) as error:  # what shows the files has to show this, too
+        name = printable(folder.resolve().name)
+        _write_checks(junit, error_junit(name, error), summary, error_summary(name, error))
+        raise
     found = checks(report, max_score, min_quality)
     text = to_summary(report, found)
-    try:
-        if junit is not None:
-            write_whole(junit, to_junit(report, found).encode())
-        if summary is not None:
-            before = summary.read_bytes() if summary.exists() else b""
-            write_whole(summary, before + text.encode())
-    except OSError as error:
-        raise InputError(f"{junit or summary} cannot be written: {error.strerror}; name another file") from error
+    _write_checks(junit, to_junit(report, found), summary, text)
     click.echo(text)
     sys.exit(FAILED if any(c.holds is False for c in found) else 0)
 
@@ -717,6 +714,19 @@ def _live(total: int) -> Iterator[Watch]:
     view = LiveView(total)
     with Live(view, console=Console(stderr=True), transient=True, vertical_overflow="crop"):
         yield view.watch
+
+
+def _write_checks(junit: Path | None, cases: str, summary: Path | None, text: str) -> None:
+    from micronet_eval.files import write_whole
+
+    try:
+        if junit is not None:
+            write_whole(junit, cases.encode())
+        if summary is not None:
+            before = summary.read_bytes() if summary.exists() else b""
+            write_whole(summary, before + text.encode())
+    except OSError as error:
+        raise InputError(f"{junit or summary} cannot be written: {error.strerror}; name another file") from error
 
 
 def _write_pages(found: list[Judged], html: Path | None) -> None:

@@ -306,7 +306,7 @@ def flat(found: Sequence[Board]) -> list[dict[str, object]]:
                  "claimed": " ".join(claimed), "distinctions": " ".join(e.distinctions), "verified": e.verified,
                  "reason": e.reason}
             )  # fmt: skip
-        for place, p in _places(board.published):
+        for place, p in places(board.published):
             rows.append(
                 {"board": "2019", "task": board.task, "rank": place, "name": p.name, "score": p.score,
                  "storage": None, "math": None, "quality": None, "claimed": "", "verified": p.verified,
@@ -315,7 +315,8 @@ def flat(found: Sequence[Board]) -> list[dict[str, object]]:
     return rows
 
 
-def _places(entries: Sequence[Published]) -> list[tuple[int | None, Published]]:
+def places(entries: Sequence[Published]) -> list[tuple[int | None, Published]]:
+    """What was published, each with its place among those that reached the quality; None where one did not."""
     scores = [entry.score for entry in entries if entry.qualified]
     return [(1 + sum(s < e.score for s in scores) if e.qualified else None, e) for e in entries]
 
@@ -371,7 +372,7 @@ def _theirs(board: Board) -> Table:
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("organisers", no_wrap=True)
-    for place, p in _places(board.published):
+    for place, p in places(board.published):
         state = "verified" if p.verified else "" if p.qualified else "quality missed"
         table.add_row(f"{place}." if place else "-", Text(p.name), f"{p.score:.4f}", _letters(p.distinctions), state)
     return table

@@ -14,7 +14,7 @@ from micronet_eval.evaluation import Report
 from micronet_eval.pages.comparison import write_comparison
 from micronet_eval.pages.plots import Plot, Point, path_plot, score_plot
 from micronet_eval.pages.site import templates, whole
-from micronet_eval.ranking import Board, Entry, Judged, as_json, boards, judge, named, source
+from micronet_eval.ranking import Board, Entry, Judged, as_json, boards, judge, named, places, source
 from micronet_eval.task import METRICS
 
 Node = list[Any]
@@ -59,6 +59,7 @@ def _build(found: Sequence[Judged], site: Path) -> None:
     index = pages.get_template("index.html").render(
         root="",
         boards=standings,
+        places=places,
         page_of=lambda entry: next(s for e, s in zip(entries, slugs, strict=True) if e is entry),
         plots=[(board.task, plot) for board in standings if (plot := _score_plot(board, entries, slugs))],
         source=source(),
