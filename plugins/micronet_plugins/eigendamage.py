@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, replace
 from micronet_plugins.chains import LOST, Chain, Form, Ranks, chains, refitted
 from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
+from micronet_plugins.low_rank import signs
 
 RATES = "learning_rate_factors"
 """Attribute of a layer with new directions: the factors of the learning rate by parameter; training.train reads it."""
@@ -32,10 +34,13 @@ RATES = "learning_rate_factors"
 class EigenDamage(Pruner):
     """Cuts layers in the eigenbasis of their Fisher matrix, where least loss is; or gives directions back (annealing).
 
-    A layer for which rotations would not save stays as it is.
+    A layer for which rotations would not save stays as it is. The saliency of a direction says nothing of its cost: in
+    one round that removes nearly all, late layers lose most parameters and early ones keep most operations. The nearer
+    `limit` is to the ratio, the more evenly all layers lose, and the fewer operations are left.
     """
 
     ratio: float = Field(0.3, gt=0, lt=1, description="share of the model's parameters to remove in this round")
+    parameters: int = Field(0, ge=0, description="parameters of the model at which to stop, though the ratio goes on")
     limit: float = Field(0.5, gt=0, lt=1, description="share of its parameters that a layer loses at most in a round")
     fisher: Literal["true", "empirical"] = Field("true", description="labels from the model's own output, or the data")
     batches: int = Field(4, gt=0, description="batches of training data to calibrate on")
@@ -56,7 +61,7 @@ class EigenDamage(Pruner):
             return self._give_back(model, found, self.back_ratio, context.seed)
         cuts = self._cuts(model, found, context)
         total = sum(p.numel() for p in model.parameters())
-        target = (1 - self.ratio) * total
+        target = max((1 - self.ratio) * total, self.parameters)
         fixed = total - sum(cut.chain.parameters for cut in cuts)
         threshold = smallest_threshold(cuts, target - fixed)
         for cut in cuts:
@@ -151,6 +156,8 @@ class Cut:
         basis_in, core, basis_out = refitted(weight, scales, (kept_in, kept_out))
         first = (self.basis.inputs.double() @ basis_in).T
         last = self.basis.outputs.double() @ basis_out
+        sign_in, sign_out = signs(first.T), signs(last)
+        first, core, last = first * sign_in[:, None], core * sign_in[:, None] * sign_out[:, None, None], last * sign_out
         old_in, old_out = self.chain.rotations()
         first, last = first if old_in is None else first @ old_in, last if old_out is None else old_out @ last
         if not form[0]:
@@ -168,11 +175,10 @@ class Cut:
 def smallest_threshold(cuts: Sequence[Cut], parameters: float) -> float:
     """The smallest saliency up to which directions go, so that the chains have at most so many parameters.
 
-    Where the limits do not allow so few: the largest saliency, at which each chain has reached its limit.
+    Where the limits do not allow so few: the largest saliency, at which each chain has reached its limit. Where they
+    have so few already: less than any.
     """
-    values = sorted({value for cut in cuts for value, _ in cut.order})
-    if not values:
-        return 0.0
+    values = [-inf, *sorted({value for cut in cuts for value, _ in cut.order})]
     at = bisect_left(values, True, key=lambda t: sum(cut.parameters_at(t) for cut in cuts) <= parameters)
     return values[min(at, len(values) - 1)]
 

@@ -197,11 +197,13 @@ def factorizations(model: nn.Module, example_input: Example) -> list[Factorizati
 
 
 def _directions(unfolding: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions of the rows' space, columns sorted by energy, and each one's share of all energy.
-
-    The sign is fixed by the largest entry, so that the same weight gives the same directions on every machine.
-    """
+    """Orthonormal directions of the rows' space, columns sorted by energy, and each one's share of all energy."""
     energy, vectors = torch.linalg.eigh(unfolding @ unfolding.T)
     energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0), energy / energy.sum().clamp(min=1e-300)
+    return vectors * signs(vectors), energy / energy.sum().clamp(min=1e-300)
+
+
+def signs(basis: Tensor) -> Tensor:
+    """For each column the sign of its largest entry; times it, a basis is the same on every machine."""
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0)
