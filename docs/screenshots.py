@@ -22,8 +22,9 @@ WIDTHS = {"": (1200, 1000, "light"), "-dark": (400, 900, "dark")}
 
 
 def comparison() -> Comparison:
-    """The benchmark of all strategies."""
-    found = [Result(**result) for result in json.loads(strategies.RESULTS.read_text(encoding="utf-8"))]
+    """The benchmark of all strategies, on digits."""
+    kept = json.loads(strategies.DIGITS.results.read_text(encoding="utf-8"))
+    found = [Result(**result) for result in kept["results"]]
     return Comparison(tuple(sorted_rows(rows(found), "score")), tuple(found))
 
 
