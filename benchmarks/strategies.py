@@ -172,7 +172,7 @@ def _cell(row: Any) -> str:
     if row.score is None:
         return "fails: " + row.errors[0].split(": ")[-1][:80].replace("|", "/")
     spread = row.spread.get("quality", 0.0)
-    return f"{row.score:.4f}, {row.quality:.1%} ± {spread:.1%}"
+    return f"{row.score:#.3g}, {row.quality:.1%} ± {spread:.1%}"
 
 
 def run(setting: Setting, only: str) -> None:
