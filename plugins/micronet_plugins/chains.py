@@ -99,16 +99,20 @@ class Chain:
         A Sequential that does not say that it stands in the place of one layer keeps its layers, since it may be the
         architecture's own, or come from a file.
         """
-        (i, o), (a, g), k = self.sizes, self.ranks_of_core(ranks), self.kernel
-        costs = {
+        costs = self.costs(self.ranks_of_core(ranks))
+        forms = costs if self.is_one_place else (self.form,)
+        best = min(forms, key=costs.__getitem__)
+        return costs[best] + (0 if (bias := self._bias()) is None else bias.numel()), best
+
+    def costs(self, ranks: Ranks) -> dict[Form, int]:
+        """Parameters of a chain of these ranks by its form, without a bias that is no extra input."""
+        (i, o), (a, g), k = self.sizes, ranks, self.kernel
+        return {
             (False, False): i * k * o,
             (True, False): i * a + a * k * o,
             (False, True): i * k * g + g * o,
             (True, True): i * a + a * k * g + g * o,
         }
-        forms = costs if self.is_one_place else (self.form,)
-        best = min(forms, key=costs.__getitem__)
-        return costs[best] + (0 if self._bias() is None else o), best
 
     def ranks_of_core(self, ranks: Ranks) -> Ranks:
         """No side can have more directions than the other one times the kernel positions."""

@@ -29,6 +29,8 @@ from micronet_plugins.low_rank import signs
 
 RATES = "learning_rate_factors"
 """Attribute of a layer with new directions: the factors of the learning rate by parameter; training.train reads it."""
+REMOVED = "removed_parameters"
+"""Attribute of a layer, or of what it became: how many parameters the last round that pruned removed of it."""
 
 
 class EigenDamage(Pruner):
@@ -48,7 +50,10 @@ class EigenDamage(Pruner):
     damping: float = Field(1e-3, gt=0, description="added to eigenvalues, as a share of their mean")
     pool_momentum: float = Field(0.5, ge=0, lt=1, description="of what a layer lost in earlier rounds")
     back_ratio: float | None = Field(
-        None, gt=0, le=1, description="annealing: gives this share of all removed directions back, and removes nothing"
+        None,
+        gt=0,
+        le=1,
+        description="annealing: gives back directions, of this share of the parameters that the last round removed",
     )
     rate_factor: float = Field(10.0, gt=0, description="learning rate of directions given back, times the others'")
 
@@ -67,6 +72,9 @@ class EigenDamage(Pruner):
         for cut in cuts:
             if (ranks := cut.ranks_at(threshold)) != cut.chain.ranks:
                 replace(model, cut.chain.path, self._cut(model, cut, ranks))
+        for chain in found:
+            layer = model.get_submodule(chain.path)
+            setattr(layer, REMOVED, chain.parameters - sum(p.numel() for p in layer.parameters()))
         return model
 
     def _cuts(self, model: nn.Module, found: Sequence[Chain], context: Context) -> list[Cut]:
@@ -87,18 +95,16 @@ class EigenDamage(Pruner):
         return layer
 
     def _give_back(self, model: nn.Module, found: Sequence[Chain], share: float, seed: int) -> nn.Module:
+        layers = [model.get_submodule(chain.path) for chain in found]
+        removed = [getattr(layer, REMOVED) for layer in layers if hasattr(layer, REMOVED)]
+        if not removed:
+            raise InputError("eigendamage: back_ratio gives back a part of what a round removed; prune first")
         generator = torch.Generator().manual_seed(seed)
-        removed = torch.tensor([missing(chain) for chain in found]).reshape(-1)
-        # A model that came out of a file does not know what its layers lost: all are as likely.
-        pooled = [getattr(model.get_submodule(chain.path), LOST, (1.0, 1.0)) for chain in found]
-        drawn = draw(torch.tensor(pooled).reshape(-1), removed, round(share * int(removed.sum())), generator)
-        if not int(drawn.sum()):
-            raise InputError(
-                "eigendamage: back_ratio gives back removed directions, but too few are removed; prune first"
-            )
-        for chain, new in zip(found, drawn.reshape(-1, 2).tolist(), strict=True):
+        # A layer that was in rotations before the first round does not know what it lost: both sides count as one.
+        pooled = [getattr(layer, LOST, (1.0, 1.0)) for layer in layers]
+        for chain, new in zip(found, draw(found, pooled, round(share * sum(removed)), generator), strict=True):
             if any(new):
-                layer = grown(chain, (new[0], new[1]), self.rate_factor, generator)
+                layer = grown(chain, new, self.rate_factor, generator)
                 setattr(layer, LOST, getattr(model.get_submodule(chain.path), LOST, (1.0, 1.0)))
                 replace(model, chain.path, layer)
         return model
@@ -192,16 +198,32 @@ def missing(chain: Chain) -> Ranks:
     )
 
 
-def draw(scores: Tensor, most: Tensor, total: int, generator: torch.Generator) -> Tensor:
-    """Draws `total` times among places, with probability proportional to their scores, none more than `most` times."""
-    drawn = torch.zeros_like(most)
-    scores = scores.double() if float(scores[most > 0].sum()) > 0 else torch.ones_like(scores, dtype=torch.float64)
-    for _ in range(total):
-        open_scores = scores * (drawn < most)
-        if not float(open_scores.sum()):
-            break
-        drawn[torch.multinomial(open_scores, 1, generator=generator)] += 1
-    return drawn
+def draw(
+    found: Sequence[Chain], scores: Sequence[tuple[float, float]], parameters: int, generator: torch.Generator
+) -> list[Ranks]:
+    """New input and output directions for each chain, drawn with probability proportional to the scores of its sides.
+
+    None has more than it is missing, and all of them together have at most so many parameters; as many as that allows.
+    """
+    weights = torch.tensor(scores, dtype=torch.float64)
+    if not float(weights[torch.tensor([missing(chain) for chain in found]) > 0].sum()):
+        weights = torch.ones_like(weights)
+    new: list[Ranks] = [(0, 0)] * len(found)
+    costs = [_costs_of_next(chain, (0, 0)) for chain in found]
+    while bool((is_open := weights * (torch.tensor(costs) <= parameters)).any()):
+        at, side = divmod(int(torch.multinomial(is_open.reshape(-1), 1, generator=generator)), 2)
+        parameters -= int(costs[at][side])
+        new[at] = (new[at][0] + (side == 0), new[at][1] + (side == 1))
+        costs[at] = _costs_of_next(found[at], new[at])
+    return new
+
+
+def _costs_of_next(chain: Chain, new: Ranks) -> tuple[float, float]:
+    """Parameters of one more input direction, and of one more output direction; infinite where none is missing."""
+    a, g = chain.ranks[0] + new[0], chain.ranks[1] + new[1]
+    lacks = missing(chain)
+    now, wider, higher = (chain.costs(ranks)[chain.form] for ranks in ((a, g), (a + 1, g), (a, g + 1)))
+    return wider - now if new[0] < lacks[0] else inf, higher - now if new[1] < lacks[1] else inf
 
 
 def grown(chain: Chain, new: Ranks, rate_factor: float, generator: torch.Generator) -> nn.Module:

@@ -171,7 +171,9 @@ def factor_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) ->
     else:
         moves = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation} if is_core else {}
         made = nn.Conv2d(inputs, outputs, tuple(weight.shape[2:]), bias=False, **moves)  # type: ignore[arg-type]
-    made.weight = nn.Parameter(weight.to(layer.weight.dtype).contiguous())
+    # A clone, since a 1x1 kernel out of a transposed matrix counts as contiguous, but has strides of channels last, for
+    # which a convolution may round differently.
+    made.weight = nn.Parameter(weight.to(layer.weight.dtype).clone(memory_format=torch.contiguous_format))
     return made
 
 
