@@ -19,7 +19,7 @@ import click
 from click_default_group import DefaultGroup
 
 from micronet_eval import plugins
-from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.errors import InputError, SubmissionError, message, printable
 from micronet_eval.isolation import Isolation, Limits, Mode
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from micronet_eval.task import Task
 
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
-LONGEST = 4_000  # characters of a message: a name in a file can have millions
 
 _format = click.option(
     "--format",
@@ -630,8 +629,7 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _complain(error: Exception) -> int:
-    told = printable(f"micronet-eval: {error}")
-    click.echo(told if len(told) <= LONGEST else f"{told[:LONGEST]} ...", err=True)
+    click.echo(message(f"micronet-eval: {error}"), err=True)
     return BAD_INPUT if isinstance(error, InputError) else BROKEN
 
 

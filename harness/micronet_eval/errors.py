@@ -16,6 +16,16 @@ def hidden(character: str) -> bool:
     return character not in "\n\t" and unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
+LONGEST = 4_000
+"""Characters of a message: a name in somebody else's file can have millions."""
+
+
 def printable(text: str) -> str:
     """Somebody else's text for a terminal: what `hidden` names is written as its escape."""
     return "".join(ascii(c)[1:-1] if hidden(c) else c for c in text)
+
+
+def message(text: str) -> str:
+    """Text of any length, from anybody, as one that may be printed."""
+    text = printable(text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

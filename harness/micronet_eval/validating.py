@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from micronet_eval import packing
 from micronet_eval.bounds import bounded
-from micronet_eval.errors import InputError, SubmissionError, printable
+from micronet_eval.errors import InputError, SubmissionError, message, printable
 from micronet_eval.evaluation import Report, measured
 from micronet_eval.files import LARGEST
 from micronet_eval.isolation import AUTO, Isolation
@@ -39,7 +39,6 @@ from micronet_eval.task import METRICS
 
 CODE = "model.py"
 MOST_FILES = 100
-LONGEST = 2_000  # characters of a finding
 
 RULES: dict[str, tuple[str, str]] = {
     "folder.exists": ("a submission is a folder", "name a folder with submission.toml and weights.safetensors"),
@@ -194,10 +193,4 @@ def _from(error: Exception, rule: str, place: Path) -> Finding:
 def _found(
     rule: str, place: Path | str, told: str, kind: Literal["error", "warning"] = "error", mend: str = ""
 ) -> Finding:
-    return Finding(rule, printable(str(place)), _short(told), _short(mend) or RULES[rule][1], kind)
-
-
-def _short(told: str) -> str:
-    """What somebody else's file is told about in: a name in it can have millions of letters."""
-    text = printable(told)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return Finding(rule, printable(str(place)), message(told), message(mend) or RULES[rule][1], kind)
