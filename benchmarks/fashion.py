@@ -1,13 +1,14 @@
 """What the submissions on Fashion-MNIST come to, as `micronet-eval` measures them on the 10,000 test images.
 
 python -m benchmarks.fashion           evaluates submissions/fashion-*; writes results/fashion.json, then as below
-python -m benchmarks.fashion --page    writes docs/results.md out of the committed results
+python -m benchmarks.fashion --page    writes docs/results.md and its figure out of the committed results
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ import tomllib
 from benchmarks.__main__ import ROOT, environment
 
 RESULTS = ROOT / "benchmarks" / "results"
-FASHION = RESULTS / "fashion.json"
-PAGE = ROOT / "docs" / "results.md"
+FASHION, AGAINST = RESULTS / "fashion.json", RESULTS / "against_toolkits.json"
+PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "docs" / "wavecomp_fashion.svg"
+PIPELINE = "fashion-wavecomp"
+Step = dict[str, Any]
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """A submission's report in short, with its recipe's seed."""
+    """A submission's report in short, with its recipe's seed and the steps of its provenance."""
     from micronet_eval import evaluate
+    from micronet_eval.submission import read_manifest
 
     report = evaluate(folder)
     assert report.score is not None and report.quality.measured is not None
     recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    provenance = read_manifest(folder).provenance
     return {
         "folder": folder.name,
         "note": recipe["submission"].get("note", ""),
@@ -40,6 +45,7 @@ def measured(folder: Path) -> dict[str, Any]:
         "correct": round(report.quality.measured * report.quality.examples),
         "examples": report.quality.examples,
         "passed": report.quality.passed,
+        "steps": [step.model_dump(mode="json") for step in provenance.steps] if provenance else [],
     }
 
 
@@ -70,7 +76,114 @@ def page() -> str:
     lines += ["", told, ""]
     for x in found:
         lines.append(f"- `{x['folder']}`: {x['note']}.")
+    for x in found:
+        if x["folder"] == PIPELINE:
+            lines += ["", *_pipeline(x)]
+    if AGAINST.exists():
+        lines += ["", *_against(json.loads(AGAINST.read_text(encoding="utf-8")))]
     return "\n".join([*lines, ""])
+
+
+def _pipeline(x: dict[str, Any]) -> list[str]:
+    """What each part of the pipeline leaves, beside what the entry's report says of its own."""
+    dense, *rest = x["steps"][1:]
+    pruned = [step for step in rest if "pruner" in step["stage"] or step["stage"].startswith("round")]
+    last_prune = rest.index(pruned[-1])
+    sparse = next(i for i, step in enumerate(rest) if step["stage"].startswith("sparsifier"))
+    merge = next(i for i, step in enumerate(rest) if step["stage"].startswith("merge"))
+    parts = [
+        ("training", dense, "88 %"),
+        ("the rounds of EigenDamage with annealing", rest[last_prune], ""),
+        ("more training", rest[sparse - 1], "92.81 % removed, 81.30 %"),
+        ("sparsity, and training", rest[merge - 1], "45.31 % zero, 80.75 %"),
+        ("9-bit weights, 12-bit activations, and training", rest[-1], "score 0.0456"),
+    ]
+    lines = [
+        "## The WaveComp pipeline, on real images",
+        "",
+        "`recipes/wavecomp-fashion.toml`: a PyramidNet is trained; EigenDamage with annealing removes its structure in",
+        "rounds; weights become zero; 9-bit weights and 12-bit activations. Accuracy is that on the held-out images.",
+        "The last column is the entry's own report, PyramidNet-272 on CIFAR-100.",
+        "",
+        "| after | parameters | removed | zero | operations | score | accuracy | WaveComp, CIFAR-100 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, step, theirs in parts:
+        removed, zero = 1 - step["parameters"] / dense["parameters"], 1 - step["nonzeros"] / step["parameters"]
+        lines.append(
+            f"| {name} | {step['parameters']:,} | {removed:.1%} | {zero:.1%} | "
+            f"{(step['mults'] + step['adds']) / 1e6:.2f} M | {step['score']:.5f} | {step['quality']:.2%} | {theirs} |"
+        )
+    return [
+        *lines,
+        "",
+        f"Of the test images {x['correct']:,} of {x['examples']:,} are right.",
+        "",
+        "![accuracy on held-out images against parameters, step by step](wavecomp_fashion.svg)",
+    ]
+
+
+def figure(steps: Sequence[Step]) -> str:
+    """Held-out accuracy of each step until the sparsifier against its parameters, as SVG; the dense one on the left."""
+    steps = steps[1 : next(i for i, step in enumerate(steps) if step["stage"].startswith("sparsifier"))]
+    most = steps[0]["parameters"]
+    low = 0.05 * int(min(step["quality"] for step in steps) / 0.05)
+
+    def at(step: Step) -> tuple[float, float]:
+        return 600 - 530 * step["parameters"] / most, 350 - 300 * (step["quality"] - low) / (0.96 - low)
+
+    lines = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-family="sans-serif" font-size="12">',
+        '<rect width="640" height="400" fill="white"/>',
+    ]
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = at({"parameters": tick * most, "quality": low})
+        lines.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{tick:.0%}</text>')
+    for percent in range(round(100 * low), 96, 5):
+        y = at({"parameters": 0, "quality": percent / 100})[1]
+        lines.append(f'<line x1="70" x2="600" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        lines.append(f'<text x="62" y="{y + 4:.0f}" text-anchor="end">{percent}%</text>')
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, steps))
+    lines.append(f'<polyline points="{path}" fill="none" stroke="#999" stroke-width="1"/>')
+    for step in steps:
+        x, y = at(step)
+        lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_COLOURS[step["stage"].endswith("train")]}"/>')
+    return "\n".join(
+        [
+            *lines,
+            '<text x="335" y="390" text-anchor="middle">parameters left</text>',
+            '<text x="70" y="22">accuracy on held-out images after'
+            f' <tspan fill="{_COLOURS[True]}">training</tspan>,'
+            f' <tspan fill="{_COLOURS[False]}">pruning or giving back</tspan></text>',
+            "</svg>",
+            "",
+        ]
+    )
+
+
+_COLOURS = {True: "#1b6ca8", False: "#c8553d"}
+"""Of a step that trains, and of one that prunes or gives directions back."""
+
+
+def _against(kept: dict[str, Any]) -> list[str]:
+    ours, theirs = kept["ours"], kept["theirs"]
+    lines = [
+        "## Against what a user would pick",
+        "",
+        "`python -m benchmarks.against_toolkits`: the same trained network, teachers and number of epochs, but",
+        "torch-pruning's magnitude pruner and torchao's int8 in the place of our sparsifier and quantizer.",
+        "",
+        "| | storage | math | score | ours by theirs | right of 10,000 | threshold |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for x in (ours, *theirs):
+        verdict = "reached" if x["passed"] else "missed"
+        lines.append(
+            f"| {x['name']} | {x['storage']:.5f} | {x['math']:.5f} | {x['score']:.5f} | "
+            f"{ours['score'] / x['score']:.2f} | {x['correct']:,} | {verdict} |"
+        )
+    told = ", ".join(f"{name} {value}" for name, value in kept["environment"].items())
+    return [*lines, "", f"Measured: {told}."]
 
 
 def main() -> None:
@@ -80,6 +193,9 @@ def main() -> None:
         kept = {"environment": environment(), "submissions": [measured(folder) for folder in folders]}
         FASHION.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
+    for x in json.loads(FASHION.read_text(encoding="utf-8"))["submissions"]:
+        if x["folder"] == PIPELINE:
+            FIGURE.write_text(figure(x["steps"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""What a user would pick, at our fine-tuning budget: torch-pruning's magnitude pruner, then torchao's int8.
+
+python -m benchmarks.against_toolkits FOLDER          writes results/against_toolkits.json, and submissions into FOLDER
+python -m benchmarks.against_toolkits FOLDER 0.2      runs this share of channels alone, and writes no results
+
+Both start from the trained network that the recipe of submissions/fashion-best names, and learn from the same teachers,
+in the folders that it names, as that submission does: the epochs of its recipe before the quantizer follow the pruner
+here, those behind it torchao. The rest is torch-pruning's and torchao's own default way: the same share of the channels
+of each layer, by the norm of groups; linear layers int8 by torchao, convolutions int8 per channel, 8-bit activations.
+Several shares of channels are tried. Every result is that of `micronet-eval` on the 10,000 test images; what is there
+in FOLDER is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import tomllib
+
+from benchmarks.__main__ import ROOT, environment
+from micronet_eval import evaluate
+from micronet_eval.recipe import compress
+
+OURS = ROOT / "submissions" / "fashion-best"
+RESULTS = ROOT / "benchmarks" / "results" / "against_toolkits.json"
+RATIOS = (0.15, 0.3, 0.45)
+TOLD = ("date", "commit", "processor", "python", "torch", "torchao", "torch-pruning")
+
+
+def recipe(ratio: float) -> str:
+    """Our recipe with one pruner in the place of its sparsifiers, and torchao in that of its quantizer."""
+    ours: dict[str, Any] = tomllib.loads((OURS / "recipe.toml").read_text(encoding="utf-8"))
+    stages: list[dict[str, Any]] = ours["stages"]
+    here = next(i for i, stage in enumerate(stages) if "quantizer" in stage)
+    before, (behind,) = ([s["train"] for s in part if "train" in s] for part in (stages[:here], stages[here:]))
+    epochs = sum(training["epochs"] for training in before)
+    return tomli_w.dumps(
+        {
+            **ours,
+            "submission": {"name": f"torch-pruning {ratio:.0%}, torchao int8", "authors": ["micronet-eval"]},
+            "stages": [
+                {"pruner": "torch-pruning", "ratio": ratio},
+                {"train": {**before[-1], "epochs": epochs}},
+                {"merge": "batch-norm"},
+                {"quantizer": "torchao", "config": "int8", "activation_bits": 8},
+                {"train": behind},
+            ],
+        }
+    )
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What the program measures of a submission."""
+    report = evaluate(folder)
+    assert report.score is not None and report.quality.measured is not None
+    return {
+        "name": report.name,
+        "storage": report.score.storage,
+        "math": report.score.math,
+        "score": report.score.total,
+        "correct": round(report.quality.measured * report.quality.examples),
+        "passed": report.quality.passed,
+    }
+
+
+def main() -> None:
+    """Runs what is missing and writes the results."""
+    folder = Path(sys.argv[1])
+    theirs = []
+    for ratio in map(float, sys.argv[2:] or RATIOS):
+        made = folder / f"torch-pruning-{ratio}"
+        if not (made / "submission.toml").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"torch-pruning-{ratio}.toml"
+            path.write_text(recipe(ratio), encoding="utf-8")
+            compress(path, made, log=lambda line: print(line, flush=True))
+        theirs.append(result(made))
+        print(theirs[-1], flush=True)
+    if len(sys.argv) > 2:
+        return
+    where = {**environment(), "torchao": version("torchao"), "torch-pruning": version("torch-pruning")}
+    kept = {"environment": {name: where[name] for name in TOLD}, "ours": result(OURS), "theirs": theirs}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
