@@ -42,11 +42,11 @@ torch and transformers, and one causal mask: constants that each layer makes ali
 """,
     "packing": """
 Bits are a small part. Packing quantizes twice, once in the trace and once to check that the model computes with what is
-stored, at five passes over 25 million values each; it finds the smallest of 14 masks, most of which a part of the
-tensor rules out, checks that each value is on its grid, and writes codes of 32 bits a piece at a time.
+stored, at three passes over 25 million values each; it finds the smallest of 14 masks, most of which a part of the
+tensor rules out, checks that each value is on its grid, and writes codes of 16 bits a piece at a time.
 """,
     "quality": """
-The network and the test set are small: rounding each activation, which reads and writes it five times, and each of 166
+The network and the test set are small: rounding each activation, which reads and writes it three times, and each of 166
 weights once, is a large part beside its convolutions. Weights are quantized once for all batches
 (`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted.
 """,

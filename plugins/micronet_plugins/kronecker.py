@@ -144,8 +144,8 @@ def eigenbases(
         layer, basis = _layer(model, path), bases[path]
 
         def add(x: Tensor, g: Tensor, weight: float) -> None:
-            for k, gradient in enumerate(_rotated_gradients(layer, basis, x, g, layers[path])):
-                basis.eigenvalues[:, :, k].add_(gradient.square_().sum(0), alpha=weight)
+            for k, squares in enumerate(_rotated_squares(layer, basis, x, g, layers[path])):
+                basis.eigenvalues[:, :, k].add_(squares, alpha=weight)
 
         return add
 
@@ -178,21 +178,34 @@ def output_gradients(layer: Layer, g: Tensor, examples: int) -> Tensor:
     return g.flatten(2)
 
 
-def _rotated_gradients(layer: Layer, basis: Eigenbasis, x: Tensor, g: Tensor, extra: bool) -> Iterator[Tensor]:
-    """Each example's gradient in the eigenbasis, (examples, outputs, inputs), one kernel position after the other.
+def _rotated_squares(layer: Layer, basis: Eigenbasis, x: Tensor, g: Tensor, extra: bool) -> Iterator[Tensor]:
+    """Squares of the examples' gradients in the eigenbasis, summed: (outputs, inputs) for one kernel position each.
 
-    Each side is rotated before or after summing over positions, whichever takes fewer multiplications.
+    Each side is rotated before or after summing over output positions, whichever takes fewer multiplications. One
+    example after the other, so that its gradient stays cached: those of a batch, of all weights, would not.
     """
     grads, taps = output_gradients(layer, g, len(x)), inputs_at(layer, x, g, extra)
     outputs_first = grads.shape[2] < len(taps) * taps[0].shape[1]
     inputs_first = grads.shape[2] < grads.shape[1]
     if outputs_first:
-        grads = basis.outputs.T @ grads
+        grads = _turned(basis.outputs, grads)
     for tap in taps:
-        gradient = grads @ (basis.inputs.T @ tap if inputs_first else tap).transpose(1, 2)
-        if not inputs_first:
-            gradient = gradient @ basis.inputs
-        yield gradient if outputs_first else basis.outputs.T @ gradient
+        total = torch.zeros_like(basis.eigenvalues[:, :, 0], memory_format=torch.contiguous_format)
+        for grad, met in zip(grads, _turned(basis.inputs, tap) if inputs_first else tap, strict=True):
+            gradient = grad @ met.T
+            if not inputs_first:
+                gradient = gradient @ basis.inputs
+            if not outputs_first:
+                gradient = basis.outputs.T @ gradient
+            total.addcmul_(gradient, gradient)
+        yield total
+
+
+def _turned(basis: Tensor, x: Tensor) -> Tensor:
+    """Channels of (examples, channels, positions) in a basis: one product of matrices, not one for each example."""
+    examples, channels, positions = x.shape
+    turned = basis.T @ x.transpose(0, 1).reshape(channels, -1)
+    return turned.view(channels, examples, positions).transpose(0, 1)
 
 
 def _eigenbasis(layer: Layer, factors: Factors) -> Eigenbasis:
