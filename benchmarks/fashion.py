@@ -1,7 +1,10 @@
 """What the submissions on Fashion-MNIST come to, as `micronet-eval` measures them on the 10,000 test images.
 
-python -m benchmarks.fashion           evaluates submissions/fashion-*; writes results/fashion.json, then as below
-python -m benchmarks.fashion --page    writes docs/results.md and its figure out of the committed results
+python -m benchmarks.fashion                      evaluates submissions/fashion-*; writes results/fashion.json
+python -m benchmarks.fashion --pipeline FOLDER    evaluates what recipes/wavecomp-fashion.toml made in FOLDER; writes
+                                                  results/wavecomp_fashion.json
+python -m benchmarks.fashion --page               as both do at their end: docs/results.md and its figure, out of the
+                                                  committed results
 """
 
 from __future__ import annotations
@@ -17,21 +20,19 @@ import tomllib
 from benchmarks.__main__ import ROOT, environment
 
 RESULTS = ROOT / "benchmarks" / "results"
-FASHION, AGAINST = RESULTS / "fashion.json", RESULTS / "against_toolkits.json"
+FASHION, PIPELINE = RESULTS / "fashion.json", RESULTS / "wavecomp_fashion.json"
+AGAINST = RESULTS / "against_toolkits.json"
 PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "docs" / "wavecomp_fashion.svg"
-PIPELINE = "fashion-wavecomp"
 Step = dict[str, Any]
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """A submission's report in short, with its recipe's seed and the steps of its provenance."""
+    """A submission's report in short, with its recipe's seed."""
     from micronet_eval import evaluate
-    from micronet_eval.submission import read_manifest
 
     report = evaluate(folder)
     assert report.score is not None and report.quality.measured is not None
     recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    provenance = read_manifest(folder).provenance
     return {
         "folder": folder.name,
         "note": recipe["submission"].get("note", ""),
@@ -45,18 +46,21 @@ def measured(folder: Path) -> dict[str, Any]:
         "correct": round(report.quality.measured * report.quality.examples),
         "examples": report.quality.examples,
         "passed": report.quality.passed,
-        "steps": [step.model_dump(mode="json") for step in provenance.steps] if provenance else [],
     }
+
+
+def steps_of(folder: Path) -> list[Step]:
+    """What each stage of the recipe came to, on held-out images."""
+    from micronet_eval.submission import read_manifest
+
+    provenance = read_manifest(folder).provenance
+    return [step.model_dump(mode="json") for step in provenance.steps] if provenance else []
 
 
 def page() -> str:
     """docs/results.md."""
     kept = json.loads(FASHION.read_text(encoding="utf-8"))
-    where, found = kept["environment"], kept["submissions"]
-    told = (
-        f"Measured at {where['commit']} on {where['date']}: Python {where['python']}, torch {where['torch']}, "
-        f"{where['processor']}; trained on the same machine."
-    )
+    found = kept["submissions"]
     lines = [
         "# Results on Fashion-MNIST",
         "",
@@ -73,20 +77,27 @@ def page() -> str:
             f"| `{x['folder']}` | {x['seed']} | {x['params32']:,.0f} ({x['storage']:.5f}) | {x['ops32'] / 1e6:.3f} M "
             f"({x['math']:.5f}) | {x['score']:.5f} | {x['correct']:,} | {verdict} | {x['file_bytes'] / 1e3:.0f} KB |"
         )
-    lines += ["", told, ""]
+    lines += ["", _where(kept["environment"]), ""]
     for x in found:
         lines.append(f"- `{x['folder']}`: {x['note']}.")
-    for x in found:
-        if x["folder"] == PIPELINE:
-            lines += ["", *_pipeline(x)]
+    if PIPELINE.exists():
+        lines += ["", *_pipeline(json.loads(PIPELINE.read_text(encoding="utf-8")))]
     if AGAINST.exists():
         lines += ["", *_against(json.loads(AGAINST.read_text(encoding="utf-8")))]
     return "\n".join([*lines, ""])
 
 
-def _pipeline(x: dict[str, Any]) -> list[str]:
+def _where(environment: dict[str, str]) -> str:
+    return (
+        f"Measured at {environment['commit']} on {environment['date']}: Python {environment['python']}, torch "
+        f"{environment['torch']}, {environment['processor']}; trained on the same machine."
+    )
+
+
+def _pipeline(kept: dict[str, Any]) -> list[str]:
     """What each part of the pipeline leaves, beside what the entry's report says of its own."""
-    dense, *rest = x["steps"][1:]
+    x = kept["result"]
+    dense, *rest = kept["steps"][1:]
     pruned = [step for step in rest if "pruner" in step["stage"] or step["stage"].startswith("round")]
     last_prune = rest.index(pruned[-1])
     sparse = next(i for i, step in enumerate(rest) if step["stage"].startswith("sparsifier"))
@@ -117,7 +128,8 @@ def _pipeline(x: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"Of the test images {x['correct']:,} of {x['examples']:,} are right.",
+        f"Seed {x['seed']}; of the test images {x['correct']:,} of {x['examples']:,} are right. "
+        + _where(kept["environment"]),
         "",
         "![accuracy on held-out images against parameters, step by step](wavecomp_fashion.svg)",
     ]
@@ -182,20 +194,25 @@ def _against(kept: dict[str, Any]) -> list[str]:
             f"| {x['name']} | {x['storage']:.5f} | {x['math']:.5f} | {x['score']:.5f} | "
             f"{ours['score'] / x['score']:.2f} | {x['correct']:,} | {verdict} |"
         )
-    told = ", ".join(f"{name} {value}" for name, value in kept["environment"].items())
-    return [*lines, "", f"Measured: {told}."]
+    told = ", ".join(f"{name} {kept['environment'][name]}" for name in ("torch-pruning", "torchao"))
+    return [*lines, "", f"{told}. {_where(kept['environment'])}"]
 
 
 def main() -> None:
     """See the top of the file."""
-    if "--page" not in sys.argv:
+    if sys.argv[1:2] == ["--pipeline"]:
+        folder = Path(sys.argv[2])
+        _keep(PIPELINE, {"environment": environment(), "result": measured(folder), "steps": steps_of(folder)})
+    elif sys.argv[1:] != ["--page"]:
         folders = sorted(path.parent for path in (ROOT / "submissions").glob("fashion-*/submission.toml"))
-        kept = {"environment": environment(), "submissions": [measured(folder) for folder in folders]}
-        FASHION.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        _keep(FASHION, {"environment": environment(), "submissions": [measured(folder) for folder in folders]})
     PAGE.write_text(page(), encoding="utf-8")
-    for x in json.loads(FASHION.read_text(encoding="utf-8"))["submissions"]:
-        if x["folder"] == PIPELINE:
-            FIGURE.write_text(figure(x["steps"]), encoding="utf-8")
+    if PIPELINE.exists():
+        FIGURE.write_text(figure(json.loads(PIPELINE.read_text(encoding="utf-8"))["steps"]), encoding="utf-8")
+
+
+def _keep(path: Path, found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
