@@ -412,6 +412,24 @@ def test_sizes_in_the_forward_are_told():
     assert (made.second.out_features, made.first.out_features < 12) == (12, True)
 
 
+def test_channels_of_the_input_stay():
+    # A depthwise convolution that reads the input has as many channels as the input.
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, groups=3), nn.ReLU(), nn.Conv2d(3, 12, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(12, 5),
+    )  # fmt: skip
+    assert [group.root for group in groups(model)[1]] == [model[2]]
+    for name in ("random", "hrank"):
+        assert size(strategy(name).apply(model, context())) < size(model)
+
+
+def test_a_layer_at_several_places_keeps_its_channels():
+    shared = nn.Linear(20, 20)
+    first = nn.Linear(192, 20)
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), shared, shared, nn.Linear(20, 16), nn.Linear(16, 5))
+    assert [group.root for group in groups(model)[1]] == [model[5]]
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(InputError, match="no convolution and no linear layer"):
         strategy("magnitude").apply(nn.Sequential(nn.Flatten(), nn.ReLU()), context())
@@ -461,6 +479,15 @@ def test_torch_pruning_removes_what_its_users_would_see_removed(options):
     whole = merged(found, c.example_input)
     packed = packing.pack(whole, Residual(), c.example_input)
     assert torch.equal(packing.unpack(packed, Residual()).eval()(examples), whole(examples))
+
+
+def test_torch_pruning_says_what_it_cannot_prune():
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
+    raises = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.ReLU(), *ends)
+    breaks = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.ReLU(), nn.Conv2d(3, 6, 1), *ends)
+    for model in (raises, breaks):
+        with pytest.raises(InputError, match="torch-pruning cannot prune the model: "):
+            plugins.lookup("pruner", "torch-pruning")().apply(model, context())
 
 
 def test_torch_pruning_comes_before_sparsifiers():

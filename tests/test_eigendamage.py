@@ -307,6 +307,17 @@ def test_rounds_merge_their_rotations_and_pack_to_the_same_logits(tmp_path):
     assert {len(chain.layers) for chain in chains(further)} <= {1, 2, 3}
 
 
+def test_a_sequential_of_the_architecture_keeps_its_layers_over_rounds():
+    # One linear layer would be cheaper than two with a wide middle, but has no place in a file.
+    torch.manual_seed(0)
+    pair = nn.Sequential(nn.Linear(12, 100, bias=False), nn.Linear(100, 12))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), pair, nn.ReLU(), nn.Linear(12, 10))
+    pruned = EigenDamage(ratio=0.5, limit=0.9).apply(model, context())
+    (cut,) = (chain for chain in chains(pruned) if chain.path == "3")
+    assert cut.parameters < size(pair)
+    assert cut.cheapest((1, 1))[1] == cut.form and not cut.is_one_place
+
+
 def test_grouped_masked_shared_and_unused_layers_are_left_alone():
     class Net(nn.Module):
         def __init__(self):
@@ -342,6 +353,29 @@ def test_values_that_overflow_are_one_clear_message():
         EigenDamage().apply(model, context())
 
 
+def test_a_label_without_an_output_is_one_clear_message():
+    with pytest.raises(InputError, match="label 9 has no output; the model has 3"):
+        EigenDamage(fisher="empirical").apply(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), context())
+
+
+def test_a_model_with_nothing_to_cut_is_one_clear_message():
+    depthwise, shared = nn.Sequential(nn.Conv2d(10, 10, 8, groups=10), nn.Flatten()), nn.Linear(64, 64)
+    for model, shape in ((depthwise, (10, 8, 8)), (nn.Sequential(nn.Flatten(), shared, shared), (1, 8, 8))):
+        with pytest.raises(InputError, match="no linear layer that can be cut"):
+            EigenDamage().apply(model, context(shape=shape))
+
+
+@pytest.mark.parametrize("dead", ["1.bias", "3.weight"])
+def test_layers_that_no_gradient_reaches_are_cut_as_well_as_others(dead):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    # All units of the first layer are off; or the last layer but one hands no gradient back.
+    nn.init.constant_(model.get_parameter(dead), -100.0 if dead == "1.bias" else 0.0)
+    pruned = EigenDamage(ratio=0.5, limit=0.9).apply(model, context())
+    assert size(pruned) <= 0.5 * size(model)
+    assert all(bool(p.isfinite().all()) for p in pruned.parameters())
+
+
 # --- annealing --------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +403,14 @@ def test_annealing_after_a_round_that_removed_nothing_gives_nothing_back():
     pruned = EigenDamage(ratio=0.6, limit=0.9).apply(wide_resnet(), context())
     same = EigenDamage(ratio=0.6, parameters=size(pruned)).apply(pruned, context())
     assert size(EigenDamage(back_ratio=1.0).apply(same, context())) == size(same) == size(pruned)
+
+
+def test_two_annealing_rounds_give_back_the_share_twice():
+    pruned = EigenDamage(ratio=0.6, limit=0.9).apply(wide_resnet(), context())
+    removed = size(wide_resnet()) - size(pruned)
+    once = EigenDamage(back_ratio=0.1).apply(pruned, context())
+    twice = EigenDamage(back_ratio=0.1).apply(once, context())
+    assert [size(once) - size(pruned), size(twice) - size(once)] == pytest.approx([0.1 * removed] * 2, rel=0.03)
 
 
 def test_new_directions_learn_ten_times_faster():

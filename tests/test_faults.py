@@ -221,6 +221,20 @@ def test_kept_files_that_are_damaged(run, tmp_path, monkeypatch, name, data):
     assert "run without --resume" in err
 
 
+@pytest.mark.attack("what a run has kept of an epoch is damaged", "one message, with the mend")
+def test_a_kept_epoch_that_is_damaged(run, tmp_path, monkeypatch):
+    text = RECIPE[: RECIPE.index("[[stages]]")] + "[[stages]]\ntrain = { epochs = 2, learning_rate = 0.01 }\n"
+    (tmp_path / "recipe.toml").write_text(text)
+    words = ("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(recipe.Kept, "keep", lambda *stage: sys.exit(1))
+        run(*words)
+    (tmp_path / "out" / ".kept" / "1.epoch.pt").write_bytes(b"PK")
+    status, _, err = run(*words, "--resume")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "1.epoch.pt is damaged; run without --resume" in err
+
+
 class Dying(torch.utils.data.Dataset):
     """What torch raises where a loading process is killed."""
 

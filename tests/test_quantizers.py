@@ -560,6 +560,13 @@ def test_brevitas_chooses_the_values(scheme, transposed):
     assert len(model.weight.unique()) <= 8 * 4
 
 
+def test_brevitas_says_what_it_cannot_quantize(x):
+    pytest.importorskip("brevitas.nn", exc_type=ImportError)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(8, 6, 3, groups=2)).eval()
+    with pytest.raises(InputError, match=r"brevitas: Int8WeightPerChannelFloat cannot quantize ConvTranspose2d\(8, 6"):
+        plugins.lookup("quantizer", "brevitas")().apply(model, context(x))
+
+
 def test_torchao_groups_must_divide(net, x):
     with pytest.raises(InputError, match="group_size"):
         strategy("torchao", config="int4", group_size=24).apply(net, context(x))

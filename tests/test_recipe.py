@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from micronet_eval import evaluate, packing, plugins
+from micronet_eval.errors import InputError
 from micronet_eval.recipe import Statistics, compress, estimate_statistics
 from micronet_eval.scoring import account
 from micronet_eval.strategy import Context
@@ -293,6 +294,13 @@ def test_low_rank_with_room_for_all_changes_nothing():
     made = LowRank(parameters=10**6).apply(model, context())
     assert repr(made) == repr(model)
     assert all(torch.equal(a, b) for a, b in zip(weights(made), weights(model), strict=True))
+
+
+def test_low_rank_comes_before_the_quantizer():
+    for quantizer in (FixedPointStrategy(), FixedPointStrategy(weights_only=True)):
+        quantized = quantizer.apply(wide_resnet(), context())
+        with pytest.raises(InputError, match="put the pruner before the quantizer"):
+            LowRank(parameters=40_000).apply(quantized, context())
 
 
 def test_low_rank_leaves_layers_that_are_to_be_kept():

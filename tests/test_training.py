@@ -232,16 +232,37 @@ def test_targets_are_all_to_be_reached():
     assert not Target().reached(step)
 
 
-def test_quality_needs_data_that_is_held_out():
+@pytest.mark.parametrize("rule", [{"quality": 0.9}, {"until": {"score": 0.1}}])
+@pytest.mark.parametrize("inside", [False, True])
+def test_quality_and_score_need_data_that_is_held_out(rule, inside):
+    stage = {"rounds": {"times": 1, **rule, "stages": [{"merge": "batch-norm"}]}}
+    recipe = {
+        "task": "digits",
+        "architecture": {"name": "wide-resnet"},
+        "submission": {"name": "a", "authors": ["b"]},
+        "stages": [{"rounds": {"times": 1, "stages": [stage]}} if inside else stage],
+    }
     with pytest.raises(ValidationError, match=r"validation = 0\.1"):
-        Recipe.model_validate(
-            {
-                "task": "digits",
-                "architecture": {"name": "wide-resnet"},
-                "submission": {"name": "a", "authors": ["b"]},
-                "stages": [{"rounds": {"times": 1, "quality": 0.9, "stages": [{"merge": "batch-norm"}]}}],
-            }
-        )
+        Recipe.model_validate(recipe)
+    Recipe.model_validate({**recipe, "validation": 0.1})
+
+
+def test_a_round_of_the_documentation_removes_more_each_time(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    (text,) = re.findall(r"```toml\n(\[\[stages\]\]\n\[stages.rounds\].*?)```", page, re.S)
+    short = re.sub(r"times = 10", "times = 2", re.sub(r"quality = .*", "", re.sub(r"epochs = \d+", "epochs = 1", text)))
+    (tmp_path / "recipe.toml").write_text(f'task = "digits"\nvalidation = 0.1{SMALL}{short}')
+    compress(tmp_path / "recipe.toml", tmp_path / "mine")
+    steps = read_manifest(tmp_path / "mine").provenance.steps
+    assert steps[3].nonzeros < 0.8 * steps[1].nonzeros
+
+
+def test_training_that_diverges_is_one_clear_message(tmp_path):
+    stages = '[[stages]]\ntrain = { epochs = 1, learning_rate = 1e20, optimizer = "sgd" }\n'
+    stages += '[[stages]]\npruner = "low-rank"\nparameters = 20_000\n'
+    (tmp_path / "recipe.toml").write_text(f'task = "digits"{SMALL}{stages}')
+    with pytest.raises(InputError, match=r"field 'stages.0': the model's \S+ is not finite any more"):
+        compress(tmp_path / "recipe.toml", tmp_path / "small")
 
 
 def test_test_data_is_never_looked_at(tmp_path, guarded):

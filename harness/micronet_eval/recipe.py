@@ -175,8 +175,11 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _quality_is_measured(self) -> Recipe:
-        if not self.validation and any(stage.rounds and stage.rounds.quality is not None for stage in self.stages):
-            raise ValueError("rounds that end by quality need a share of training data held out: validation = 0.1")
+        rounds = [stage.rounds for _, stage in named_stages(self.stages) if stage.rounds is not None]
+        if not self.validation and any(r.quality is not None or r.until.score is not None for r in rounds):
+            raise ValueError(
+                "rounds that end by quality or score need a share of training data held out: validation = 0.1"
+            )
         return self
 
 
@@ -425,6 +428,9 @@ class _Run:
         self.progress(self.trained, self.batches)
 
     def _step(self, name: str) -> Step:
+        for path, weight in self.model.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise InputError(f"the model's {path} is not finite any more; train with a lower learning rate")
         # Batch norm as the two values a channel that it is; where it may be merged is for the recipe to say.
         model = without_batch_norm(copied(self.model))
         counted = mean_account(trace(model, self.example), plugins.formulas(), freebie=False)

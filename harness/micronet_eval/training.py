@@ -265,7 +265,10 @@ class _Fit:
 
     def resume(self, path: Path, batches: DataLoader[tuple[Tensor, Tensor]]) -> int:
         """Goes on from what was written; returns the epochs that are done."""
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged file makes torch raise many kinds
+            raise InputError(f"{path} is damaged; run without --resume") from error
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])

@@ -54,7 +54,10 @@ class Brevitas(ToolkitQuantizer):
         scheme = getattr(schemes, self.scheme)
         theirs = getattr(layers, f"Quant{kind}")(**options, weight_quant=scheme, weight_bit_width=self.weight_bits)
         theirs.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        quantized = theirs.eval().quant_weight()
+        try:
+            quantized = theirs.eval().quant_weight()
+        except RuntimeError as error:
+            raise InputError(f"brevitas: {self.scheme} cannot quantize {layer}: {error}") from error
         values: Tensor = quantized.value.detach()
         if "FixedPoint" in self.scheme:
             return FixedPointQuantizer(self.weight_bits, round(math.log2(quantized.scale.item()))), values

@@ -20,8 +20,10 @@ from micronet_plugins.low_rank import factor_layer
 
 Layer = nn.Conv2d | nn.Linear
 LOST = "lost_saliency"
-"""Attribute of a chain's Sequential: what its input and output directions lost, pooled over rounds. It also says that
-the Sequential stands in the place of one layer, so that it may become another number of layers."""
+"""Attribute of a chain's Sequential: what its input and output directions lost, pooled over rounds."""
+ONE_PLACE = "is_one_place"
+"""Attribute of a chain's Sequential: whether it stands in the place of one layer, so that it may become another number
+of layers."""
 
 Ranks = tuple[int, int]
 """How many input and output directions of the core there are."""
@@ -161,7 +163,7 @@ def chains(model: nn.Module) -> list[Chain]:
         return _is_plain(layer) and all(places[id(thing)] == 1 for thing in things)
 
     return [
-        Chain(path, layers, _core_at(layers), len(layers) == 1 or hasattr(model.get_submodule(path), LOST))
+        Chain(path, layers, _core_at(layers), len(layers) == 1 or getattr(model.get_submodule(path), ONE_PLACE, False))
         for path, layers in _candidates(model)
         if all(map(fits, layers))
     ]

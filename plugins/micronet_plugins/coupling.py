@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -103,9 +104,9 @@ def groups_of(graph: Any, model: nn.Module, example_input: Tensor, keep: Sequenc
     """All that can be removed. The model's own outputs stay, and those of layers at paths that match `keep`."""
     kept = [*output_layers(model, example_input), *keep]
     ignored = [layer for path, layer in dot_products(model).items() if any(fnmatch(path, name) for name in kept)]
-    layers = set(model.modules())
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     found = graph.get_all_groups(ignored_layers=ignored, root_module_types=DOT_PRODUCTS)
-    return [group for each in found if (group := _group(graph, layers, each)) is not None]
+    return [group for each in found if (group := _group(graph, places, each)) is not None]
 
 
 def output_layers(model: nn.Module, example_input: Tensor) -> set[str]:
@@ -124,16 +125,16 @@ def output_layers(model: nn.Module, example_input: Tensor) -> set[str]:
     return found
 
 
-def _group(graph: Any, layers: set[nn.Module], found: Any) -> Group | None:
+def _group(graph: Any, places: Counter[nn.Module], found: Any) -> Group | None:
     """A group of the graph as units that can go one by one; None where a layer in it would not survive that.
 
     Grouped layers need as many channels in each of their groups: channels at the same position of each are one unit.
     """
-    items = [item for item in found.items if item.dep.target.module in layers]
+    items = [item for item in found.items if item.dep.target.module in places]
     if any(isinstance(item.dep.target.module, nn.Parameter) for item in found.items):
         return None  # a parameter outside of layers keeps its shape when it is packed
-    if any(_is_fixed(item.dep.target.module) for item in items):
-        return None
+    if any(_is_fixed(item.dep.target.module) or places[item.dep.target.module] > 1 for item in items):
+        return None  # a layer that stands at several places is packed as several
     channels = len(found[0].idxs)
     groups = math.lcm(*(_groups_to_keep(item.dep.target.module) for item in items))
     if channels % groups:
@@ -150,6 +151,8 @@ def _group(graph: Any, layers: set[nn.Module], found: Any) -> Group | None:
     ]
     if not all(_is_sound(side) and _is_balanced(side, count) for side in sides):
         return None
+    if not any(side.is_output and not side.is_norm and not _is_depthwise(side.layer) for side in sides):
+        return None  # no layer makes these channels: they are those of the model's input
     units = [list(range(unit, channels, count)) for unit in range(count)]
     return Group(found[0].dep.target.module, found[0].dep.handler, units, sides)
 
@@ -163,10 +166,14 @@ def _is_fixed(layer: nn.Module) -> bool:
     return holds and describe(layer) is None
 
 
+def _is_depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, CONVOLUTIONS) and 1 < layer.groups == layer.out_channels == layer.in_channels
+
+
 def _groups_to_keep(layer: nn.Module) -> int:
     """The groups of a layer, 1 for a depthwise convolution: there a channel goes with its group."""
     if isinstance(layer, CONVOLUTIONS):
-        return 1 if layer.groups == layer.out_channels == layer.in_channels else layer.groups
+        return 1 if _is_depthwise(layer) else layer.groups
     return layer.num_groups if isinstance(layer, nn.GroupNorm) else 1
 
 

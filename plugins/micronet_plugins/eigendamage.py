@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, replace
-from micronet_plugins.chains import LOST, Chain, Form, Ranks, chains, refitted
+from micronet_plugins.chains import LOST, ONE_PLACE, Chain, Form, Ranks, chains, refitted
 from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
 from micronet_plugins.low_rank import signs
 
@@ -31,6 +31,10 @@ RATES = "learning_rate_factors"
 """Attribute of a layer with new directions: the factors of the learning rate by parameter; training.train reads it."""
 REMOVED = "removed_parameters"
 """Attribute of a layer, or of what it became: how many parameters the last round that pruned removed of it."""
+STATE = (LOST, ONE_PLACE, REMOVED)
+"""What a layer keeps when it is given directions back."""
+LEAST_CURVATURE = 1e-12
+"""Of a direction, as a share of the largest: a refit divides by it."""
 
 
 class EigenDamage(Pruner):
@@ -65,6 +69,11 @@ class EigenDamage(Pruner):
         if self.back_ratio is not None:
             return self._give_back(model, found, self.back_ratio, context.seed)
         cuts = self._cuts(model, found, context)
+        if not cuts:
+            raise InputError(
+                "eigendamage: the model has no convolution without groups and no linear layer that can be cut; layers "
+                "that are masked, quantized or used several times are not"
+            )
         total = sum(p.numel() for p in model.parameters())
         target = max((1 - self.ratio) * total, self.parameters)
         fixed = total - sum(cut.chain.parameters for cut in cuts)
@@ -92,6 +101,7 @@ class EigenDamage(Pruner):
         if isinstance(layer, nn.Sequential):
             lost = zip(before, cut.lost(ranks), strict=True)
             setattr(layer, LOST, tuple(self.pool_momentum * b + (1 - self.pool_momentum) * now for b, now in lost))
+            setattr(layer, ONE_PLACE, chain.is_one_place)
         return layer
 
     def _give_back(self, model: nn.Module, found: Sequence[Chain], share: float, seed: int) -> nn.Module:
@@ -100,12 +110,12 @@ class EigenDamage(Pruner):
         if not removed:
             raise InputError("eigendamage: back_ratio gives back a part of what a round removed; prune first")
         generator = torch.Generator().manual_seed(seed)
-        # A layer that was in rotations before the first round does not know what it lost: both sides count as one.
-        pooled = [getattr(layer, LOST, (1.0, 1.0)) for layer in layers]
-        for chain, new in zip(found, draw(found, pooled, round(share * sum(removed)), generator), strict=True):
+        pooled = [getattr(layer, LOST, (0.0, 0.0)) for layer in layers]
+        drawn = draw(found, pooled, round(share * sum(removed)), generator)
+        for chain, old, new in zip(found, layers, drawn, strict=True):
             if any(new):
                 layer = grown(chain, new, self.rate_factor, generator)
-                setattr(layer, LOST, getattr(model.get_submodule(chain.path), LOST, (1.0, 1.0)))
+                vars(layer).update({name: getattr(old, name) for name in STATE if hasattr(old, name)})
                 replace(model, chain.path, layer)
         return model
 
@@ -157,6 +167,8 @@ class Cut:
         ranks = self.chain.ranks_of_core(ranks)
         kept_in, kept_out = (s.topk(rank).indices for s, rank in zip(self.saliencies, ranks, strict=True))
         profile = self.basis.eigenvalues.double().sum(2)
+        # A layer that no gradient reaches has no curvature: then all its directions count the same.
+        profile = profile.clamp(min=LEAST_CURVATURE * float(profile.max()) or 1.0)
         scales = profile.sum(0) / profile.sum(), profile.sum(1)
         weight = self.basis.rotate(self.chain.weight())
         basis_in, core, basis_out = refitted(weight, scales, (kept_in, kept_out))

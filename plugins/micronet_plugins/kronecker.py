@@ -242,6 +242,8 @@ def _backward(model: nn.Module, visits: Mapping[str, Visit], batches: Sequence[B
                 logits = model(inputs)
                 if not isinstance(logits, Tensor) or logits.dim() != 2:
                     raise InputError("eigendamage needs a model whose output is (examples, classes)")
+                if not batch.is_drawn and (most := int(labels.max())) >= logits.shape[1]:
+                    raise InputError(f"eigendamage: label {most} has no output; the model has {logits.shape[1]}")
                 with torch.no_grad():
                     below = logits.softmax(1).cumsum(1) < labels[:, None] if batch.is_drawn else None
                     target = labels if below is None else below.sum(1).clamp(max=logits.shape[1] - 1)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
-from micronet_eval.structure import copied, layer_type, leaves, replace
+from micronet_eval.structure import Mask, copied, layer_type, leaves, quantizers_of, replace
 from micronet_eval.trace import Example, trace
+from micronet_plugins.weights import parametrizations_of
 
 
 class LowRank(Pruner):
@@ -30,6 +31,9 @@ class LowRank(Pruner):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
+        of_weights = [p for layer in model.modules() for p in parametrizations_of(layer) or ()]
+        if quantizers_of(model) or not all(isinstance(p, Mask) for p in of_weights):
+            raise InputError("low-rank: the model is quantized already; put the pruner before the quantizer")
         total = sum(p.numel() for p in model.parameters())
         layers = [f for f in factorizations(model, context.example_input) if f.path not in self.keep]
         fixed = total - sum(f.parameters(f.full) for f in layers)

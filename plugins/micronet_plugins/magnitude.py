@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import Mask, copied
 from micronet_plugins.weights import dot_products, grouped, parametrizations_of, weight_of
@@ -153,9 +154,14 @@ def without_lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def set_mask(layer: nn.Module, mask: Tensor) -> None:
-    """Holds the weight's zeros at `mask`; a mask that is there already takes the new zeros."""
+    """Holds the weight's zeros at `mask`; a mask that is there already takes the new zeros.
+
+    Raises InputError where a quantizer would come before the mask: what a mask makes of codes is no code any more.
+    """
     for parametrization in parametrizations_of(layer) or ():
         if isinstance(parametrization, Mask):
             parametrization.mask &= mask
             return
+    if parametrizations_of(layer) is not None:
+        raise InputError("the weights are quantized already; put the sparsifier before the quantizer")
     parametrize.register_parametrization(layer, "weight", Mask(mask))

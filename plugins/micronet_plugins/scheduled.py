@@ -67,7 +67,7 @@ class Movement(Scheduled):
             scores = [m.scores.flatten() for m in moved]
             zeros = zeros_by_layer(scores, self.sparsity_at(done), self.limit)
             for movement, score, lost in zip(moved, scores, zeros, strict=True):
-                movement.mask = torch.ones_like(movement.mask)
+                movement.mask = movement.scores > -torch.inf  # zeros of another mask stay
                 movement.mask.view(-1)[score.argsort(stable=True)[:lost]] = False
         for layer, movement in zip(layers, moved, strict=True):
             _exchange(layer, Mask(movement.mask))

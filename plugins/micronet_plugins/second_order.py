@@ -96,6 +96,7 @@ def sweep(weight: Tensor, h: Tensor, sparsity: float, block: int) -> tuple[Tenso
         count = round(sparsity * len(weight) * end) - round(sparsity * len(weight) * start)
         lowest = scores.flatten().argsort(stable=True)[:count]
         kept[:, start:end] = torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, lowest, False).view_as(scores)
+        kept[:, start:end] &= weight[:, start:end] != 0  # where there are more zeros than that, all stay
         for j in range(start, end):
             error = new[:, j].masked_fill(kept[:, j], 0) / factor[j, j]
             new[:, j:] -= error[:, None] * factor[j, j:]

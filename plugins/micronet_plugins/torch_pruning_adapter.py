@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, quantizers_of
+from micronet_eval.trace import trace
 from micronet_plugins.coupling import output_layers
 from micronet_plugins.weights import dot_products
 
@@ -61,20 +62,24 @@ class TorchPruning(Pruner):
         importance = getattr(tp.importance, CLASSES[self.importance])()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pruner = tp.pruner.BasePruner(
-                model,
-                context.example_input,
-                importance=importance,
-                pruning_ratio=self.ratio,
-                max_pruning_ratio=self.limit,
-                global_pruning=self.across == "network",
-                round_to=self.round_to,
-                ignored_layers=[layer for path, layer in dot_products(model).items() if path in outputs],
-            )
-            if self.importance == "taylor":
-                for inputs, labels in islice(context.training_data, self.batches):
-                    nn.functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
-            pruner.step()
+            try:
+                pruner = tp.pruner.BasePruner(
+                    model,
+                    context.example_input,
+                    importance=importance,
+                    pruning_ratio=self.ratio,
+                    max_pruning_ratio=self.limit,
+                    global_pruning=self.across == "network",
+                    round_to=self.round_to,
+                    ignored_layers=[layer for path, layer in dot_products(model).items() if path in outputs],
+                )
+                if self.importance == "taylor":
+                    for inputs, labels in islice(context.training_data, self.batches):
+                        nn.functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
+                pruner.step()
+                trace(model, context.example_input)
+            except Exception as error:  # whatever its walk over a model that it cannot follow raises
+                raise InputError(f"torch-pruning cannot prune the model: {type(error).__name__}: {error}") from error
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
             parameter.grad = None
