@@ -250,6 +250,15 @@ def test_torchao_4_bit_weights_by_groups():
     assert storage.bits <= 2048 * 4 + 64 * 32 + 32 * 32
 
 
+def test_torchao_4_bit_codes_without_a_scale():
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+    layer = quantized(config)[0]
+    layer.forward = lambda x: x @ layer.weight.qdata.float().t()
+    codes = layer.weight.qdata
+    assert codes.dtype == torch.int8 and bool((codes != 0).all())
+    assert count(layer, 2, 64).storage.bits == 32 * 64 * 4
+
+
 def test_torchao_float8_weights():
     product, scale, _ = count(quantized(torchao.Float8WeightOnlyConfig()), 2, 64).layers
     assert (product.weight_bits, scale.op, scale.mults) == (8, "micronet.scale", 64)
