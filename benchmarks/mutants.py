@@ -216,7 +216,8 @@ def main(modules: list[str], count: int | None) -> None:
             print(f"{module:20} {line:4} {'SURVIVES' if alive else 'killed':8} {change[:120]!r}", flush=True)
         same = sum("reason" in survivor for survivor in survivors)
         report[module] = {"commit": commit.stdout.strip(), "mutants": len(every), "tried": len(drawn),
-                          "killed": len(drawn) - len(survivors), "same": same, "seconds": round(time.monotonic() - start), "survivors": survivors}  # fmt: skip
+                          "killed": len(drawn) - len(survivors), "same": same,
+                          "seconds": round(time.monotonic() - start), "survivors": survivors}  # fmt: skip
     print(_rates(report.values()))
     if count is None:
         before = json.loads(RESULTS.read_text())["modules"] if RESULTS.exists() else {}
