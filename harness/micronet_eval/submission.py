@@ -41,7 +41,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Table(BaseModel):
     """A TOML table in which an unknown key is a mistake."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Architecture(BaseModel):
@@ -173,14 +173,14 @@ def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, An
     try:
         if any(re.sub(r"\d\.\d", "", line).count(".") > MOST_DOTS for line in text.splitlines()):
             raise ValueError(f"a line has more than {MOST_DOTS} dots")
-        table: dict[str, Any] = tomllib.loads(text, parse_float=lambda digits: number(_bounded(digits)))
+        table: dict[str, Any] = tomllib.loads(text, parse_float=lambda digits: number(bounded(digits)))
         _check_text(table, path)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid TOML: {error}") from error
     return table
 
 
-def _bounded(digits: str) -> str:
+def bounded(digits: str) -> str:
     """A number as it was written. Raises ValueError where it is too large or small to be computed with exactly."""
     value = Decimal(digits)
     if value.is_finite() and value and (abs(value.adjusted()) > LARGEST_EXPONENT or len(digits) > 100):
