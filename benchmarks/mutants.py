@@ -62,6 +62,11 @@ REASONS: dict[tuple[str, str], str] = {
         "packing",
         "tensor = getattr(owner, attribute, None)",
     ): "None has no attribute with the name of a tensor",
+    ("costs.dot_products", "k = op.args[1].shape[-1]"): "both sides of a distance have vectors of the same length",
+    (
+        "costs.moves",
+        "found = op.args[2:4] if op.name == 'aten.index_select' else op.args[1]",
+    ): "there is no fourth argument",
     ("storage", "is_index: bool = True"): "what is made without it is overhead, or of 32 bits: the freebie stays",
     ("storage", "part = self.is_nonzero[:len(self.is_nonzero) // 4 // block[0] + block[0]]"): _LOOKED_AT,
     ("storage", "part = self.is_nonzero[:len(self.is_nonzero) // 4 * block[0] * block[0]]"): _LOOKED_AT,
