@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -182,7 +182,10 @@ def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, An
 
 def bounded(digits: str) -> str:
     """A number as it was written. Raises ValueError where it is too large or small to be computed with exactly."""
-    value = Decimal(digits)
+    try:
+        value = Decimal(digits)
+    except InvalidOperation:  # an exponent of more digits than there can be
+        value = Decimal("1e999")
     if value.is_finite() and value and (abs(value.adjusted()) > LARGEST_EXPONENT or len(digits) > 100):
         raise ValueError(f"the number {digits[:20]} is too large, too small, or too long")
     return digits
