@@ -127,6 +127,7 @@ def test_a_tensor_of_more_elements_than_memory(submission):
         ("1." * 50_000 + "b = 1", "more than 100 dots"),
         ("a = " + "1" * 10_000, "no valid TOML"),
         ("[claims]\nscore = 1e999999999", "too large, too small, or too long"),
+        ("[claims]\nscore = 1e9999999999999999999", "too large, too small, or too long"),
         ("[frequencies]\nclusters = [1e-999999999]", "too large, too small, or too long"),
         ('note = "\\u001b]0;owned\\u0007"', "control character U+001B"),
         ('note = "\\u202eevil"', "control character U+202E"),
