@@ -94,6 +94,21 @@ def test_an_output_without_weights_is_not_scaled():
     assert count(model, 2, 4).layers[1].mults == 2 * 2
 
 
+def test_a_column_of_zeros_in_one_matrix_of_a_batch_is_not_scaled():
+    class Batch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2, 4, 5), 0.3))
+
+        def forward(self, x):
+            return torch.bmm(x, torch.fake_quantize_per_tensor_affine(self.weight, 0.1, 0, -7, 7))
+
+    model = Batch()
+    with torch.no_grad():
+        model.weight[0, :, 0] = 0
+    assert count(model, 2, 3, 4).layers[1].mults == 3 * (5 + 4)
+
+
 def test_a_zero_point_alone_is_an_addition_without_a_factor():
     model = FakeQuantized(0.125, 3)
     model.scale.copy_(torch.tensor([0.125, 0.25, 0.5]))
