@@ -1,6 +1,7 @@
 """Feeds damaged and malicious inputs to everything that reads what strangers write.
 
 python -m benchmarks.fuzz                     all; writes results/fuzz.json
+python -m benchmarks.fuzz packed              one target; writes its runs there
 python -m benchmarks.fuzz packed 5000         one target, so many inputs an engine; writes nothing
 
 Every target takes bytes. They say how a valid input is to be damaged, so the same targets serve three engines: seeded
@@ -12,6 +13,7 @@ input that is accepted although it does not mean what it says.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import random
 import signal
@@ -35,12 +37,14 @@ from torch import nn
 
 from micronet_eval import packing, plugins
 from micronet_eval.comparing import options, parse
+from micronet_eval.comparing.grid import Cell, jobs_of
+from micronet_eval.comparing.jobs import Job
 from micronet_eval.errors import InputError, hidden
 from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.formats.number import OffGrid, format_of
 from micronet_eval.graph import Graph, graph_of, model_of
 from micronet_eval.isolation import Limits
-from micronet_eval.recipe import Recipe, named_stages, strategy_of
+from micronet_eval.recipe import Recipe, configured, named_stages, strategy_of
 from micronet_eval.storage import stored_tensors, without_values
 from micronet_eval.structure import StructureError, set_quantizers, traced
 from micronet_eval.submission import Manifest, manifest_bytes, read_toml
@@ -52,7 +56,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 SECONDS = 10
 RANDOM = {
     "limits": 60_000, "input": 60_000, "format": 50_000, "graph": 40_000, "manifest": 20_000, "recipe": 10_000,
-    "strategy": 1_000, "packed": 3_000,
+    "strategy": 60_000, "packed": 3_000,
 }  # fmt: skip
 """Seeded random inputs of each target: more where one takes little time."""
 OTHERS = {"hypothesis": 500, "atheris": 2_000}
@@ -201,12 +205,35 @@ def recipe(data: bytes) -> None:
 
 
 def strategy(data: bytes) -> None:
-    """Texts of `compare --pruner` and `--fine-tune`."""
+    """Texts of `compare --pruner`, each with --fine-tune. What is accepted is a recipe that says the same."""
+    base = _place() / "base.toml"
+    if not base.exists():
+        base.write_bytes(RECIPE)
     for kind, text in STRATEGIES.items():
         with suppress(InputError):
-            parse(kind, edited(text, data).decode("utf-8", "replace"))
+            cells = parse(kind, edited(text, data).decode("utf-8", "replace"))
+            _says(jobs_of(cells[:3], base, 1, None, None, _place()), cells, -1)
     with suppress(InputError):
-        options(edited(b"epochs=3,learning_rate=0.01,schedule=step", data).decode("utf-8", "replace"))
+        given = options(edited(b"epochs=3,learning_rate=0.01,schedule=step", data).decode("utf-8", "replace"))
+        _says(jobs_of(RANDOMLY, base, 1, given, None, _place()), RANDOMLY, -2 if given else -1)
+
+
+RANDOMLY: list[Cell] = [(("sparsifier", "random", {"sparsity": 0.5}),)]
+
+
+def _says(jobs: list[Job], cells: list[Cell], place: int) -> None:
+    """Each job's recipe has at this place the strategy of its cell, and training behind it or none."""
+    for job, ((kind, name, given),) in zip(jobs, cells, strict=False):
+        try:
+            stages = read_toml(_file("job.toml", job.recipe.encode()), Recipe).stages
+        except InputError as error:
+            raise Wrong(f"it is accepted, and its recipe is not: {error}") from error
+        found = strategy_of(stages[place], "")
+        if found != configured(kind, name, given, ""):
+            raise Wrong(f"the recipe of {given} has {found}")
+        numbers = [*vars(found).values(), *(vars(stages[-1].train).values() if stages[-1].train else ())]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise Wrong(f"a number that is none: {numbers}")
 
 
 def limits(data: bytes) -> None:
@@ -456,10 +483,11 @@ ENGINES: dict[str, Callable[[str, int], dict[str, str]]] = {
 
 
 def main(names: list[str], count: int | None) -> None:
-    """Runs targets under all engines that are there; a whole run is written as it goes on."""
+    """Runs targets under all engines that are there; without `count` each run is written in the place of its last."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     about = {"commit": commit.stdout.strip(), "python": platform.python_version(), "torch": torch.__version__}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    order = {name: i for i, name in enumerate(TARGETS)}
     for engine, fuzz in ENGINES.items():
         for name in names if find_spec(engine) else ():
             inputs = count or OTHERS.get(engine) or RANDOM[name]
@@ -469,14 +497,16 @@ def main(names: list[str], count: int | None) -> None:
             seconds = [
                 round(now - then, 1) for now, then in ((time.perf_counter(), start), (time.process_time(), busy))
             ]
-            rows.append({"target": name, "engine": engine, "inputs": inputs, "seconds": seconds[0],
-                         "processor_seconds": seconds[1], "findings": list(found.values())})  # fmt: skip
+            row = {"target": name, "engine": engine, **about, "inputs": inputs, "seconds": seconds[0],
+                   "processor_seconds": seconds[1], "findings": list(found.values())}  # fmt: skip
             print(f"{name:10} {engine:10} {inputs:8,} inputs {seconds[0]:8.1f} s  {len(found)} findings", flush=True)
             for told in found.values():
                 print(f"    {told}", flush=True)
-            if count is None and len(names) == len(TARGETS):
+            if count is None:
+                others = [other for other in rows if (other["target"], other["engine"]) != (name, engine)]
+                rows = sorted([*others, row], key=lambda r: (list(ENGINES).index(r["engine"]), order[r["target"]]))
                 sums = {"inputs": sum(r["inputs"] for r in rows), "findings": sum(len(r["findings"]) for r in rows)}
-                RESULTS.write_text(json.dumps({**about, **sums, "runs": rows}, indent=1) + "\n")
+                RESULTS.write_text(json.dumps({**sums, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python -m benchmarks.mutants                  a seeded sample of each module; writes results/mutants.json
 python -m benchmarks.mutants packing          of this module; writes its entry there
+python -m benchmarks.mutants packing again    those that survived, after tests were added; writes its entry there
 python -m benchmarks.mutants packing 40       of this module, so many; writes nothing
 
 A mutant differs from the module in one place: a comparison, an operator, a constant, a condition, a default. It runs in
@@ -20,6 +21,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -30,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "harness" / "micronet_eval"
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
-SAMPLE, SEED, SECONDS = 24, 1, 240
+SAMPLE, SEED, SECONDS = 24, 1, 240  # of the processor, however busy the machine is
 
 _COSTS = ("test_costs.py", "test_operations.py", "test_counting.py")
 TESTS: dict[str, tuple[str, ...]] = {
@@ -44,22 +46,44 @@ TESTS: dict[str, tuple[str, ...]] = {
     "costs.scales": ("test_operations.py", "test_quantized_models.py"),
     "storage": ("test_counting.py", "test_quantized_models.py", "test_formats.py", "test_packing.py"),
     "precision": ("test_counting.py", "test_quantized_models.py", "test_quantizers.py"),
-    "packing": ("test_packing.py", "test_bad_input.py"),
+    "packing": ("test_packing.py", "test_formats.py", "test_bad_input.py", "test_hostile_files.py"),
 }
 """Module -> the tests that cover it, the quickest first."""
 
+_LOOKED_AT = "how much of a tensor is looked at first, before all of it, changes the time that it takes"
 REASONS: dict[tuple[str, str], str] = {
-    ("scoring", "64  ->  65"): "no format has more than 64 bits",
-    (
-        "storage",
-        "not self.value.shape[1:]  ->  self.value.shape[1:]",
-    ): "a short cut: what it leaves out is looked at whole",
+    ("scoring", "widest = FREEBIE_BITS if freebie else 65"): "no format has more than 64 bits",
+    ("packing", "_CHUNK = 1 << 17"): "codes are packed piece by piece, and the pieces may be of any multiple of 8",
     (
         "packing",
-        "None if owner is None else getattr(owner, attribute, None)  ->  getattr(owner, attribute, None)",
+        "return np.bool_ if width == 1 else np.int64",
+    ): "the same whole numbers, which take more memory while they are read",
+    (
+        "packing",
+        "tensor = getattr(owner, attribute, None)",
     ): "None has no attribute with the name of a tensor",
+    ("costs.dot_products", "k = op.args[1].shape[-1]"): "both sides of a distance have vectors of the same length",
+    (
+        "costs.moves",
+        "found = op.args[2:4] if op.name == 'aten.index_select' else op.args[1]",
+    ): "there is no fourth argument",
+    ("storage", "is_index: bool = True"): "what is made without it is overhead, or of 32 bits: the freebie stays",
+    ("storage", "part = self.is_nonzero[:len(self.is_nonzero) // 4 // block[0] + block[0]]"): _LOOKED_AT,
+    ("storage", "part = self.is_nonzero[:len(self.is_nonzero) // 4 * block[0] * block[0]]"): _LOOKED_AT,
+    (
+        "storage",
+        "found = [number for number in numbers(op) if number_width(number) > 2]",
+    ): "a number is of 1 bit or of 32",
+    (
+        "storage",
+        "places = Integer(index_bits(len(order)), True, 'int64')",
+    ): "the code makes them again: their bits count, and nobody writes them",
+    (
+        "storage",
+        "return Plain.of(value.dtype) if value.dtype in FLOAT8 else FixedPoint(max(2, grid.code_bits), 1)",
+    ): "only the bits matter: what is computed from signs or quantized values is counted, and refused when packed",
 }
-"""(module, change) -> why a mutant that survives changes nothing that can be seen."""
+"""(module, the line that a mutant has) -> why it survives: it changes nothing that can be seen."""
 
 COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
             ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
@@ -124,8 +148,7 @@ def _says_nothing(parent: ast.AST, node: ast.AST) -> bool:
 
 def mutants(module: str) -> list[tuple[int, str, str]]:
     """Every mutant of a module: the line, what was changed into what, and the whole text."""
-    source = _path(module).read_text()
-    tree, found = ast.parse(source), list[tuple[int, str, str]]()
+    tree, found = _tree(module), list[tuple[int, str, str]]()
     for parent, field, i, node in list(places(tree)):
         for other in changes(node):
             ast.copy_location(other, node)
@@ -134,6 +157,16 @@ def mutants(module: str) -> list[tuple[int, str, str]]:
             found.append((getattr(node, "lineno", 0), f"{before}  ->  {after}", ast.unparse(tree)))
             _put(parent, field, i, node)
     return found
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_path(module).read_text())
+
+
+def changed_line(module: str, text: str) -> str:
+    """The first line of a mutant that the module has not."""
+    lines = zip(ast.unparse(_tree(module)).splitlines(), text.splitlines(), strict=False)
+    return next(there.strip() for here, there in lines if here != there)
 
 
 def _put(parent: Any, field: str, i: int | None, node: ast.AST) -> None:
@@ -170,7 +203,8 @@ def survives(module: str, text: str, tests: tuple[str, ...]) -> bool:
     child = os.fork()
     if not child:
         try:
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(5 * SECONDS)
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
@@ -185,8 +219,12 @@ def survives(module: str, text: str, tests: tuple[str, ...]) -> bool:
     return status == 0
 
 
-def main(modules: list[str], count: int | None) -> None:
-    """Makes a sample of mutants of each module and runs the tests against them."""
+def main(modules: list[str], count: int | None, again: bool = False) -> None:
+    """Makes a sample of mutants of each module and runs the tests against them.
+
+    `again`: against those only that survived the last time. Tests may have been added since, the module has to be the
+    same.
+    """
     import click  # noqa: F401
     import fvcore.nn  # noqa: F401  # what takes long to import, once for all
     import hypothesis  # noqa: F401
@@ -198,24 +236,32 @@ def main(modules: list[str], count: int | None) -> None:
 
     torch.set_num_threads(1)
     report: dict[str, Any] = {}
+    before: dict[str, Any] = json.loads(RESULTS.read_text())["modules"] if RESULTS.exists() else {}
     for module in modules:
         every = mutants(module)
         drawn = random.Random(f"{SEED} {module}").sample(every, min(count or SAMPLE, len(every)))
-        start, survivors = time.monotonic(), list[dict[str, Any]]()
+        tried, start, survivors = len(drawn), time.monotonic(), list[dict[str, Any]]()
+        if again:
+            path = _path(module).relative_to(ROOT)
+            if _git("show", f"{before[module]['commit']}:{path}") != (ROOT / path).read_text():
+                raise SystemExit(f"{module} is another since it was tried; try it whole")
+            left = {(survivor["line"], survivor["change"]) for survivor in before[module]["survivors"]}
+            drawn = [mutant for mutant in drawn if mutant[:2] in left]
         if not survives(module, _path(module).read_text(), TESTS[module]):
             raise SystemExit(f"the tests of {module} fail without any mutant")
         for line, change, text in sorted(drawn, key=lambda mutant: mutant[0]):
             alive = survives(module, text, TESTS[module])
             if alive:
-                reason = {"reason": REASONS[module, change]} if (module, change) in REASONS else {}
-                survivors.append({"line": line, "change": change, **reason})
+                now = changed_line(module, text)
+                reason = {"reason": REASONS[module, now]} if (module, now) in REASONS else {}
+                survivors.append({"line": line, "change": change, "now": now, **reason})
             print(f"{module:20} {line:4} {'SURVIVES' if alive else 'killed':8} {change[:120]!r}", flush=True)
         same = sum("reason" in survivor for survivor in survivors)
-        report[module] = {"mutants": len(every), "tried": len(drawn), "killed": len(drawn) - len(survivors),
-                          "same": same, "seconds": round(time.monotonic() - start), "survivors": survivors}  # fmt: skip
+        report[module] = {"commit": _git("rev-parse", "HEAD").strip(), "mutants": len(every), "tried": tried,
+                          "killed": tried - len(survivors), "same": same,
+                          "seconds": round(time.monotonic() - start), "survivors": survivors}  # fmt: skip
     print(_rates(report.values()))
     if count is None:
-        before = json.loads(RESULTS.read_text())["modules"] if RESULTS.exists() else {}
         found = {**before, **report}
         whole = {
             "seed": SEED,
@@ -223,6 +269,10 @@ def main(modules: list[str], count: int | None) -> None:
             "modules": {module: found[module] for module in TESTS if module in found},
         }
         RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def _rates(found: Collection[dict[str, Any]]) -> str:
@@ -236,4 +286,4 @@ def _rates(found: Collection[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     chosen = [word for word in sys.argv[1:] if word in TESTS]
     counts = [int(word) for word in sys.argv[1:] if word.isdecimal()]
-    main(chosen or list(TESTS), counts[0] if counts else None)
+    main(chosen or list(TESTS), counts[0] if counts else None, "again" in sys.argv)

@@ -94,6 +94,17 @@ def test_what_is_no_strategy(text, message):
         parse("sparsifier", text)
 
 
+@pytest.mark.parametrize("value", ["null", "NaN", "Infinity", "9" * 5_000, "[" * 100_000], ids=lambda value: value[:9])
+def test_a_value_that_no_recipe_can_have_is_refused(base, value):
+    """With a message, before anything is trained; some are JSON, others were tracebacks."""
+    for option in ("back_ratio", "damping", "batches"):
+        with pytest.raises(InputError, match="pruner eigendamage: option"):
+            parse("pruner", f"eigendamage:{option}={value}")
+    cells, given = parse("sparsifier", "random"), options(f"epochs=1,learning_rate={value}")
+    with pytest.raises(InputError, match="--fine-tune: field 'learning_rate'"):
+        jobs_of(cells, base, 1, given, None, base.parent / "kept")
+
+
 def test_fine_tuning_options():
     assert options("epochs=2,learning-rate=0.001,optimizer=sgd") == {
         "epochs": 2, "learning_rate": 0.001, "optimizer": "sgd"

@@ -242,6 +242,7 @@ def test_modules_in_three_steps():
         Module("0", 64, 64, 64.0, 0, 0, 0),
         Module("2", 256, 32, 32.0, 130 * 32, 16 * 32 + 128 + 64, 16 * 4 + 128 + 64 + 8),
     )
+    assert {type(m.dense_ops) for m in by_module(counted, FORMULAS)} == {int}  # 64, not 64.0, in a report
     half = tuple(replace(priced, share=Fraction(1, 2)) for priced in counted.operations)
     modules = by_module(replace(counted, operations=half), FORMULAS)
     assert [(m.dense_ops, m.sparse_ops, m.ops32) for m in modules] == [(32, 32, 32.0), (128, 16, 16.0)]
@@ -368,9 +369,23 @@ def test_a_pattern_stores_its_one_value_and_where_it_is(make, value_bits, mask_b
 
 
 def test_bits_that_are_read_as_halves_are_stored_as_halves():
-    narrow = FixedPointQuantizer(4, -2)(torch.full((1, 4), 0.5))
+    weight, narrow = torch.full((1, 4), 0.5), FixedPointQuantizer(4, -2)
     # Four float32 of 4 bits each, read as eight float16, of which every other one is zero.
-    assert count(Call(lambda x: x * narrow.view(torch.float16).float()), 1, 8).storage.bits == 4 * 16 + 8
+    counted = count(Call(lambda x: x * narrow(weight).view(torch.float16).float()), 1, 8)
+    assert counted.storage.bits == 4 * 16 + 8
+    assert counted.layers[0].weight_bits == 16  # no longer on the grid of 4 bits
+
+
+def test_activations_that_are_read_as_another_dtype_are_as_wide_as_that():
+    narrow = FixedPointQuantizer(4, -2)
+    product = count(Call(lambda x: narrow(x).view(torch.int32) * 3), 1, 8).layers[0]
+    assert product.input_bits == 32
+
+
+def test_weights_that_are_read_as_another_dtype_are_as_wide_as_that():
+    weight, narrow = torch.full((1, 4), 0.5), FixedPointQuantizer(4, -2)
+    counted = count(Call(lambda x: x * narrow(weight).view(torch.int32)), 1, 4)
+    assert (counted.layers[0].weight_bits, counted.storage.bits) == (32, 4 * 32)
 
 
 def test_a_block_that_saves_a_single_bit_is_taken():
@@ -413,6 +428,14 @@ def test_a_weight_that_is_rounded_counts_as_rounded():
     linear = nonzero(nn.Linear(4, 4, bias=False))
     counted = count(nn.Sequential(FixedPointQuantizer(4), Call(lambda x: x @ linear.weight.half().float())), 1, 4)
     assert (counted.layers[0].weight_bits, counted.storage.value_bits) == (16, 16 * 16)
+
+
+def test_scales_that_the_code_makes_are_stored():
+    module = integers(torch.int8)
+    module.weight = torch.arange(1, 17, dtype=torch.int8).view(4, 4)
+    module.forward = lambda x: x @ (module.weight.float() * (torch.arange(4.0) * 0.1 + 0.3))
+    storage = count(module, 1, 4).storage
+    assert (storage.value_bits, storage.overhead_bits, storage.code_bits) == (16 * 8, 4 * 32, 4 * 32)
 
 
 def test_integers_count_their_bits():

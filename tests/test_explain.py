@@ -217,3 +217,10 @@ def test_what_cannot_be_compared(run, submission, tmp_path):
     with pytest.raises(InputError, match="has no score"):
         diff(without_task, without_task)
     assert report_of(submission).quality.measured is None
+
+
+def test_a_report_that_says_nothing_of_bits_in_code_has_none(submission, tmp_path):
+    report = json.loads(report_of(submission).to_json())
+    del report["storage"]["code_bits"]  # as before there was such a field
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert report_of(tmp_path / "report.json").storage.code_bits == 0

@@ -22,6 +22,15 @@ def test_the_input_that_is_damaged_is_valid(name, monkeypatch):
     fuzz.TARGETS[name](b"")
 
 
+@pytest.mark.parametrize("data", ["05b68aa27a2821b3da", "00cd0122", "aa889ee304f831a97e1a71478eab100e24a74bd4bf"])
+def test_a_strategy_that_is_accepted_has_a_recipe_that_is(data):
+    """Found: numbers that a recipe may not have (9...9, 1e+41) were told of only when the recipe was read.
+
+    And an exponent that is too large even for Decimal was a traceback.
+    """
+    fuzz.TARGETS["strategy"](bytes.fromhex(data))
+
+
 def found(text):
     """A target that crashes on an input that has a text in it."""
 

@@ -111,10 +111,10 @@ def test_headers_that_promise_too_much(submission, run, data):
 @pytest.mark.attack("a mask that claims billions of zeros", "refused: at most 2^30 elements")
 def test_a_tensor_of_more_elements_than_memory(submission):
     packed = packing.read(submission / "weights.safetensors")
-    large = {"type": "Linear", "in_features": 1 << 20, "out_features": 1 << 20}
+    large = {"type": "Linear", "in_features": 1 << 15, "out_features": (1 << 15) + 1}
     structure = packing.Structure(layers={"": large}, tensors=[("0.weight", "fixed-point:4", "bitmask")])
     model = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    with pytest.raises(InputError, match="elements; at most"):
+    with pytest.raises(InputError, match="elements; at most 1,073,741,824"):
         packing.unpack(packing.Packed(structure.model_copy(update={"layers": {"0": large}}), packed.streams, {}), model)
 
 
@@ -127,6 +127,7 @@ def test_a_tensor_of_more_elements_than_memory(submission):
         ("1." * 50_000 + "b = 1", "more than 100 dots"),
         ("a = " + "1" * 10_000, "no valid TOML"),
         ("[claims]\nscore = 1e999999999", "too large, too small, or too long"),
+        ("[claims]\nscore = 1e9999999999999999999", "too large, too small, or too long"),
         ("[frequencies]\nclusters = [1e-999999999]", "too large, too small, or too long"),
         ('note = "\\u001b]0;owned\\u0007"', "control character U+001B"),
         ('note = "\\u202eevil"', "control character U+202E"),

@@ -231,6 +231,12 @@ def test_factors_of_a_product_multiply_each_output(factors, mults, biased):
     assert count(lambda c, a, b: torch.addmm(c, a, b, **factors), *shapes) == (40 + mults, 30 + 10 * biased)
 
 
+def test_zero_weights_of_a_product_of_constants_that_is_added_to_an_activation():
+    sparse = nn.Parameter(torch.tensor([[1.0, 0], [0, 0], [1, 0], [0, 0]]))
+    # 3 x 2 outputs: the first column of 2 terms and the addend, the second of none.
+    assert count(Call(lambda self, x: torch.addmm(x, self.a, self.b), a=ones(3, 4), b=sparse), (3, 2)) == (6, 6)
+
+
 def test_batched_products_with_a_dense_constant_on_either_side():
     # 2 x 3 x 4 outputs of 5 terms.
     assert count(Call(lambda self, x: x @ self.m, m=ones(2, 5, 4)), (2, 3, 5)) == (120, 96)
@@ -288,6 +294,18 @@ def test_bag_of_embeddings():
     totals = {mode: math_of(nn.EmbeddingBag(10, 4, mode=mode), bags) for mode in ("sum", "mean", "max")}
     # 2 bags of 3 rows of 4.
     assert {mode: (m.mults, m.adds) for mode, m in totals.items()} == {"sum": (0, 16), "mean": (8, 16), "max": (0, 16)}
+    table, ends = nn.Parameter(torch.ones(10, 4)), torch.tensor([0, 3])
+    unsaid = Call(lambda self, x: torch.ops.aten._embedding_bag(self.t, x, ends)[0], t=table)  # sums, by its schema
+    assert math_of(unsaid, bags.flatten()) == totals["sum"]
+
+
+def test_a_bag_accumulates_its_sum_and_compares_for_its_maximum():
+    def cost(mode):
+        layer = nn.EmbeddingBag(10, 4, mode=mode)
+        (priced,) = account(trace(layer, torch.zeros(2, 3, dtype=torch.int64)), FORMULAS).operations
+        return priced.cost.adds, priced.cost.accumulations
+
+    assert (cost("sum"), cost("max")) == ((0, 16), (16, 0))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -354,6 +372,7 @@ def test_packed_sequences_are_an_error():
     [
         (nn.ELU(), 2, 1),
         (nn.ELU(0.5), 3, 1),
+        (nn.ELU(1), 2, 1),  # torch leaves out what it takes anyhow
         (nn.SELU(), 3, 1),
         (nn.CELU(), 2, 1),
         (nn.CELU(0.5), 4, 1),
@@ -456,6 +475,7 @@ def test_complex_numbers_are_an_error():
         (lambda x: torch.dist(x, x), (16 + 1, 16 + 15)),  # differences, squares, sum, root
         (lambda x: torch.linalg.vector_norm(x, -math.inf, 1), (2 * 8, 2 * 7)),
         (lambda x: torch.searchsorted(torch.arange(8.0), x), (0, 16 * 4)),  # 9 places: ceil(log2 9)
+        (lambda x: torch.searchsorted(torch.arange(20.0), x), (0, 16 * 5)),
         (lambda x: x.scatter_reduce(1, torch.zeros(2, 4, dtype=torch.int64), x[:, :4], "sum"), (0, 8)),
         (lambda x: torch.bucketize(x, torch.arange(7.0)), (0, 16 * 3)),
         (lambda x: x.scatter_add(1, torch.zeros(2, 4, dtype=torch.int64), x[:, :4]), (0, 8)),
@@ -702,6 +722,31 @@ def test_a_permutation_stores_where_its_elements_come_from():
 )
 def test_what_only_looks_like_a_permutation_is_free(function):
     assert count(function, (1, 4, 3, 3)) == (0, 0)
+    ops = trace(Call(lambda self, x: function(x)), torch.zeros(1, 4, 3, 3)).ops
+    assert all(permutation_of(op) == () for op in ops)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, places, rows: x[places],  # the places are computed
+        lambda x, places, rows: x.index_select(0, places),
+        lambda x, places, rows: x[rows, rows],  # two tables: single elements are picked
+    ],
+)
+def test_a_look_up_by_what_is_no_single_table_is_no_permutation(function):
+    picked = Call(lambda self, x, places: function(x, places, self.rows))
+    picked.register_buffer("rows", torch.tensor([[1, 0], [0, 1]]))
+    places = torch.tensor([1, 0])
+    assert math_of(picked, torch.ones(2, 2), places).mults == 0
+
+
+def test_a_mask_as_an_index_is_refused():
+    """How many rows it takes depends on its values, so that it is never taken for a permutation."""
+    picked = Call(lambda self, x: x[self.every])
+    picked.register_buffer("every", torch.ones(3, dtype=torch.bool))
+    with pytest.raises(InputError, match="depends on values"):
+        math_of(picked, torch.ones(3, 4))
 
 
 def test_places_beyond_a_dimension_are_no_permutation_of_it():

@@ -519,6 +519,56 @@ def test_a_weight_that_is_computed_of_parameters_is_refused(compute):
         packing.pack(Computed(compute), Computed(compute), torch.zeros(1, 4))
 
 
+def test_bits_that_are_read_as_another_dtype_are_refused():
+    def build():
+        model = Computed(lambda first, second: first.view(torch.float16).float())
+        model.first = nn.Parameter(torch.full((4, 4), 0.5).half().view(torch.int16), requires_grad=False)
+        return model
+
+    with pytest.raises(InputError, match="cannot pack 'first'"):
+        packing.pack(build(), build(), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [lambda a, b: torch.cat([a[:2], b[:2]]), lambda a, b: torch.cat([a, b])[::2], lambda a, b: a.flip(0)],
+    ids=["parts", "every other", "flip"],
+)
+def test_parts_that_are_put_together_are_refused_or_survive(compute, tmp_path):
+    model = Computed(compute)
+    try:
+        round_trip(model, Computed(compute), torch.ones(1, 4), tmp_path)
+    except InputError as error:
+        assert "cannot pack" in str(error)
+
+
+@pytest.mark.parametrize("compute", [lambda a, b: torch.cat([a, b]), lambda a, b: torch.cat([a, b]).flip(0)])
+def test_parameters_that_are_moved_whole_survive_packing(compute, tmp_path):
+    round_trip(Computed(compute), Computed(compute), torch.ones(1, 8), tmp_path)
+
+
+def test_a_parameter_that_is_called_like_one_that_is_pruned_survives_packing(tmp_path):
+    class Original(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight_orig = nn.Parameter(torch.rand(4, 4) + 0.5)
+
+        def forward(self, x):
+            return x @ self.weight_orig
+
+    round_trip(Original(), Original(), torch.ones(1, 4), tmp_path)
+
+
+def test_a_tensor_of_as_many_elements_as_are_read(monkeypatch):
+    model = nn.Linear(3, 2, bias=False)
+    packed = packing.pack(model, model, torch.zeros(1, 3))
+    monkeypatch.setattr(packing, "_MOST_ELEMENTS", 6)
+    assert torch.equal(packing.unpack(packed, nn.Linear(3, 2, bias=False)).weight, model.weight)
+    monkeypatch.setattr(packing, "_MOST_ELEMENTS", 5)
+    with pytest.raises(InputError, match="has 6 elements; at most 5 are read"):
+        packing.unpack(packed, nn.Linear(3, 2, bias=False))
+
+
 def test_tied_weights_survive_packing(tmp_path):
     def build():
         first, second = nn.Linear(4, 4), nn.Linear(4, 4)

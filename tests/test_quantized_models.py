@@ -60,11 +60,53 @@ def test_a_scale_of_activations_and_its_zero_point():
     assert (behind.mults, behind.adds) == (2 * 3, 2 * 3)  # both scales at once; z * sum(w), for want of a bias
 
 
+def test_a_zero_point_of_weights_is_stored_once_for_the_tensor():
+    class Shifted(FakeQuantized):
+        def forward(self, x):
+            return F.linear(x, torch.fake_quantize_per_tensor_affine(self.weight, 0.1, 3, -7, 7))
+
+    storage = count(Shifted(0.1), 2, 4).storage
+    assert (storage.value_bits, storage.overhead_bits) == (12 * 4, 32 + 4)  # codes; a scale and a code for zero
+
+
+def test_zero_points_of_codes_take_the_bits_of_a_code():
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    class Codes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", torch.arange(1, 13, dtype=torch.int8).view(3, 4))
+            self.register_buffer("scale", torch.tensor([0.1, 0.15, 0.3]))
+            self.register_buffer("zero", torch.tensor([1, 2, 3]))
+
+        def forward(self, x):
+            dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
+            return F.linear(x, dequantize(self.codes, self.scale, self.zero, 0, -8, 7, torch.int8))
+
+    # 3 scales, and 3 zero points that are int64 but lie in -8 to 7.
+    assert count(Codes(), 2, 4).storage.overhead_bits == 3 * 32 + 3 * 4
+
+
 def test_an_output_without_weights_is_not_scaled():
     model = FakeQuantized(0.125)
     with torch.no_grad():
         model.weight[1] = 0
     assert count(model, 2, 4).layers[1].mults == 2 * 2
+
+
+def test_a_column_of_zeros_in_one_matrix_of_a_batch_is_not_scaled():
+    class Batch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2, 4, 5), 0.3))
+
+        def forward(self, x):
+            return torch.bmm(x, torch.fake_quantize_per_tensor_affine(self.weight, 0.1, 0, -7, 7))
+
+    model = Batch()
+    with torch.no_grad():
+        model.weight[0, :, 0] = 0
+    assert count(model, 2, 3, 4).layers[1].mults == 3 * (5 + 4)
 
 
 def test_a_zero_point_alone_is_an_addition_without_a_factor():
@@ -248,6 +290,15 @@ def test_torchao_4_bit_weights_by_groups():
     storage = count(model, 2, 64).storage
     assert storage.overhead_bits == 64 * 32  # scales; the zero points are 0
     assert storage.bits <= 2048 * 4 + 64 * 32 + 32 * 32
+
+
+def test_torchao_4_bit_codes_without_a_scale():
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+    layer = quantized(config)[0]
+    layer.forward = lambda x: x @ layer.weight.qdata.float().t()
+    codes = layer.weight.qdata
+    assert codes.dtype == torch.int8 and bool((codes != 0).all())
+    assert count(layer, 2, 64).storage.bits == 32 * 64 * 4
 
 
 def test_torchao_float8_weights():

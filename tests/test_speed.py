@@ -312,7 +312,7 @@ def test_the_smallest_mask_is_that_of_trying_all(many, monkeypatch):
         tensor = torch.randn(shape)
         zero = torch.rand(mask_shape(shape, block)) < draw.choice([0.1, 0.5, 0.9, 1])
         tensor[elements(zero, block, shape)] = 0
-        stored = storage.Stored("", constant(tensor), Plain("float32"))
+        stored = storage.Stored("", constant(tensor), Plain("float32"), False)
         for width in (1, 9, 32):
             sizes = {None: width * tensor.numel()}
             for each in ((1, 1), *candidates(tuple(shape))):

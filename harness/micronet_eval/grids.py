@@ -92,14 +92,21 @@ def data_inputs(op: Op) -> tuple[Value, ...]:
 
 def keeps_width(op: Op) -> bool:
     """Whether the results of `op` are some of its inputs or zero, so that they need no more bits."""
-    return (op.name in FREE and op.name not in CONVERSIONS) or op.name in SELECTS
+    moves = op.name in FREE and op.name not in CONVERSIONS and not is_reinterpreted(op)
+    return moves or op.name in SELECTS
+
+
+def is_reinterpreted(op: Op) -> bool:
+    """Whether bits are read as those of another dtype: four float16 in an int64 are not one number of 16 bits."""
+    return op.name == "aten.view" and op.inputs[0].dtype != op.out.dtype
 
 
 def through_views(value: Value) -> Value:
     """The tensor that `value` is a view, a copy, or an exact conversion of."""
     while (op := value.producer) is not None and (FREE.get(op.name) == VIEW or op.name == "aten._to_copy"):
         inputs = data_inputs(op)
-        if len(inputs) != 1 or inputs[0].numel != value.numel or dtype_width(inputs[0]) > dtype_width(value):
+        whole = len(inputs) == 1 and inputs[0].numel == value.numel and not is_reinterpreted(op)
+        if not whole or dtype_width(inputs[0]) > dtype_width(value):
             break
         value = inputs[0]
     return value
@@ -186,7 +193,7 @@ def constant_grid(value: Value) -> Grid | None:
         return None
     if is_conversion(op):
         return grid_of(op)
-    if op.name in FREE and op.name != WRITE_OP:
+    if op.name in FREE and op.name != WRITE_OP and not is_reinterpreted(op):
         return _moved(op, value)
     if op.name == "aten.mul":
         for codes, scale in permutations((v for v in op.inputs if v.is_constant), 2):

@@ -40,7 +40,7 @@ from micronet_eval.formats import (
 )
 from micronet_eval.masks import ELEMENT, Block, block_mask, elements, mask_shape
 from micronet_eval.nonzeros import seen
-from micronet_eval.storage import Stored, stored_tensors
+from micronet_eval.storage import stored_tensors
 from micronet_eval.structure import (
     StructureError,
     build_layer,
@@ -52,7 +52,7 @@ from micronet_eval.structure import (
     traced,
     without_weights,
 )
-from micronet_eval.trace import Example, constant, trace
+from micronet_eval.trace import Example, Value, constant, trace
 
 _KEY, _KIND = "micronet-packed", {"version": 1}
 _STREAMS = ("values", "masks", "overhead", "structure")
@@ -99,11 +99,16 @@ def _dtype(width: int) -> Any:
     return np.bool_ if width == 1 else np.int32 if width < 32 else np.int64
 
 
+def _word(width: int) -> Any:
+    """Of codes that are shifted: a byte of one never lies beyond it."""
+    return np.uint32 if width <= 32 else np.uint64
+
+
 def to_bytes(codes: Codes, width: int) -> NDArray[np.uint8]:
     """`codes` bit by bit, `width` each, least significant first; what is left of the last byte is 0."""
     if width == 1:
         return np.packbits(codes.astype(np.bool_), bitorder="little")
-    groups = np.zeros((-(-codes.size // 8), 8), np.uint32 if width <= 24 else np.uint64)
+    groups = np.zeros((-(-codes.size // 8), 8), _word(width))
     groups.reshape(-1)[: codes.size] = codes
     packed = np.zeros((len(groups), width), np.uint8)  # eight codes begin and end on a byte
     for i in range(8):
@@ -123,7 +128,7 @@ def from_bytes(data: NDArray[np.uint8], count: int, width: int) -> Codes:
         return codes
     packed = np.zeros((-(-count // 8), width), np.uint8)
     packed.reshape(-1)[: data.size] = data
-    wide = np.uint32 if width <= 24 else np.uint64
+    wide = _word(width)
     groups = np.empty((len(packed), 8), _dtype(width))
     for i in range(8):
         code = np.zeros(len(packed), wide)
@@ -220,7 +225,8 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
         if not _same(tensor, stored.tensor):
             raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
-        codes, block = _codes(stored), stored.mask(stored.format.code_bits, stored.format)
+        codes = _codes(stored.name, stored.value, stored.format)
+        block = stored.mask(stored.format.code_bits, stored.format)
         width = stored.format.code_bits
         if stored.is_overhead:
             layout = "overhead"
@@ -298,14 +304,15 @@ def _pieces(codes: Codes, kept: NDArray[np.bool_]) -> Iterator[tuple[Codes, NDAr
         yield codes[start : start + _CHUNK], np.flatnonzero(kept[start : start + _CHUNK])
 
 
-def _codes(stored: Stored) -> Codes:
-    if not stored.value.seen.finite:
-        raise InputError(f"tensor {stored.name!r} holds NaN or infinity")
+def _codes(name: str, value: Value, number_format: Format) -> Codes:
+    if not value.seen.finite:
+        raise InputError(f"tensor {name!r} holds NaN or infinity")
+    assert value.data is not None
     try:
-        codes: Codes = stored.format.encode(stored.tensor.cpu()).numpy()
+        codes: Codes = number_format.encode(value.data.cpu()).numpy()
         return codes
     except OffGrid as error:
-        raise InputError(f"tensor {stored.name!r}: {error}") from error
+        raise InputError(f"tensor {name!r}: {error}") from error
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor | None:
@@ -335,7 +342,7 @@ def _read_tensor(
         if tensor is None or tensor.shape != shape:
             raise OffGrid(f"tensor {name!r} is missing from the file, or is not of shape {tuple(shape)}")
         number_format = format_of(spec, shape, read_side)
-        value = number_format.decode(torch.from_numpy(_codes(Stored(name, constant(tensor), number_format))))
+        value = number_format.decode(torch.from_numpy(_codes(name, constant(tensor), number_format)))
     elif layout == "overhead":
         number_format = format_of(spec, shape, read_side)
         value = number_format.decode(read_side(int(np.prod(shape)), number_format.code_bits).reshape(shape))

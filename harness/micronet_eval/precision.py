@@ -238,7 +238,7 @@ def _outputs_and_groups(op: Op, weight: Value) -> tuple[int, int]:
     nonzero = (weight.data.float() != 0) if known else torch.ones(weight.shape, dtype=torch.bool, device="cpu")  # type: ignore[union-attr]
     rows = math.prod(weight.shape[d] for d in summed)
     used = nonzero.movedim(summed, tuple(range(len(summed)))).reshape(rows, -1)
-    times = op.out.numel // rows if rows else 0
+    times = op.out.numel // max(rows, 1)
     outputs = int(used.any(1).sum()) * times
     if grid is None or grid.indices is None or not used.numel():
         return outputs, outputs

@@ -39,6 +39,7 @@ from micronet_eval.grids import (
     grid_of,
     has_only_signs,
     is_conversion,
+    is_reinterpreted,
     through_views,
     values_of,
 )
@@ -78,7 +79,7 @@ class Stored:
     name: str
     value: Value
     format: Format
-    is_overhead: bool = False
+    is_overhead: bool
     is_index: bool = False
     in_code: bool = False
 
@@ -137,7 +138,7 @@ class Stored:
         """Whether blocks can be told to keep more than `room` elements without looking at all of them."""
         if any(kept > room and _lies_in(inner, block) for inner, kept in self._found.items()):
             return True
-        if self.elements < _MANY or block in self._found or not self.value.shape[1:]:
+        if self.elements < _MANY or block in self._found:
             return False
         part = self.is_nonzero[: len(self.is_nonzero) // 4 // block[0] * block[0]]
         if not len(part):
@@ -235,7 +236,7 @@ _Source = tuple[Value, Stored, tuple[Value, Stored] | None]
 
 
 def _sources(value: Value, op: Op | None) -> list[_Source]:
-    """What has to be stored to have the constant `value`: itself, or what it is moved from, whichever is smaller.
+    """What has to be stored to have the constant `value`: itself, or what it is moved from, if that takes no more.
 
     Codes are stored with their scales and zero points. The result of other arithmetic on constants is itself what
     inference needs. *(ours)*
@@ -256,20 +257,15 @@ def _sources(value: Value, op: Op | None) -> list[_Source]:
     producer = value.producer
     if producer is None or producer.name not in FREE or producer.name in (WRITE_OP, *FILLS) or is_conversion(producer):
         return [(value, itself, None)]
-    if not producer.inputs or _is_reinterpreted(producer):  # made of numbers, or of bits
+    if not producer.inputs or is_reinterpreted(producer):  # made of numbers, or of bits
         return [(value, itself, None)]
     moved = {s[0]: s for source in producer.inputs if source.is_constant for s in _sources(source, producer)}
-    if itself.bits().total > sum(s.bits().total for _, s, _ in moved.values()):
+    if itself.bits().total >= sum(s.bits().total for _, s, _ in moved.values()):
         return list(moved.values())
     if len(moved) != 1:
         return [(value, itself, None)]
     (source, whole, further) = next(iter(moved.values()))
     return [(value, itself, further or (source, whole))]
-
-
-def _is_reinterpreted(op: Op) -> bool:
-    """Whether bits are read as those of another dtype: four float16 in an int64 are not one number of 16 bits."""
-    return op.name == "aten.view" and op.inputs[0].dtype != op.out.dtype
 
 
 def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:

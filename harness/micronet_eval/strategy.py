@@ -45,7 +45,7 @@ class Context:
 class Strategy(BaseModel, ABC):
     """Options as fields; `apply` returns the compressed model and leaves the one that it was given alone."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[str]
 
     @abstractmethod

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -41,7 +41,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Table(BaseModel):
     """A TOML table in which an unknown key is a mistake."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Architecture(BaseModel):
@@ -173,16 +173,19 @@ def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, An
     try:
         if any(re.sub(r"\d\.\d", "", line).count(".") > MOST_DOTS for line in text.splitlines()):
             raise ValueError(f"a line has more than {MOST_DOTS} dots")
-        table: dict[str, Any] = tomllib.loads(text, parse_float=lambda digits: number(_bounded(digits)))
+        table: dict[str, Any] = tomllib.loads(text, parse_float=lambda digits: number(bounded(digits)))
         _check_text(table, path)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid TOML: {error}") from error
     return table
 
 
-def _bounded(digits: str) -> str:
+def bounded(digits: str) -> str:
     """A number as it was written. Raises ValueError where it is too large or small to be computed with exactly."""
-    value = Decimal(digits)
+    try:
+        value = Decimal(digits)
+    except InvalidOperation:  # an exponent of more digits than there can be
+        value = Decimal("1e999")
     if value.is_finite() and value and (abs(value.adjusted()) > LARGEST_EXPONENT or len(digits) > 100):
         raise ValueError(f"the number {digits[:20]} is too large, too small, or too long")
     return digits

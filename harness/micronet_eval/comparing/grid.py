@@ -16,7 +16,7 @@ from micronet_eval.comparing.jobs import Job
 from micronet_eval.errors import InputError, printable
 from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.recipe import Recipe, configured
-from micronet_eval.submission import checked, read_table
+from micronet_eval.submission import bounded, checked, read_table
 from micronet_eval.training import Training
 
 Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
@@ -62,11 +62,16 @@ def _values(what: str, text: str, known: Iterable[str] | None) -> dict[str, list
 
 
 def _value(text: str) -> Any:
-    """A number, true, false, or else the text itself."""
+    """A number that a recipe may have, true, false, a list, or else the text itself."""
     try:
-        return json.loads(text.replace("_", ""))
-    except json.JSONDecodeError:
+        found = json.loads(
+            text.replace("_", ""),
+            parse_int=lambda digits: int(bounded(digits)),
+            parse_float=lambda digits: float(bounded(digits)),
+        )
+    except (ValueError, RecursionError):
         return text.strip()
+    return text.strip() if found is None else found  # recipes have no null
 
 
 def grid(alternatives: Sequence[Sequence[Cell]]) -> list[Cell]:

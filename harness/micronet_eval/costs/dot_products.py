@@ -78,33 +78,30 @@ def _taps(weight: Value, groups: int) -> Tensor:
 
 def mm(op: Op) -> Cost:
     """For each output n mults and n - 1 adds over the n non-zero weights, also in batches."""
-    return matrix_product(op, op.args[0], op.args[1], bias=False)
+    return matrix_product(op.args[0], op.args[1], bias=False)
 
 
 def addmm(op: Op) -> Cost:
     """beta * bias + alpha * (A @ B): a linear layer, or attention with a mask; a factor other than 1 multiplies."""
-    beta, alpha = op.arg(3, "beta", 1), op.arg(4, "alpha", 1)
+    beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
     scaled = op.out.numel * ((beta not in (0, 1, -1)) + (alpha not in (1, -1)))
-    return matrix_product(op, op.args[1], op.args[2], bias=beta != 0) + Cost(mults=scaled)
+    return matrix_product(op.args[1], op.args[2], bias=beta != 0) + Cost(mults=scaled)
 
 
 def addbmm(op: Op) -> Cost:
     """bias + the sum of the products of a batch: dot products that go over the batch, too."""
     a = op.args[1]
     terms = a.shape[0] * a.shape[2]
-    return dot_products(op.out.numel * terms, op.out.numel, 1, op.arg(3, "beta", 1) != 0)
+    return dot_products(op.out.numel * terms, op.out.numel, 1, op.kwargs.get("beta", 1) != 0)
 
 
-def matrix_product(op: Op, a: Value, b: Value, bias: bool) -> Cost:
+def matrix_product(a: Value, b: Value, bias: bool) -> Cost:
     """[..., M, K] x [..., K, N]: one dot product of K terms an output; zeros of a constant factor are left out."""
-    m, n = a.shape[-2], b.shape[-1]
-    if b.is_constant and not a.is_constant:
+    if b.is_constant:
         nonzeros, outputs = nonzeros_by_matrix(b, -1)
-        return dot_products(nonzeros, outputs, m, bias)
-    if a.is_constant and not b.is_constant:
-        nonzeros, outputs = nonzeros_by_matrix(a, -2)
-        return dot_products(nonzeros, outputs, n, bias)
-    return dot_products(op.out.numel * a.shape[-1], op.out.numel, 1, bias)
+        return dot_products(nonzeros, outputs, a.shape[-2], bias)
+    nonzeros, outputs = nonzeros_by_matrix(a, -2)
+    return dot_products(nonzeros, outputs, b.shape[-1], bias)
 
 
 def nonzeros_by_matrix(weight: Value, output_dim: int) -> tuple[int, int]:
@@ -125,7 +122,7 @@ def vector_product(op: Op) -> Cost:
 
 def addmv(op: Op) -> Cost:
     """A matrix times a vector, with bias."""
-    return _times_vector(op.args[1], op.args[2], bias=op.arg(3, "beta", 1) != 0)
+    return _times_vector(op.args[1], op.args[2], bias=op.kwargs.get("beta", 1) != 0)
 
 
 def _times_vector(a: Value, vector: Value, bias: bool) -> Cost:

@@ -111,10 +111,9 @@ def permutation_of(op: Op) -> tuple[int, ...]:
 def _by_table(op: Op) -> bool:
     if op.name not in ("aten.index", "aten.index_select") or op.out.shape != op.inputs[0].shape:
         return False
-    if op.name == "aten.index_select":
-        return op.args[2].is_constant and not op.args[0].is_constant
-    tables = [t for t in op.args[1] if t is not None]
-    return len(tables) == 1 and tables[0].is_constant and tables[0].dtype != torch.bool and not op.args[0].is_constant
+    found = op.args[2:3] if op.name == "aten.index_select" else op.args[1]
+    tables: list[Value] = [t for t in found if t is not None]
+    return len(tables) == 1 and tables[0].is_constant
 
 
 def _chain(op: Op) -> list[Op]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from micronet_eval.costs.cost import Cost, Formula
-from micronet_eval.trace import Op, Value
+from micronet_eval.trace import Op
 
 
 def _elements(op: Op) -> int:
@@ -49,10 +49,9 @@ def deviation(op: Op) -> Cost:
 def largest(op: Op) -> Cost:
     """Maximum or minimum over k elements: k - 1 comparisons, counted as additions. *(ours)*
 
-    Of two tensors: one comparison an element of the output. Also `any`, `all` and the place of the maximum.
+    Also `any`, `all` and the place of the maximum.
     """
-    two = len(op.args) > 1 and isinstance(op.args[1], Value)
-    return Cost(adds=op.out.numel if two else _elements(op) - op.out.numel)
+    return Cost(adds=_elements(op) - op.out.numel)
 
 
 def extremes(op: Op) -> Cost:
