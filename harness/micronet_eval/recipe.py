@@ -1,5 +1,6 @@
 """Recipes: ordered stages that turn a registered architecture into a submission.
 
+```toml
 task = "digits"
 seed = 0
 [architecture]
@@ -9,9 +10,11 @@ train = { epochs = 30, learning_rate = 0.002 }
 [[stages]]
 pruner = "low-rank"
 parameters = 20_000
+```
 
 A stage can repeat others, until a target is reached or quality on held-out training data falls too low:
 
+```toml
 [[stages]]
 [stages.rounds]
 times = 10
@@ -20,6 +23,7 @@ quality = 0.97
 pruner = "magnitude"
 [[stages.rounds.stages]]
 train = { epochs = 2, learning_rate = 0.001 }
+```
 """
 
 from __future__ import annotations
