@@ -59,7 +59,7 @@ def result(folder: Path) -> dict[str, Any]:
     report = evaluate(folder)
     assert report.score is not None and report.quality.measured is not None
     return {
-        "name": report.name,
+        "name": report.submission,
         "storage": report.score.storage,
         "math": report.score.math,
         "score": report.score.total,
