@@ -23,7 +23,7 @@ import tomli_w
 import tomllib
 
 from benchmarks.__main__ import ROOT, environment
-from micronet_eval import evaluate
+from benchmarks.fashion import measured
 from micronet_eval.recipe import compress
 
 OURS = ROOT / "submissions" / "fashion-best"
@@ -54,20 +54,6 @@ def recipe(ratio: float) -> str:
     )
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """What the program measures of a submission."""
-    report = evaluate(folder)
-    assert report.score is not None and report.quality.measured is not None
-    return {
-        "name": report.submission,
-        "storage": report.score.storage,
-        "math": report.score.math,
-        "score": report.score.total,
-        "correct": round(report.quality.measured * report.quality.examples),
-        "passed": report.quality.passed,
-    }
-
-
 def main() -> None:
     """Runs what is missing and writes the results."""
     folder = Path(sys.argv[1])
@@ -79,12 +65,12 @@ def main() -> None:
             path = folder / f"torch-pruning-{ratio}.toml"
             path.write_text(recipe(ratio), encoding="utf-8")
             compress(path, made, log=lambda line: print(line, flush=True))
-        theirs.append(result(made))
+        theirs.append(measured(made))
         print(theirs[-1], flush=True)
     if len(sys.argv) > 2:
         return
     where = {**environment(), "torchao": version("torchao"), "torch-pruning": version("torch-pruning")}
-    kept = {"environment": {name: where[name] for name in TOLD}, "ours": result(OURS), "theirs": theirs}
+    kept = {"environment": {name: where[name] for name in TOLD}, "ours": measured(OURS), "theirs": theirs}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 

@@ -98,13 +98,12 @@ def _pipeline(kept: dict[str, Any]) -> list[str]:
     """What each part of the pipeline leaves, beside what the entry's report says of its own."""
     x = kept["result"]
     dense, *rest = kept["steps"][1:]
-    pruned = [step for step in rest if "pruner" in step["stage"] or step["stage"].startswith("round")]
-    last_prune = rest.index(pruned[-1])
+    last_round = [step for step in rest if step["stage"].startswith("round")][-1]
     sparse = next(i for i, step in enumerate(rest) if step["stage"].startswith("sparsifier"))
     merge = next(i for i, step in enumerate(rest) if step["stage"].startswith("merge"))
     parts = [
         ("training", dense, "88 %"),
-        ("the rounds of EigenDamage with annealing", rest[last_prune], ""),
+        ("the rounds of EigenDamage with annealing", last_round, ""),
         ("more training", rest[sparse - 1], "92.81 % removed, 81.30 %"),
         ("sparsity, and training", rest[merge - 1], "45.31 % zero, 80.75 %"),
         ("9-bit weights, 12-bit activations, and training", rest[-1], "score 0.0456"),
@@ -192,7 +191,7 @@ def _against(kept: dict[str, Any]) -> list[str]:
     for x in (ours, *theirs):
         verdict = "reached" if x["passed"] else "missed"
         lines.append(
-            f"| {x['name']} | {x['storage']:.5f} | {x['math']:.5f} | {x['score']:.5f} | "
+            f"| {x['folder']} | {x['storage']:.5f} | {x['math']:.5f} | {x['score']:.5f} | "
             f"{ours['score'] / x['score']:.2f} | {x['correct']:,} | {verdict} |"
         )
     told = ", ".join(f"{name} {kept['environment'][name]}" for name in ("torch-pruning", "torchao"))
