@@ -50,6 +50,11 @@ The network and the test set are small: rounding each activation, which reads an
 weights once, is a large part beside its convolutions. Weights are quantized once for all batches
 (`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted.
 """,
+    "compare": """
+Two processes start, and each imports torch before its first job; no job's own time has that in it. Beside jobs that
+train, it is little; beside 64 evaluations of a quarter of a second each it is most of what is lost, and the limit as
+long as jobs are run by processes of their own, which keep a job that dies from taking the others with it.
+""",
     "eigendamage": """
 A round goes forward and backward twice: once for the Kronecker factors, once for the corrected eigenvalues. The latter
 take the gradient of each example in the eigenbasis, one after the other, so that it is squared while it is cached, and
