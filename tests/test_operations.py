@@ -429,6 +429,20 @@ def test_complex_numbers_are_an_error():
         count(lambda x: torch.view_as_complex(x) * 2j, (3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_stored_complex_numbers_are_an_error_that_names_them(dtype):
+    class Filtered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("filter", torch.ones(3, dtype=dtype))
+
+        def forward(self, x):
+            return x * self.filter
+
+    with pytest.raises(InputError, match=rf"^'filter' cannot be stored: tensors of {dtype} have no number format"):
+        micronet_eval.score(Filtered().eval(), torch.zeros(1, 3))
+
+
 # --- reductions -------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from micronet_eval.costs import FREE, permutation_of
+from micronet_eval.errors import InputError
 from micronet_eval.formats import (
     CODEBOOK_OP,
     FIXED_POINT_OP,
@@ -27,6 +28,7 @@ from micronet_eval.formats import (
     FixedPoint,
     Format,
     Integer,
+    OffGrid,
     Plain,
     Signs,
     index_bits,
@@ -379,7 +381,10 @@ def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value |
     if exponent:
         return Stored(name, value, _side_format(value, grid_of(op)), is_overhead=True, in_code=not leaves)  # type: ignore[arg-type]
     index = op is not None and op.name in FREE and not value.dtype.is_floating_point
-    number_format = _format(value, grid, made or value, index)
+    try:
+        number_format = _format(value, grid, made or value, index)
+    except OffGrid as error:
+        raise InputError(f"{name!r} cannot be stored: {error}") from error
     folds = op is not None and op.outputs and op.out.is_constant  # an index into a codebook is a code
     return Stored(name, value, number_format, False, index and not folds, in_code=not leaves)
 

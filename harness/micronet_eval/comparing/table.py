@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
@@ -42,7 +43,7 @@ class Row:
         """Whether nothing came out of it, whatever the seed."""
         return self.score is None and bool(self.errors)
 
-    @property
+    @cached_property
     def metric(self) -> Metric | None:
         """The metric of its quality; None where no task is known."""
         return METRICS[plugins.lookup("task", self.task).metric] if self.task else None
@@ -55,8 +56,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
         groups.setdefault(result.name, []).append(result)
     found = [_mean(group) for group in groups.values()]
     return [
-        Row(**{**vars(row), "best": not any(_beats(other, row) for other in found) and row.score is not None})
-        for row in found
+        replace(row, best=row.score is not None and not any(_beats(other, row) for other in found)) for row in found
     ]
 
 
