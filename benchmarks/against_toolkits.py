@@ -1,7 +1,7 @@
 """What a user would pick, at our fine-tuning budget: torch-pruning's magnitude pruner, then torchao's int8.
 
 python -m benchmarks.against_toolkits FOLDER          writes results/against_toolkits.json, and submissions into FOLDER
-python -m benchmarks.against_toolkits FOLDER 0.2      runs this share of channels alone, and writes no results
+python -m benchmarks.against_toolkits FOLDER 0.2 0.25 with these shares of channels in the place of those below
 
 Both start from the trained network that the recipe of submissions/fashion-best names, and learn from the same teachers,
 in the folders that it names, as that submission does: the epochs of its recipe before the quantizer follow the pruner
@@ -67,8 +67,6 @@ def main() -> None:
             compress(path, made, log=lambda line: print(line, flush=True))
         theirs.append(measured(made))
         print(theirs[-1], flush=True)
-    if len(sys.argv) > 2:
-        return
     where = {**environment(), "torchao": version("torchao"), "torch-pruning": version("torch-pruning")}
     kept = {"environment": {name: where[name] for name in TOLD}, "ours": measured(OURS), "theirs": theirs}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

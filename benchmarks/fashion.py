@@ -182,8 +182,9 @@ def _against(kept: dict[str, Any]) -> list[str]:
     lines = [
         "## Against what a user would pick",
         "",
-        "`python -m benchmarks.against_toolkits`: the same trained network, teachers and number of epochs, but",
-        "torch-pruning's magnitude pruner and torchao's int8 in the place of our sparsifier and quantizer.",
+        "`python -m benchmarks.against_toolkits`: the same network, trained by the same recipe, the same teachers and",
+        "number of epochs, but torch-pruning's magnitude pruner, which takes so much of the channels, and torchao's",
+        "int8 in the place of our sparsifier and quantizer.",
         "",
         "| | storage | math | score | ours by theirs | right of 10,000 | threshold |",
         "|---|---|---|---|---|---|---|",
