@@ -54,6 +54,12 @@ def recipe(ratio: float) -> str:
     )
 
 
+def told(folder: Path) -> dict[str, Any]:
+    """What a submission comes to, and for how many epochs its recipe trains."""
+    stages = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))["stages"]
+    return {**measured(folder), "epochs": sum(stage["train"]["epochs"] for stage in stages if "train" in stage)}
+
+
 def main() -> None:
     """Runs what is missing and writes the results."""
     folder = Path(sys.argv[1])
@@ -65,10 +71,10 @@ def main() -> None:
             path = folder / f"torch-pruning-{ratio}.toml"
             path.write_text(recipe(ratio), encoding="utf-8")
             compress(path, made, log=lambda line: print(line, flush=True))
-        theirs.append(measured(made))
+        theirs.append(told(made))
         print(theirs[-1], flush=True)
     where = {**environment(), "torchao": version("torchao"), "torch-pruning": version("torch-pruning")}
-    kept = {"environment": {name: where[name] for name in TOLD}, "ours": measured(OURS), "theirs": theirs}
+    kept = {"environment": {name: where[name] for name in TOLD}, "ours": told(OURS), "theirs": theirs}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
