@@ -198,6 +198,8 @@ def _against(kept: dict[str, Any]) -> list[str]:
             f"{ours['score'] / x['score']:.2f} | {x['correct']:,} | {verdict} |"
         )
     lines += ["", *(f"- {x['folder']}: {x['note']}." for x in theirs if x["note"])]
+    if min(theirs, key=lambda x: x["score"])["passed"]:
+        lines.append("- The cheapest of theirs passes: a larger share of the channels may, too, and cost less.")
     told = ", ".join(f"{name} {kept['environment'][name]}" for name in ("torch-pruning", "torchao"))
     return [*lines, "", f"{told}. Theirs: {_where(kept['environment'])}"]
 
