@@ -257,7 +257,10 @@ def test_count_of_a_function_in_the_current_directory(run, tmp_path, monkeypatch
 
 # --- lists ------------------------------------------------------------------------------------------------------------
 
-QUANTIZERS = ("fixed-point", "affine", "lsq", "binary", "ternary", "codebook", "gptq", "mixed", "torchao", "brevitas")
+QUANTIZERS = (
+    "fixed-point", "affine", "lsq", "binary", "ternary", "codebook", "gptq", "mixed", "torchao", "brevitas",
+    "accumulators",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

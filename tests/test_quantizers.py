@@ -284,6 +284,30 @@ def test_a_scaled_activation_is_8_bits_a_scale_and_one_multiplication_an_output(
     assert counted.storage.overhead_bits == 3 * 32 + 32 + zero_points
 
 
+@pytest.mark.parametrize("quantizer", [AffineStrategy(activation_bits=4), LSQ(activation_bits=4)])
+def test_what_only_a_relu_reads_has_no_sign(quantizer):
+    """The sums of a residual block are quantized before the ReLU: where nothing else reads them, negative codes say
+    nothing, and twice as many are left for the rest."""
+
+    class Block(nn.Module):
+        def __init__(self, shortcut):
+            super().__init__()
+            self.first, self.relu, self.second, self.shortcut = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), shortcut
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.second(self.relu(y)) + (y * y if self.shortcut else 0)
+
+    inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for shortcut in (False, True):
+        torch.manual_seed(0)
+        model = quantizer.apply(Block(shortcut), context(inputs))
+        found[shortcut] = quantizers_of(model)["first"].range
+    assert found[False] == (0, 15)
+    assert found[True][0] < 0 < found[True][1] <= 7
+
+
 # --- lsq --------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What narrower accumulators would save. *(ours)* Shown beside the official figures, and never used for them.
+"""What other accumulators would score. *(ours)* Shown beside the official figures, and never used for them.
 
 Exact accumulators: where weights and inputs are fixed point, a dot product is a sum of integers, and its result is the
 same bit for bit in any two's-complement integer that cannot overflow. How wide that has to be is proved for each output
@@ -12,31 +12,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor
 
+from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid
 from micronet_eval.grids import Grid, constant_grid, data_inputs, grid_of, is_conversion, values_of
 from micronet_eval.scoring import Account, Count, Priced, number
-from micronet_eval.trace import Op, Value
+from micronet_eval.trace import Value
 
-WIDEST = 32
-
-KEEP_THE_GRID = frozenset(
-    f"aten.{name}"
-    for name in (
-        "_reshape_alias", "_reshape_copy", "_unsafe_view", "alias", "amax", "as_strided", "cat", "clone",
-        "constant_pad_nd", "contiguous", "detach", "diagonal", "expand", "flip", "gather", "index", "index_select",
-        "lift_fresh", "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "permute",
-        "reflection_pad1d", "reflection_pad2d", "relu", "repeat", "replication_pad1d", "replication_pad2d", "roll",
-        "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind", "unfold",
-        "unsqueeze", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "view",
-    )
-)  # fmt: skip
-"""Operations whose results are some of their inputs, or zero."""
+HALF = 16
+"""The bits of a half-precision float."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Math and score as they would be. `additions` of all `accumulations` are narrower than the 32 bits they count."""
+    """Math and score as they would be. `additions` of all `accumulations` would count other bits than they do."""
 
     ops32: float
     math: float | None
@@ -47,10 +35,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class WhatIf:
-    """Two kinds of accumulators that the official figure does not assume."""
+    """Kinds of accumulators that the official figure does not assume; `wide` are 32 bits where narrower ones run."""
 
     exact_accumulators: Figure
     fp16_accumulators: Figure
+    wide_accumulators: Figure
 
 
 @dataclass(frozen=True)
@@ -63,19 +52,33 @@ class Steps:
 
 
 def what_if(account: Account, baseline_math: float | None = None, storage_share: float | None = None) -> WhatIf:
-    """Both figures; their math and score are None without the baseline's math and the score's share of storage."""
+    """All figures; their math and score are None without the baseline's math and the score's share of storage."""
     official = sum(_shared(p.bits, p) for p in account.operations)
-    all_of_them = [(16, _shared(p.cost.accumulations, p)) for p in account.operations]
-    accumulations = number(sum(n for _, n in all_of_them))
+    accumulations = number(sum(_shared(p.cost.accumulations, p) for p in account.operations))
 
-    def figure(narrower: list[tuple[int, Fraction | int]]) -> Figure:
-        ops32 = float((official - sum(n * (WIDEST - bits) for bits, n in narrower)) / WIDEST)
+    def figure(changed: list[tuple[int, Fraction | int]]) -> Figure:
+        """`changed` are additions that would count so many bits more."""
+        ops32 = float((official + sum(more * n for more, n in changed)) / WIDEST)
         share = ops32 / baseline_math if baseline_math else None
         total = share + storage_share if share is not None and storage_share is not None else None
-        return Figure(ops32, share, total, number(sum(n for _, n in narrower)), accumulations)
+        return Figure(ops32, share, total, number(sum(n for _, n in changed)), accumulations)
 
-    exact = [(bits, _shared(n, p)) for p in account.operations for bits, n in exact_widths(p) if bits < WIDEST]
-    return WhatIf(figure(exact), figure(all_of_them))
+    exact = [
+        (bits - WIDEST, _shared(n, p))
+        for p in account.operations
+        if not p.accumulator.additions
+        for bits, n in exact_widths(p)
+        if bits < WIDEST
+    ]
+    now = [(bits, _shared(n, p)) for p in account.operations for bits, n in _executed(p)]
+    half = [(HALF - bits, n) for bits, n in now if bits > HALF]
+    return WhatIf(figure(exact), figure(half), figure([(WIDEST - bits, n) for bits, n in now if bits < WIDEST]))
+
+
+def _executed(priced: Priced) -> list[tuple[int, int]]:
+    """The bits that accumulating additions count, and how many."""
+    own, all_of_them = priced.accumulator, priced.cost.accumulations
+    return [(own.bits, own.additions), (WIDEST, all_of_them - own.additions)]
 
 
 def _shared(count: int, priced: Priced) -> Fraction | int:
@@ -88,23 +91,23 @@ def exact_widths(priced: Priced) -> list[tuple[int, int]]:
 
     Empty where that cannot be said: the weights or the inputs are not fixed point, or have no known values.
     """
-    op = priced.op
-    if (parts := _dot_product(op)) is None:
+    if (product := dot_product(priced.op)) is None:
         return []
-    x, weight, rows, bias, times = parts
-    steps, grid = range_of(x), constant_grid(weight)
+    weight, bias = product.weight.known, product.bias
+    steps, grid = range_of(product.x), constant_grid(product.weight)
     own = None if grid is None else _steps(grid)
-    if steps is None or own is None or rows.is_meta or (bias is not None and bias.is_meta):
+    if steps is None or own is None or weight is None or (bias is not None and bias.known is None):
         return []
+    rows = product.rows(weight)
     exponent = own.exponent
     codes = (rows.double() * 2.0**-exponent).to(torch.int64)
     counts = (codes != 0).sum(1).tolist()
     positive, negative = codes.clamp(min=0).sum(1).tolist(), (-codes).clamp(min=0).sum(1).tolist()
-    biases = [0.0] * len(counts) if bias is None else bias.flatten().tolist()
+    biases = [0.0] * len(counts) if bias is None else bias.data.flatten().tolist()  # type: ignore[union-attr]
     found = []
     for n, p, m, b in zip(counts, positive, negative, biases, strict=True):
         low, high = p * steps.low - m * steps.high, p * steps.high - m * steps.low
-        if n and (additions := (n - (bias is None)) * times):
+        if n and (additions := (n - (bias is None)) * product.times):
             found.append((accumulator_bits(low, high, b, steps.exponent + exponent), additions))
     # A formula that another ruleset or a plugin put in the place of ours counts something else.
     return found if sum(n for _, n in found) == priced.cost.accumulations else []
@@ -132,7 +135,7 @@ def range_of(value: Value) -> Steps | None:
         return None
     if is_conversion(op):
         return _steps(grid_of(op))
-    if op.name not in KEEP_THE_GRID or (op.name == "aten.constant_pad_nd" and op.arg(2, "value", 0) != 0):
+    if not keeps_the_grid(op):
         return None
     sources = [range_of(source) for source in data_inputs(op)]
     known = [source for source in sources if source is not None]
@@ -150,24 +153,3 @@ def _steps(grid: Grid) -> Steps | None:
     if len(scales) != 1 or math.frexp(scales[0])[0] != 0.5 or any(grid.zeros()):
         return None
     return Steps(math.frexp(scales[0])[1] - 1, min(grid.low, 0), max(grid.high, 0))
-
-
-def _dot_product(op: Op) -> tuple[Value, Value, Tensor, Tensor | None, int] | None:
-    """Input, weight, its values as (outputs, terms), bias, repetitions of a dot product with a constant weight."""
-    if op.name == "aten.convolution" and not op.args[6]:
-        x, weight, bias = op.args[:3]
-        if x.is_constant or weight.data is None or not (bias is None or bias.is_constant):
-            return None
-        rows = weight.data.flatten(1)
-        return x, weight, rows, None if bias is None else bias.data, op.out.numel // weight.shape[0]
-    if op.name in ("aten.mm", "aten.bmm"):
-        a, b = op.args[:2]
-        if not a.is_constant and b.data is not None:
-            return a, b, b.data.movedim(-2, -1).flatten(0, -2), None, a.shape[-2]
-        if a.data is not None and not b.is_constant:
-            return b, a, a.data.flatten(0, -2), None, b.shape[-1]
-    if op.name == "aten.addmm" and op.kwargs.get("alpha", 1) == op.kwargs.get("beta", 1) == 1:
-        bias, a, b = op.args[:3]
-        if not a.is_constant and b.data is not None and bias.data is not None and bias.numel == b.shape[-1]:
-            return a, b, b.data.t(), bias.data, a.shape[-2]
-    return None

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from micronet_eval.costs import FREE
-from micronet_eval.formats import CONVERSIONS
+from micronet_eval.formats import ACCUMULATOR_OP, CONVERSIONS
 from micronet_eval.trace import Buffer, Op, Trace, Value
 
-_CONVERTS = frozenset((*CONVERSIONS, "aten._to_copy"))
+_CONVERTS = frozenset((*CONVERSIONS, "aten._to_copy", ACCUMULATOR_OP))
 
 _INPUT = -1  # the time before the first operation
 

@@ -116,9 +116,15 @@ def _bits(priced: Priced, freebie: bool) -> str:
     counts = (
         (priced.cost.mults, f"a multiplication counts {mult * 32}/32{why}"),
         (priced.cost.adds, f"an addition counts {add * 32}/32"),
-        (priced.cost.accumulations, "an accumulating addition counts 32/32"),
+        (priced.accumulator.additions, f"an addition in the accumulator counts {priced.accumulator.bits}/32"),
+        (_wide(priced), "an accumulating addition counts 32/32"),
     )
     return ": ".join(filter(None, (inputs, ", ".join(text for count, text in counts if count))))
+
+
+def _wide(priced: Priced) -> int:
+    """The accumulating additions that do not run in narrower accumulators."""
+    return priced.cost.accumulations - priced.accumulator.additions
 
 
 def _weights(priced: Priced, freebie: bool) -> tuple[Fraction, Fraction]:
@@ -130,7 +136,13 @@ def _weights(priced: Priced, freebie: bool) -> tuple[Fraction, Fraction]:
 def _ops32(priced: Priced, freebie: bool) -> str:
     cost = priced.cost
     mult, add = _weights(priced, freebie)
-    counts = ((cost.mults, mult), (cost.adds, add), (cost.accumulations, Fraction(1)))
+    own = priced.accumulator
+    counts = (
+        (cost.mults, mult),
+        (cost.adds, add),
+        (own.additions, Fraction(own.bits, 32)),
+        (_wide(priced), Fraction(1)),
+    )
     terms = [f"{n:,}" + (f" x {weight * 32}/32" if weight != 1 else "") for n, weight in counts if n]
     return f"{' + '.join(terms) or '0'} = {float(priced.ops32):,.10g}"
 

@@ -43,10 +43,12 @@ from micronet_eval.nonzeros import seen
 from micronet_eval.storage import stored_tensors
 from micronet_eval.structure import (
     StructureError,
+    accumulators_of,
     build_layer,
     changes,
     quantizers_of,
     replace,
+    set_accumulators,
     set_quantizers,
     submodule,
     traced,
@@ -63,11 +65,15 @@ Layout = Annotated[str, StringConstraints(pattern=r"^(dense|bitmask|blocks:[1-9]
 
 
 class Structure(BaseModel):
-    """What the file says beside the bits. `tensors` are (name, format, layout), in the order of the streams."""
+    """What the file says beside the bits. `tensors` are (name, format, layout), in the order of the streams.
+
+    `accumulators` are the bits that layers sum in where that are fewer than 32.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     activations: dict[str, int | str] = Field(default_factory=dict)
+    accumulators: dict[str, Annotated[int, Field(ge=2, le=31)]] = Field(default_factory=dict)
     tensors: list[tuple[str, str, Layout]]
 
 
@@ -247,6 +253,7 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
         structure = Structure(
             layers=changes(architecture, model),
             activations={name: quantizer.declared for name, quantizer in quantizers_of(model).items()},
+            accumulators=accumulators_of(model),
             tensors=tensors,
         )
     except StructureError as error:
@@ -278,6 +285,9 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
             _assign(model, places, name, *_read_tensor(packed, readers, model, name, spec, layout))
         for reader in readers.values():
             reader.finish()
+        if structure.accumulators:
+            model = traced(model)
+            set_accumulators(model, structure.accumulators)
     except RecursionError as error:
         raise InputError("the weights do not fit: a layer is nested too deep") from error
     except (OffGrid, StructureError) as error:
@@ -430,7 +440,8 @@ def write(packed: Packed, path: Path) -> None:
 
 def file_bytes(packed: Packed) -> bytes:
     """What the file holds; the same model gives the same bytes."""
-    text = packed.structure.model_dump_json().encode()
+    unused = set() if packed.structure.accumulators else {"accumulators"}  # files of old have no such field
+    text = packed.structure.model_dump_json(exclude=unused).encode()
     streams = {**packed.streams, "structure": np.frombuffer(zlib.compress(text, 9), np.uint8)}
     tensors = {name: torch.from_numpy(stream.copy()) for name, stream in streams.items()}
     return save({**tensors, **packed.plain}, metadata=_metadata(streams, packed.plain))

@@ -46,14 +46,15 @@ def mean_math(paths: Mapping[str, Math], shares: Mapping[str, Fraction]) -> Math
 def mean_layers(layers: Iterable[tuple[str, Layer]], shares: Mapping[str, Fraction]) -> tuple[Layer, ...]:
     """Operations with their paths -> the mean of each; the n-th of a kind in a module is the same on all paths."""
     nth: Counter[tuple[str, str, str]] = Counter()
-    means: dict[tuple[str, str, int, int, int], list[Fraction]] = {}
+    means: dict[tuple[str, str, int, int, int, int], list[Fraction]] = {}
     for path, layer in layers:
         nth[path, layer.module, layer.op] += 1
-        key = layer.module, layer.op, layer.input_bits, layer.weight_bits, nth[path, layer.module, layer.op]
+        bits = layer.input_bits, layer.weight_bits, layer.accumulator_bits
+        key = layer.module, layer.op, *bits, nth[path, layer.module, layer.op]
         costs = [Fraction(cost) * shares[path] for cost in (layer.mults, layer.adds, layer.ops32, layer.macs)]
         added = [*costs, Fraction(layer.storage_bits)]
         means[key] = [a + b for a, b in zip(means.get(key, [Fraction(0)] * 5), added, strict=True)]
     return tuple(
-        Layer(module, op, number(mults), number(adds), inputs, weights, float(ops32), int(stored), number(macs))
-        for (module, op, inputs, weights, _), (mults, adds, ops32, macs, stored) in means.items()
+        Layer(module, op, number(mults), number(adds), inputs, weights, float(ops32), int(stored), number(macs), own)
+        for (module, op, inputs, weights, own, _), (mults, adds, ops32, macs, stored) in means.items()
     )

@@ -15,6 +15,7 @@ from micronet_eval.accumulators import Figure
 from micronet_eval.breakdown import ModuleCost
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.diffing import Change, Diff
+from micronet_eval.dotted import WIDEST
 from micronet_eval.evaluation import Claim, Report
 from micronet_eval.explaining import Explanation
 from micronet_eval.quality import Quality
@@ -132,9 +133,15 @@ def _details(report: Report) -> Table:
         peak = f"{report.activation.peak_bits:,} bits of activations alive at once, at {report.activation.at}"
         table.add_row(Text("peak", "bold"), Text(peak))
     label = "what if"
-    for name, figure in (("exact", report.what_if.exact_accumulators), ("fp16", report.what_if.fp16_accumulators)):
+    others = report.what_if
+    kinds = (
+        ("exact", others.exact_accumulators, "narrower"),
+        ("fp16", others.fp16_accumulators, "narrower"),
+        ("32-bit", others.wide_accumulators, "wider"),
+    )
+    for name, figure, how in kinds:
         if figure.additions:
-            table.add_row(Text(label, "bold"), f"{name} accumulators: {_figure(figure)}")
+            table.add_row(Text(label, "bold"), f"{name} accumulators: {_figure(figure)} {how}")
             label = ""
     if storage.file_bytes is not None:
         table.add_row(Text("isolation", "bold"), report.isolation)
@@ -152,7 +159,7 @@ def _details(report: Report) -> Table:
 def _figure(figure: Figure) -> str:
     total = f"ops32 {figure.ops32:,.0f}" if figure.score is None else f"score {figure.score:.6g}"
     applies = f"{figure.additions:,} of {figure.accumulations:,}"
-    return f"{total}; {'all' if figure.additions == figure.accumulations else applies} accumulating additions narrower"
+    return f"{total}; {'all' if figure.additions == figure.accumulations else applies} accumulating additions"
 
 
 def _layers(report: Report, every: bool, width: int) -> Table:
@@ -213,7 +220,8 @@ def _count(number: float) -> str:
 
 
 def _bits(layer: Layer) -> str:
-    return f"{layer.input_bits}·{layer.weight_bits}" if layer.weight_bits else str(layer.input_bits)
+    sums = f" Σ{layer.accumulator_bits}" if layer.accumulator_bits < WIDEST else ""
+    return f"{layer.input_bits}·{layer.weight_bits}{sums}" if layer.weight_bits else str(layer.input_bits)
 
 
 def _coverage(report: Report) -> str:

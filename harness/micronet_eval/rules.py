@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from micronet_eval.costs import ADDENDS, SCALE_OP
+from micronet_eval.dotted import WIDEST
 from micronet_eval.evaluation import Report, report_on
 from micronet_eval.formats import CODEBOOK_OP, CONVERSIONS
 from micronet_eval.masks import ELEMENT
@@ -229,6 +230,12 @@ RULES: tuple[Rule, ...] = (
         "additions that accumulate count 1",
         ("costs.cost:Cost", "scoring:weighted"),
         _runs(*_DOT_PRODUCTS, "mean", "sum"),
+    ),
+    Rule(
+        "width.accumulator",
+        "additions in accumulators that really wrap at few bits count those",
+        ("dotted:accumulators", "formats:accumulator", "scoring:account"),
+        lambda e: any(x.accumulator_bits < WIDEST for x in e.report.layers),
     ),
     Rule(
         "width.signs",

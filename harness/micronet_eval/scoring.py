@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 
 from micronet_eval.costs import FREE, SCALE_OP, Cost, Formula, cost_of
+from micronet_eval.dotted import WIDE, WIDEST, Accumulator, accumulators
 from micronet_eval.formats import Plain
 from micronet_eval.precision import bit_widths, factor_widths, with_scales
 from micronet_eval.storage import FREEBIE_BITS, Stored, freebie_applies, stored_tensors
@@ -23,7 +24,7 @@ Count = int | float
 class Layer:
     """One operation. `ops32` is its cost in 32-bit operations, `storage_bits` what it is the first to use.
 
-    `macs` says how many of the multiplications belong to dot products.
+    `macs` says how many of the multiplications belong to dot products, `accumulator_bits` what those are summed in.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Layer:
     ops32: float
     storage_bits: int
     macs: Count = 0
+    accumulator_bits: int = WIDEST
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Priced:
     """An operation with its cost, the widest activation and constant that go in (0: none), and its weighted cost.
 
     `mult_bits` and `add_bits` are 32 times the 32-bit operations, so that they are whole numbers. `share` of the
-    examples execute it: 1, unless the model is conditional.
+    examples execute it: 1, unless the model is conditional. `accumulator` is what its dot products really run in.
     """
 
     op: Op
@@ -110,6 +112,7 @@ class Priced:
     mult_bits: int
     add_bits: int
     share: Fraction = Fraction(1)
+    accumulator: Accumulator = WIDE
 
     @property
     def bits(self) -> int:
@@ -183,6 +186,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         code_bits=sum(b.total for s, b in bits.items() if s.in_code),
     )
     widths = bit_widths(executed)
+    narrow = {} if freebie else accumulators(executed)
     operations: list[Priced] = []
     free: dict[str, str] = {}
     free_layers: list[Layer] = []
@@ -190,7 +194,12 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         cost = cost_of(op, formulas)
         if cost is not None:
             inputs, weights = factor_widths(op, widths)
-            operations.append(Priced(op, cost, inputs, weights, *weighted_bits(cost, max(inputs, weights), freebie)))
+            own = narrow.get(op, WIDE)
+            if own.additions > cost.accumulations:  # a ruleset or a plugin counts something else than dot products
+                own = WIDE
+            mult_bits, add_bits = weighted_bits(cost, max(inputs, weights), freebie)
+            add_bits -= (WIDEST - own.bits) * own.additions
+            operations.append(Priced(op, cost, inputs, weights, mult_bits, add_bits, accumulator=own))
             continue
         free[op.name] = FREE[op.name]
         if bits_of_op[op]:
@@ -206,6 +215,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
             ops32=p.bits / 32,
             storage_bits=bits_of_op[p.op],
             macs=p.cost.macs,
+            accumulator_bits=p.accumulator.bits,
         )
         for p in operations
     )
@@ -302,8 +312,8 @@ def weighted(cost: Cost, width: int, freebie: bool = False) -> tuple[Fraction, F
 def weighted_bits(cost: Cost, width: int, freebie: bool = False) -> tuple[int, int]:
     """Multiplications and additions, each times the bits that it counts, for inputs of at most `width` bits.
 
-    An operation counts width / 32, never more than 1. Accumulating additions count 1. With the freebie
-    multiplications count at most 16 / 32 and all additions 1.
+    An operation counts width / 32, never more than 1. Accumulating additions count 1 (what narrower accumulators save
+    is taken off in `account`). With the freebie multiplications count at most 16 / 32 and all additions 1.
     """
     mult_width = min(width, FREEBIE_BITS if freebie else 32)
     add_width = 32 if freebie else min(width, 32)

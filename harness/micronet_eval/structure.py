@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from micronet_eval.conditional import conditional_of
-from micronet_eval.formats import ActivationQuantizer
+from micronet_eval.formats import ActivationQuantizer, AffineQuantizer, FixedPointQuantizer, SignQuantizer, accumulator
 
 QUANTIZERS = "quantizers"
 """The submodule that holds a model's activation quantizers, each under the name of the graph node that it follows."""
@@ -267,3 +267,87 @@ def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
     holder = submodule(model, QUANTIZERS)
     children: Iterable[tuple[str, nn.Module]] = holder.named_children() if holder else ()
     return {name: child for name, child in children if isinstance(child, ActivationQuantizer)}
+
+
+# --- accumulators -----------------------------------------------------------------------------------------------------
+
+_PASSES = (nn.ReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
+"""Layers that leave quantized values on their grid; other moves and selections are functions."""
+
+_PASS = {torch.relu, nn.functional.relu, torch.flatten, nn.functional.max_pool2d, "relu", "flatten", "view", "reshape"}
+
+
+def set_accumulators(graph_module: fx.GraphModule, bits: Mapping[str, int]) -> None:
+    """Lets each layer of a path sum in two's-complement integers of so many bits, which wrap around.
+
+    Raises StructureError for what is no convolution or linear layer, or has no integers as weights and as inputs.
+    """
+    for path, width in bits.items():
+        layer = submodule(graph_module, path)
+        nodes = [node for node in graph_module.graph.nodes if node.op == "call_module" and node.target == path]
+        if layer is None or not nodes:
+            raise StructureError(f"no layer {path!r} is there to sum in {width} bits")
+        weight_step, dim = _weight_step(path, layer), _outputs_dim(path, layer)
+        for node in nodes:
+            input_step = _input_step(path, graph_module, node)
+            with graph_module.graph.inserting_after(node):
+                summed = graph_module.graph.call_function(accumulator)
+            with graph_module.graph.inserting_before(summed):
+                names = (input_step, weight_step, None if layer.bias is None else f"{path}.bias")
+                tensors = [name and graph_module.graph.create_node("get_attr", name) for name in names]
+            node.replace_all_uses_with(summed)
+            summed.args = (node, *tensors, width, dim)
+    graph_module.recompile()
+    quiet(graph_module)
+
+
+def accumulator_nodes(model: nn.Module) -> dict[fx.Node, str]:
+    """The nodes of a graph that sum in narrower accumulators, in order, each with the path of its layer."""
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    return {node: str(node.args[0].target) for node in nodes if node.target is accumulator}
+
+
+def accumulators_of(model: nn.Module) -> dict[str, int]:
+    """The bits that layers sum in, by their paths: what `set_accumulators` was called with."""
+    return {path: node.args[4] for node, path in accumulator_nodes(model).items()}  # type: ignore[misc]
+
+
+def _step(quantizer: nn.Module) -> str:
+    """The attribute of a quantizer that says its step; empty where it has none."""
+    if isinstance(quantizer, FixedPointQuantizer):
+        return "exponent"
+    return "scale" if isinstance(quantizer, AffineQuantizer | SignQuantizer) else ""
+
+
+def _weight_step(path: str, layer: nn.Module) -> str:
+    on_it = submodule(layer, "parametrizations.weight")
+    for i, quantizer in reversed(list(enumerate(on_it.children() if on_it else ()))):
+        if attribute := _step(quantizer):
+            return f"{path}.parametrizations.weight.{i}.{attribute}"
+    raise StructureError(f"the weights of {path!r} are no integers with a step, which an accumulator needs")
+
+
+def _outputs_dim(path: str, layer: nn.Module) -> int:
+    """Which dimension of the result holds the outputs, from the end."""
+    for kind, dim in ((nn.Linear, -1), (nn.Conv1d, -2), (nn.Conv2d, -3), (nn.Conv3d, -4)):
+        if issubclass(layer_type(layer), kind):
+            return dim
+    raise StructureError(f"{path!r} is no convolution or linear layer, of which an accumulator could be set")
+
+
+def _input_step(path: str, graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """The step of the quantizer that the input of a layer comes from, through moves and selections."""
+    source = node.args[0]
+    while isinstance(source, fx.Node):
+        target = source.target
+        if source.op == "call_module":
+            module = graph_module.get_submodule(str(target))
+            if attribute := _step(module):
+                return f"{target}.{attribute}"
+            passes = isinstance(module, _PASSES)
+        else:
+            passes = target in _PASS
+        if not passes:
+            break
+        source = source.args[0] if source.args else None
+    raise StructureError(f"what {path!r} multiplies is not quantized, so that no accumulator can be set")

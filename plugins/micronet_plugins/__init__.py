@@ -48,6 +48,7 @@ def micronet_register_sparsifiers(register: Any) -> None:
 @hookimpl
 def micronet_register_quantizers(register: Any) -> None:
     """The bundled quantizers."""
+    from micronet_plugins.accumulators import Accumulators
     from micronet_plugins.affine import AffineStrategy
     from micronet_plugins.brevitas_adapter import Brevitas
     from micronet_plugins.codebook import CodebookStrategy
@@ -68,6 +69,7 @@ def micronet_register_quantizers(register: Any) -> None:
     register("mixed", Mixed)
     register("torchao", TorchAO)
     register("brevitas", Brevitas)
+    register("accumulators", Accumulators)
 
 
 @hookimpl

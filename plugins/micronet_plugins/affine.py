@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import fx, nn
 
 from micronet_eval.formats import Affine, AffineQuantizer
 from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context
-from micronet_eval.structure import QUANTIZERS, replace, set_quantizers, traced
+from micronet_eval.structure import QUANTIZERS, quantizers_of, replace, set_quantizers, traced
 from micronet_plugins.calibration import Calibration, Observed, affine_format, observe
 from micronet_plugins.layerwise import Granularity, WeightQuantizer, blocks_of
 
@@ -28,14 +29,37 @@ class ScaledQuantizer(WeightQuantizer):
         # What the scales shall be can be observed only once the quantizers are in their places.
         unknown = Affine(0, 2**self.activation_bits - 1, (), torch.ones(1))
         set_quantizers(graph, {name: AffineQuantizer(unknown) for name in nodes})
+        rectified = _only_rectified(graph)
         for name, seen in observe(graph, context, self.batches).items():
             if name in nodes:
+                seen = _positive(seen) if name in rectified else seen
                 quantizer = AffineQuantizer(self.activation_format(seen), self.learned)
                 replace(graph, f"{QUANTIZERS}.{name}", quantizer)
 
     @abstractmethod
     def activation_format(self, seen: Observed) -> Affine:
         """The format of an activation, without blocks."""
+
+
+_RECTIFIES = (nn.ReLU, nn.ReLU6)
+
+
+def _only_rectified(graph: fx.GraphModule) -> set[str]:
+    """The nodes whose values nothing but a ReLU reads: they need no sign, as it drops what is negative."""
+
+    def rectifies(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(graph.get_submodule(str(node.target)), _RECTIFIES)
+        return node.target in (torch.relu, nn.functional.relu, nn.functional.relu6, "relu")
+
+    names = {f"{QUANTIZERS}.{name}": name for name in quantizers_of(graph)}
+    quantized = [node for node in graph.graph.nodes if node.target in names]
+    return {names[str(node.target)] for node in quantized if node.users and all(map(rectifies, node.users))}
+
+
+def _positive(seen: Observed) -> Observed:
+    """What is left of the values behind a ReLU."""
+    return dataclasses.replace(Observed.of(seen.sample.clamp(min=0)), high=max(seen.high, 0.0))
 
 
 class AffineStrategy(ScaledQuantizer):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from micronet_eval.costs.cost import Cost
-from micronet_eval.formats import CONVERSIONS
+from micronet_eval.formats import ACCUMULATOR_OP, CONVERSIONS
 from micronet_eval.trace import WRITE_OP, Op, Value
 
 VIEW = "a view or a copy of the same values"
@@ -51,6 +51,7 @@ FREE: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("aten._assert_async", "aten._assert_tensor_metadata"), "a check that computes nothing"),
         "aten._to_copy": "a conversion to a format that the same hardware computes in",
         **CONVERSIONS,
+        ACCUMULATOR_OP: "the integers that a dot product is summed in",
         WRITE_OP: "what a partial write left as it was",
     }
 )  # fmt: skip

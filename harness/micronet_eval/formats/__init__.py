@@ -1,6 +1,13 @@
 """Number formats, the quantizers that round to them, and the names of the operations that convert."""
 
-from micronet_eval.formats.conversions import CODEBOOK_OP, CONVERSIONS, FIXED_POINT_OP, QUANTIZE, SIGNS_OP
+from micronet_eval.formats.conversions import (
+    ACCUMULATOR_OP,
+    CODEBOOK_OP,
+    CONVERSIONS,
+    FIXED_POINT_OP,
+    QUANTIZE,
+    SIGNS_OP,
+)
 from micronet_eval.formats.number import (
     _PLAIN,
     FLOAT8,
@@ -23,12 +30,15 @@ from micronet_eval.formats.quantizers import (
     CodebookQuantizer,
     FixedPointQuantizer,
     SignQuantizer,
+    accumulator,
     fixed_point,
+    integer_sums,
     of_activations,
     of_weights,
 )
 
 __all__ = [
+    "ACCUMULATOR_OP",
     "CODEBOOK_OP",
     "CONVERSIONS",
     "FIXED_POINT_OP",
@@ -49,11 +59,13 @@ __all__ = [
     "Plain",
     "SignQuantizer",
     "Signs",
+    "accumulator",
     "bits_of_range",
     "block_indices",
     "fixed_point",
     "format_of",
     "index_bits",
+    "integer_sums",
     "of_activations",
     "of_weights",
 ]

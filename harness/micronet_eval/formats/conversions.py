@@ -7,6 +7,9 @@ from types import MappingProxyType
 
 FIXED_POINT_OP, CODEBOOK_OP, SIGNS_OP = "micronet.fixed_point", "micronet.codebook", "micronet.signs"
 
+ACCUMULATOR_OP = "micronet.accumulator"
+"""No conversion, but what makes a dot product run in integers of few bits."""
+
 _GRAINS = ("per_tensor", "per_channel", "per_token", "per_channel_group")
 
 QUANTIZE = frozenset(f"quantized_decomposed.quantize_{grain}" for grain in _GRAINS)

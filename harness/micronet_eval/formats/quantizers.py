@@ -335,6 +335,47 @@ class CodebookQuantizer(nn.Module):
         return x
 
 
+# --- accumulators -----------------------------------------------------------------------------------------------------
+
+
+@_operation
+def accumulator(x: Tensor, input_step: Tensor, weight_step: Tensor, bias: Tensor | None, bits: int, dim: int) -> Tensor:
+    """What the dot products `x` come to in two's-complement integers of `bits` bits, which wrap around.
+
+    `x` was summed wide, bias included: integers times both steps. Integers modulo 2**bits have one sum, in whatever
+    order they are added, so that it follows from the wide one. The bias is added behind it. A step is a scale, or, as
+    an integer, the exponent of a power of two; the weight's has one element, or one for each output, which dimension
+    `dim` of `x` counts.
+    """
+    sums, step = integer_sums(x, input_step, weight_step, bias, dim)
+    turns = sums.add_(2 ** (bits - 1)).div_(2**bits).floor_()
+    wrapped: Tensor = x - turns * (2**bits * step)
+    return wrapped
+
+
+def integer_sums(
+    x: Tensor, input_step: Tensor, weight_step: Tensor, bias: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor]:
+    """The integers that `accumulator` sums, without the bias, and the product of the steps, which broadcasts to `x`."""
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    step = (_step(input_step) * _step(weight_step)).reshape(shape)
+    sums = x if bias is None else x - bias.reshape(shape)
+    return (sums / step).round_(), step
+
+
+def _step(tensor: Tensor) -> Tensor:
+    return tensor.flatten() if tensor.is_floating_point() else torch.exp2(tensor.flatten().float())
+
+
+def _straight_on(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """A sum that wraps still rises with its terms."""
+    return gradient, None, None, None, None, None
+
+
+torch.library.register_autograd("micronet::accumulator", _straight_on)
+
+
 # --- from what a file declares ----------------------------------------------------------------------------------------
 
 _AFFINE_OF_ACTIVATIONS = re.compile(r"affine:(-?\d+):(-?\d+)(:zeros)?")
