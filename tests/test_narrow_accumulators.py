@@ -237,6 +237,12 @@ def test_who_cannot_have_one():
         set_accumulators(traced(nn.Sequential(nn.Sigmoid(), alone.get_submodule("0"))), {"1": 8})
 
 
+def test_weights_of_several_steps_in_an_output_cannot_have_one():
+    model = AffineStrategy(granularity="group", group_size=2).apply(NETS["linear"](), context())
+    with pytest.raises(InputError, match="sum integers of several steps"):
+        Accumulators().apply(model, context())
+
+
 def quantized_transposed():
     layer = nn.ConvTranspose2d(2, 2, 2)
     parametrize.register_parametrization(layer, "weight", FixedPointQuantizer(4))

@@ -323,6 +323,10 @@ def _weight_step(path: str, layer: nn.Module) -> str:
     on_it = submodule(layer, "parametrizations.weight")
     for i, quantizer in reversed(list(enumerate(on_it.children() if on_it else ()))):
         if attribute := _step(quantizer):
+            outputs, *terms = layer.get_parameter("parametrizations.weight.original").shape
+            blocks = getattr(quantizer, "blocks", ()) or (outputs, *terms)
+            if blocks[0] not in (1, outputs) or list(blocks[1:]) != terms:
+                raise StructureError(f"the outputs of {path!r} sum integers of several steps, which no accumulator can")
             return f"{path}.parametrizations.weight.{i}.{attribute}"
     raise StructureError(f"the weights of {path!r} are no integers with a step, which an accumulator needs")
 
