@@ -36,7 +36,15 @@ SAMPLE, SEED, SECONDS = 24, 1, 240  # of the processor, however busy the machine
 
 _COSTS = ("test_costs.py", "test_operations.py", "test_counting.py")
 TESTS: dict[str, tuple[str, ...]] = {
-    "scoring": ("test_counting.py", "test_accumulators.py", "test_costs.py", "test_explain.py", "test_conditional.py"),
+    "scoring": (
+        "test_counting.py",
+        "test_accumulators.py",
+        "test_narrow_accumulators.py",
+        "test_costs.py",
+        "test_explain.py",
+        "test_conditional.py",
+    ),
+    "dotted": ("test_narrow_accumulators.py", "test_accumulators.py"),
     "costs.dot_products": _COSTS,
     "costs.elementwise": _COSTS,
     "costs.moves": _COSTS,

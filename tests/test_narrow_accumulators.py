@@ -1,6 +1,6 @@
 """Accumulators of few bits that really run: wrapping integers, what they count, who may have one, their file."""
 
-import copy
+import dataclasses
 import io
 import json
 
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 import micronet_eval
 from micronet_eval import packing
 from micronet_eval.accumulators import what_if
-from micronet_eval.costs import FORMULAS
+from micronet_eval.costs import FORMULAS, Cost, NoFormula
 from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer, Codebook, CodebookQuantizer, FixedPointQuantizer, accumulator
 from micronet_eval.merge import without_batch_norm
@@ -46,6 +46,11 @@ def narrow(bits, *args, **options):
     graph, x = network(*args, **options)
     set_accumulators(graph, {"0": bits})
     return graph, x
+
+
+def replaced(inputs):
+    """A context whose training data are those inputs."""
+    return dataclasses.replace(context(), training_data=[(inputs, None)], example_input=inputs)
 
 
 def counted(model, x):
@@ -165,54 +170,160 @@ def test_in_a_sequence_of_vectors():
 class Own(nn.Module):
     """Calls the operation itself, with what it likes."""
 
-    def __init__(self, step=1.0, weight_step=1.0, bias=(0.5, 0.25, 0.0), dim=-1, also=lambda y: 0):
+    def __init__(
+        self, step=1.0, weight_step=1.0, bias=(0.5, 0.25, 0.0), dim=-1, bits=6,
+        before=lambda x: x, between=lambda y: y, also=lambda y: 0,
+    ):  # fmt: skip
         super().__init__()
         self.layer = network()[0].get_submodule("0")
         self.quantizer = FixedPointQuantizer(4)
         self.register_buffer("step", torch.tensor([step]))
         self.register_buffer("weight_step", torch.tensor([weight_step]))
         self.register_buffer("other", torch.tensor(bias))
-        self.dim, self.also = dim, also
+        self.dim, self.bits, self.before, self.between, self.also = dim, bits, before, between, also
 
     def forward(self, x):
-        y = self.layer(self.quantizer(x))
-        return accumulator(y, self.step, self.weight_step, self.other, 6, self.dim) + self.also(y)
+        y = self.layer(self.before(self.quantizer(x)))
+        summed = accumulator(self.between(y), self.step, self.weight_step, self.other, self.bits, self.dim)
+        return summed + self.also(y)
 
 
 @pytest.mark.rule("width.accumulator")
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"step": 2.0},  # integers of another step
-        {"weight_step": 0.5},
-        {"bias": (0.5, 0.25, 1.0)},
-        {"dim": 0},
-        {"also": lambda y: y},  # the wide sum is used, too
-        {"also": lambda y: y.view(1, 3) * 0},
+        ({"step": 2.0}, "its step of the input is not that"),
+        ({"weight_step": 0.5}, "its steps of the weight are not those"),
+        ({"bias": (0.5, 0.25, 1.0)}, "its bias is not that"),
+        ({"dim": 0}, "is no dot product with its outputs in that dimension"),
+        ({"bits": 1}, "has 2 to 24 bits, not 1"),
+        ({"bits": -1000}, "has 2 to 24 bits"),
+        ({"between": torch.t}, "is no dot product with its outputs in that dimension"),
+        ({"between": torch.tanh}, "is no dot product with its outputs in that dimension"),
+        ({"before": lambda x: torch.cat([x[:, 1:], torch.full((1, 1), 0.3)], 1)}, "is no integer with a step"),
+        ({"before": lambda x: nn.functional.pad(x[:, 1:], (0, 1), value=0.3)}, "is no integer with a step"),
+        ({"before": lambda x: x.sigmoid()}, "is no integer with a step"),
+        ({"before": lambda x: x - 0.5}, "is no integer with a step"),
     ],
 )
-def test_what_only_looks_like_one_counts_32_bits(options):
+def test_what_only_looks_like_one_is_told(options, message):
     honest, forged = Own().eval(), Own(**options).eval()
     x = torch.zeros(1, 3)
     assert [p.accumulator.bits for p in counted(honest, x).operations if p.cost.macs] == [6]
-    assert [p.accumulator.bits for p in counted(forged, x).operations if p.cost.macs] == [32]
+    with pytest.raises(NoFormula, match=message):
+        counted(forged, x)
 
 
-def test_steps_of_another_kind_are_stored():
-    names = {s.name for s in stored_tensors(trace(Own(step=2.0).eval(), torch.zeros(1, 3)))}
-    assert {"step", "weight_step", "other"} <= names
-    assert not {"step", "weight_step", "other"} & {
-        s.name for s in stored_tensors(trace(Own().eval(), torch.zeros(1, 3)))
-    }
+@pytest.mark.parametrize("also", [lambda y: y, lambda y: y.view(1, 3) * 0])
+def test_where_the_wide_sum_is_read_it_is_summed_wide(also):
+    model = Own(also=also).eval()
+    assert [p.accumulator.bits for p in counted(model, torch.zeros(1, 3)).operations if p.cost.macs] == [32]
 
 
-def test_a_constant_between_quantizer_and_layer_is_no_integer():
-    class Padded(Own):
+def test_tables_are_no_integers():
+    x = torch.zeros(1, 3)
+    table = Codebook(torch.tensor([0.0, 0.3, 1.7]))
+    layer = nn.Linear(3, 3)
+    parametrize.register_parametrization(layer, "weight", CodebookQuantizer(table))
+    own = Own(bias=layer.bias.tolist()).eval()
+    own.layer = layer
+    with pytest.raises(NoFormula, match="is no integer with a step"):
+        counted(own, x)
+    own = Own().eval()
+    own.quantizer = CodebookQuantizer(table)
+    with pytest.raises(NoFormula, match="is no integer with a step"):
+        counted(own, x)
+
+
+def test_weights_that_were_changed_behind_their_quantizer_are_no_integers():
+    class Shifted(Own):
         def forward(self, x):
-            y = self.layer(nn.functional.pad(self.quantizer(x)[:, :2], (0, 1), value=0.3))
+            padded = nn.functional.pad(self.layer.weight[:, :2], (0, 1), value=0.3)
+            y = nn.functional.linear(self.quantizer(x), padded, self.layer.bias)
             return accumulator(y, self.step, self.weight_step, self.other, 6, -1)
 
-    assert [p.accumulator.bits for p in counted(Padded().eval(), torch.zeros(1, 3)).operations if p.cost.macs] == [32]
+    with pytest.raises(NoFormula, match="is no integer times its step"):
+        counted(Shifted().eval(), torch.zeros(1, 3))
+
+
+def test_sums_that_float32_does_not_hold_are_told():
+    layer = nn.Linear(1024, 2, bias=False)
+    layer.weight.data = torch.full((2, 1024), 2.0**11 - 1)
+    parametrize.register_parametrization(layer, "weight", FixedPointQuantizer(12))
+    graph = traced(nn.Sequential(layer).eval())
+    set_quantizers(graph, {"input_1": FixedPointQuantizer(12)})
+    set_accumulators(graph, {"0": 16})
+    with pytest.raises(NoFormula, match="sums may reach 2\\^24 steps"):
+        counted(graph, torch.zeros(1, 1024))
+
+
+def test_steps_and_bias_are_stored_once():
+    names = [s.name for s in stored_tensors(trace(Own().eval(), torch.zeros(1, 3)))]
+    assert not {"step", "weight_step", "other"} & set(names)
+
+
+def test_without_values_additions_count_32_bits():
+    (wide, x), (model, _) = network(), narrow(6)
+    assert counted(model.to("meta"), x).math.add_ops32 == counted(wide.to("meta"), x).math.add_ops32
+
+
+def test_another_formula_keeps_32_bits():
+    model, x = narrow(6)
+    ours = FORMULAS["aten.addmm"]
+    more = {**FORMULAS, "aten.addmm": lambda op: ours(op) + Cost(accumulations=1)}
+    assert account(trace(model, x), more).math.add_ops32 == 7
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3, padding=1, groups=2), (2, 4, 9)),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 6, 6)),
+        (nn.Conv3d(4, 6, 3, stride=2), (2, 4, 5, 5, 5)),
+        (nn.Conv2d(4, 6, 3), (4, 6, 6)),
+        (nn.Linear(4, 6), (4,)),
+        (nn.Linear(4, 6), (2, 3, 5, 4)),
+        (nn.Linear(4, 6, bias=False), (2, 4)),
+    ],
+)
+def test_every_layer_and_every_shape(layer, shape):
+    model = AffineStrategy(weight_bits=5, activation_bits=5, granularity="channel").apply(
+        nn.Sequential(layer, nn.ReLU()), replaced(torch.randn(shape))
+    )
+    x, wide = torch.randn(shape), counted(model, torch.zeros(shape))
+    before = model(x)
+    set_accumulators(model, {"0": 20})
+    assert torch.equal(model(x), before)
+    found = counted(model, torch.zeros(shape))
+    assert [p.accumulator.bits for p in found.operations if p.cost.macs] == [20]
+    assert found.storage == wide.storage
+    # In few bits each output wraps on its own: what it loses is a whole number of turns of its own step.
+    layer, quantizer = model.get_submodule("0"), model.get_submodule("quantizers.input_1")
+    step, dim = layer.parametrizations.weight[0].scale, -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
+    wide = layer(quantizer(x))
+    wrapped = accumulator(wide, quantizer.scale, step, layer.bias, 4, dim)
+    turns = (wide - wrapped).movedim(dim, -1) / (16 * step * quantizer.scale)
+    assert torch.allclose(turns, turns.round(), atol=1e-3)
+    assert turns.abs().max() >= 1
+
+
+def test_a_layer_that_is_used_twice_has_one_for_both_uses(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.layer(input=self.layer(x).relu())
+
+    torch.manual_seed(0)
+    architecture, example = Twice(), torch.randn(1, 2, 6, 6)
+    model = Accumulators().apply(AffineStrategy(rest_bits=8).apply(architecture, replaced(example)), replaced(example))
+    assert [p.accumulator.bits < 32 for p in counted(model, example).operations if p.cost.macs] == [True, True]
+    file = tmp_path / "weights.safetensors"
+    packing.write(packing.pack(model, architecture, example), file)
+    again = packing.unpack(packing.read(file), Twice())
+    assert torch.equal(again(example), model(example))
 
 
 # --- who may have one -------------------------------------------------------------------------------------------------
@@ -255,9 +366,7 @@ def quantized_transposed():
 def test_the_fewest_bits_of_what_was_seen():
     rows = torch.tensor([[7.0, 7, 7], [-8, 0, 0], [1, 1, 1]])
     graph, x = network()
-    seen = copy.copy(context())
-    object.__setattr__(seen, "training_data", [(rows, None)])
-    object.__setattr__(seen, "example_input", x)
+    seen = dataclasses.replace(context(), training_data=[(rows, None)], example_input=x)
     # Sums 21, -8, 3; 0, 8, 0; 21, 0, 3: -8 ... 21 in 6 bits.
     assert accumulators_of(Accumulators(headroom=0).apply(graph, seen)) == {"0": 6}
     assert accumulators_of(Accumulators(headroom=3).apply(graph, seen)) == {"0": 9}
@@ -294,6 +403,44 @@ def test_who_quantizes_weights_only_is_told():
         Accumulators().apply(Weights(), context())
 
 
+def test_who_is_refused():
+    weights = LSQ(activation_bits=0).apply(NETS["plain"](), context())
+    with pytest.raises(InputError, match="weights are quantized, but activations are not"):
+        Accumulators().apply(weights, context())
+    model = AffineStrategy().apply(NETS["plain"](), context())
+    with pytest.raises(InputError, match="there is no training data"):
+        Accumulators().apply(model, dataclasses.replace(context(), training_data=[]))
+    nan = [(torch.full((1, *context().example_input.shape[1:]), torch.nan), None)]
+    with pytest.raises(InputError, match="are not finite"):
+        Accumulators().apply(model, dataclasses.replace(context(), training_data=nan))
+
+
+def test_layers_that_cannot_have_one_stay_as_they_are(tmp_path):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+            self.third = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = nn.functional.interpolate(self.first(x), scale_factor=2)
+            return self.third(self.second(x))
+
+    torch.manual_seed(0)
+    example = torch.randn(1, 2, 8, 8)
+    model = AffineStrategy(rest_bits=8).apply(Mixed(), replaced(example))
+    narrowed = Accumulators().apply(model, replaced(example))
+    assert set(accumulators_of(narrowed)) == {"first", "third"}
+    packing.pack(narrowed, Mixed(), example)
+
+
+def test_a_second_time_it_chooses_anew():
+    once = Accumulators(headroom=4).apply(NETS["plain"](), context())
+    again = Accumulators(headroom=1).apply(once, context())
+    assert {path: bits - 3 for path, bits in accumulators_of(once).items()} == accumulators_of(again)
+    assert again.code.count("accumulator") == once.code.count("accumulator")
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -317,17 +464,15 @@ def test_they_survive_packing(tmp_path):
 
 def test_a_file_without_them_has_no_such_field():
     model = AffineStrategy().apply(without_batch_norm(NETS["plain"]()), context())
-    written = packing.file_bytes(packing.pack(model, NETS["plain"](), context().example_input))
-    assert b"accumulators" not in written  # the structure is compressed
     structure = packing.pack(model, NETS["plain"](), context().example_input).structure
-    assert structure.accumulators == {}
+    assert set(json.loads(structure.model_dump_json())) == {"layers", "activations", "tensors"}
 
 
 @pytest.mark.parametrize(
     ("accumulators", "message"),
     [
         ({"0": 1}, "greater than or equal to 2"),
-        ({"0": 32}, "less than or equal to 31"),
+        ({"0": 25}, "less than or equal to 24"),
         ({"nobody": 8}, "no layer 'nobody'"),
         ({"7": 8}, "is no convolution or linear layer|are no integers"),
     ],

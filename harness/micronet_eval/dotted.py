@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from micronet_eval.costs import NoFormula
 from micronet_eval.formats import ACCUMULATOR_OP
 from micronet_eval.grids import (
     Grid,
@@ -20,7 +21,6 @@ from micronet_eval.grids import (
     data_inputs,
     grid_of,
     is_conversion,
-    through_views,
     values_of,
 )
 from micronet_eval.trace import Op, Trace, Value
@@ -28,6 +28,13 @@ from micronet_eval.trace import Op, Trace, Value
 WIDEST = 32
 """The bits of an accumulator, unless a narrower one is really executed."""
 
+FEWEST, MOST = 2, 24
+"""The bits that narrower ones have. Of the integers below 2^24 float32 has all, so that sums of them are exact."""
+
+_OFF = 0.01
+"""How far from an integer a weight may lie by rounding to float32; codes have at most 16 bits."""
+
+_RESHAPES = frozenset(f"aten.{name}" for name in ("view", "_unsafe_view", "_reshape_alias", "squeeze", "unsqueeze"))
 
 KEEP_THE_GRID = frozenset(
     f"aten.{name}"
@@ -35,9 +42,10 @@ KEEP_THE_GRID = frozenset(
         "_reshape_alias", "_reshape_copy", "_unsafe_view", "alias", "amax", "as_strided", "cat", "clone",
         "constant_pad_nd", "contiguous", "detach", "diagonal", "expand", "flip", "gather", "index", "index_select",
         "lift_fresh", "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "permute",
-        "reflection_pad1d", "reflection_pad2d", "relu", "repeat", "replication_pad1d", "replication_pad2d", "roll",
-        "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind", "unfold",
-        "unsqueeze", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "view",
+        "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "relu", "repeat", "replication_pad1d",
+        "replication_pad2d", "replication_pad3d", "roll", "select", "slice", "split", "split_with_sizes", "squeeze",
+        "stack", "t", "transpose", "unbind", "unfold", "unsqueeze", "upsample_nearest1d", "upsample_nearest2d",
+        "upsample_nearest3d", "view",
     )
 )  # fmt: skip
 """Operations whose results are some of their inputs, or zero."""
@@ -60,13 +68,14 @@ class DotProduct:
 
 @dataclass(frozen=True)
 class Accumulator:
-    """`additions` of a dot product run in integers of `bits` bits; those of its bias come behind."""
+    """`additions` of a dot product run in integers of `bits` bits; `biases` are added behind, at 32 bits."""
 
     bits: int
     additions: int
+    biases: int
 
 
-WIDE = Accumulator(WIDEST, 0)
+WIDE = Accumulator(WIDEST, 0, 0)
 """What a dot product runs in unless a model says otherwise."""
 
 
@@ -96,43 +105,60 @@ def keeps_the_grid(op: Op) -> bool:
     return op.name in KEEP_THE_GRID and not (op.name == "aten.constant_pad_nd" and op.arg(2, "value", 0) != 0)
 
 
-def narrowed(op: Op) -> Op | None:
-    """The dot product that an operation `micronet::accumulator` sums in integers; None where it does something else.
+def summed(op: Op) -> Op | None:
+    """The dot product that an operation `micronet::accumulator` sums in integers of few bits.
 
-    Input and weight have to be integers times those steps, and the bias that bias, with which it is called.
+    None for any other operation, and where weights have no values to look at. Raises NoFormula where the operation sums
+    no integers: weights or inputs are none, its steps or its bias are not theirs, or the wide sum is not exact.
     """
-    if op.name != ACCUMULATOR_OP or (source := through_views(op.inputs[0]).producer) is None:
+    if op.name != ACCUMULATOR_OP:
         return None
-    product, named = dot_product(source), op.named
-    if product is None or product.dim != named["dim"] - len(op.out.shape) * (named["dim"] >= 0):
+    named, value = op.named, op.inputs[0]
+    while value.producer is not None and value.producer.name in _RESHAPES:
+        value = value.producer.inputs[0]
+    source, dim = value.producer, named["dim"] - len(op.out.shape) * (named["dim"] >= 0)
+    product = None if source is None else dot_product(source)
+    if source is None or product is None or product.dim != dim or value.shape[dim:] != op.out.shape[dim:]:
+        raise NoFormula(op, "what it is given is no dot product with its outputs in that dimension")
+    if not FEWEST <= named["bits"] <= MOST:
+        raise NoFormula(op, f"an accumulator has {FEWEST} to {MOST} bits, not {named['bits']}")
+    if product.weight.known is None:
         return None
-    x, weight, bias = _grid_of_activation(product.x), constant_grid(product.weight), named["bias"]
-    if x is None or weight is None or product.weight.known is None:
-        return None
-    if (bias is None) != (product.bias is None) or (bias is not None and not _alike(bias, product.bias)):
-        return None
-    own = _numbers(weight.scales)
-    rows = torch.zeros(1, 1, dtype=torch.int64) if weight.indices is None else product.rows(weight.indices)
-    one_an_output = bool((rows == rows[:, :1]).all())
-    common = _numbers(x.scales)
-    if not own or not one_an_output or len(common) != 1 or common != _steps(named["input_step"]):
-        return None
-    steps = _steps(named["weight_step"])
-    expected = [own[i] for i in rows[:, 0].tolist()]
-    return source if expected == (steps * len(expected) if len(steps) == 1 else steps) else None
+    if (named["bias"] is None) != (product.bias is None) or not _alike(named["bias"], product.bias):
+        raise NoFormula(op, "its bias is not that of the dot product")
+    inputs, weights = _grid_of_activation(product.x), constant_grid(product.weight)
+    if inputs is None or weights is None or not inputs.scales or not weights.scales:
+        raise NoFormula(op, "the input, or the weight, is no integer with a step")
+    step, steps = _numbers(inputs.scales), _steps_of_outputs(product, weights)
+    if len(step) != 1 or step != _steps(named["input_step"]):
+        raise NoFormula(op, "its step of the input is not that of the input's quantizer")
+    if steps not in (own := _steps(named["weight_step"]), own * len(steps)):
+        raise NoFormula(op, "its steps of the weight are not those of the weight, one for each output")
+    codes = product.rows(product.weight.known).double() / torch.tensor(steps, dtype=torch.float64)[:, None]
+    if bool(((codes - codes.round()).abs() > _OFF).any()):
+        raise NoFormula(op, "the weight is no integer times its step")
+    zeros = [*inputs.zeros(), 0.0]
+    largest = max(inputs.high - min(zeros), max(zeros) - inputs.low)
+    if codes.numel() and float(codes.abs().sum(1).max()) * largest >= 2**MOST:
+        raise NoFormula(op, f"sums may reach 2^{MOST} steps, which float32 does not tell apart")
+    return source
 
 
 def accumulators(trace: Trace) -> dict[Op, Accumulator]:
-    """The dot products of a trace that run in narrower accumulators: those whose sums nothing else reads."""
+    """The dot products of a trace that run in narrower accumulators: those whose sums nothing else reads.
+
+    Raises NoFormula where an accumulator does not sum integers.
+    """
     users, found = trace.users, dict[Op, Accumulator]()
     for op in trace.ops:
-        if (source := narrowed(op)) is None or not _leads_only_to(source.out, op, trace, users):
+        if (source := summed(op)) is None or not _leads_only_to(source.out, op, trace, users):
             continue
         product = dot_product(source)
         assert product is not None and product.weight.known is not None
         terms = (product.rows(product.weight.known) != 0).sum(1)
         additions = int((terms - 1).clamp(min=0).sum()) * product.times
-        found[source] = Accumulator(min(op.named["bits"], WIDEST), additions)
+        biases = 0 if product.bias is None else int((terms > 0).sum()) * product.times
+        found[source] = Accumulator(op.named["bits"], additions, biases)
     return found
 
 
@@ -150,22 +176,34 @@ def _grid_of_activation(value: Value) -> Grid | None:
     while (op := value.producer) is not None and value is op.out:
         if is_conversion(op):
             return grid_of(op)
-        inputs = [v for v in data_inputs(op) if not v.is_constant]
+        inputs = data_inputs(op)
         if len(inputs) != 1 or not keeps_the_grid(op):
             return None
         value = inputs[0]
     return None
 
 
-def _alike(a: Value, b: Value | None) -> bool:
-    """Whether two constants are the same numbers, in whatever shape."""
+def _steps_of_outputs(product: DotProduct, grid: Grid) -> list[float]:
+    """The step of each output's weights; nothing where an output has several."""
+    own = _numbers(grid.scales)
+    if grid.indices is None:
+        rows = product.rows(torch.empty(product.weight.shape, device="meta")).shape[0]
+        return own * rows if len(own) == 1 else []
+    indices = product.rows(grid.indices)
+    if indices.numel() == 0 or not bool((indices == indices[:, :1]).all()):
+        return []
+    return [own[i] for i in indices[:, 0].tolist()]
+
+
+def _alike(a: Value | None, b: Value | None) -> bool:
+    """Whether two constants, or none, are the same numbers, in whatever shape."""
     known = [value.known for value in (a, b) if value is not None and value.known is not None]
-    return len(known) == 2 and torch.equal(known[0].flatten(), known[1].flatten())
+    return a is b or (len(known) == 2 and torch.equal(known[0].flatten(), known[1].flatten()))
 
 
 def _numbers(scales: Sequence[Scale]) -> list[float]:
-    """The numbers in scales that are tensors or numbers; 1 where there are none."""
-    return [number for scale in scales for number in values_of(scale)] if scales else [1.0]
+    """The numbers in scales that are tensors or numbers."""
+    return [number for scale in scales for number in values_of(scale)]
 
 
 def _steps(value: Value) -> list[float]:

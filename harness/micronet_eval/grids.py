@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from micronet_eval.costs import FREE, SELECTS, VIEW
 from micronet_eval.formats import (
+    ACCUMULATOR_OP,
     CODEBOOK_OP,
     CONVERSIONS,
     FIXED_POINT_OP,
@@ -92,7 +93,7 @@ def data_inputs(op: Op) -> tuple[Value, ...]:
 
 def keeps_width(op: Op) -> bool:
     """Whether the results of `op` are some of its inputs or zero, so that they need no more bits."""
-    moves = op.name in FREE and op.name not in CONVERSIONS and not is_reinterpreted(op)
+    moves = op.name in FREE and op.name not in (*CONVERSIONS, ACCUMULATOR_OP) and not is_reinterpreted(op)
     return moves or op.name in SELECTS
 
 

@@ -22,12 +22,21 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from micronet_eval.dotted import FEWEST, MOST
 from micronet_eval.errors import InputError
 from micronet_eval.files import LARGEST, check_file, write_whole
 from micronet_eval.formats import (
@@ -73,8 +82,14 @@ class Structure(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     activations: dict[str, int | str] = Field(default_factory=dict)
-    accumulators: dict[str, Annotated[int, Field(ge=2, le=31)]] = Field(default_factory=dict)
+    accumulators: dict[str, Annotated[int, Field(ge=FEWEST, le=MOST)]] = Field(default_factory=dict)
     tensors: list[tuple[str, str, Layout]]
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """No accumulators, no field: such files are written as they always were."""
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.accumulators else {k: v for k, v in fields.items() if k != "accumulators"}
 
 
 @dataclass(frozen=True)
@@ -440,8 +455,7 @@ def write(packed: Packed, path: Path) -> None:
 
 def file_bytes(packed: Packed) -> bytes:
     """What the file holds; the same model gives the same bytes."""
-    unused = set() if packed.structure.accumulators else {"accumulators"}  # files of old have no such field
-    text = packed.structure.model_dump_json(exclude=unused).encode()
+    text = packed.structure.model_dump_json().encode()
     streams = {**packed.streams, "structure": np.frombuffer(zlib.compress(text, 9), np.uint8)}
     tensors = {name: torch.from_numpy(stream.copy()) for name, stream in streams.items()}
     return save({**tensors, **packed.plain}, metadata=_metadata(streams, packed.plain))

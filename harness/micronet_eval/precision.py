@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from micronet_eval.costs import ADDENDS, SCALE_OP
-from micronet_eval.formats import QUANTIZE
+from micronet_eval.formats import ACCUMULATOR_OP, QUANTIZE
 from micronet_eval.grids import (
     Grid,
     constant_grid,
@@ -276,8 +276,8 @@ def _scaling_of_conversion(op: Op, users: Mapping[Value, list[Op]], trace: Trace
 
 
 def _origin(value: Value) -> set[Value]:
-    """Where a value comes from through moves, ReLU and max; nothing where that is in several places."""
-    while (op := value.producer) is not None and keeps_width(op):
+    """Where a value comes from through moves, ReLU, max and accumulators; nothing where that is in several places."""
+    while (op := value.producer) is not None and (keeps_width(op) or op.name == ACCUMULATOR_OP):
         inputs = [v for v in data_inputs(op) if not v.is_constant]
         if len(inputs) != 1:
             return set()

@@ -419,7 +419,7 @@ RULES: tuple[Rule, ...] = (
     # --- beside the score ---
     Rule(
         "beside.accumulators",
-        "what narrower accumulators would score, exact ones proved for each channel (ours)",
+        "what other accumulators would score, exact ones proved for each channel (ours)",
         ("accumulators:what_if", "accumulators:exact_widths"),
         lambda e: e.report.what_if.exact_accumulators.additions > 0,
     ),

@@ -195,7 +195,7 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         if cost is not None:
             inputs, weights = factor_widths(op, widths)
             own = narrow.get(op, WIDE)
-            if own.additions > cost.accumulations:  # a ruleset or a plugin counts something else than dot products
+            if own.additions + own.biases != cost.accumulations:  # another ruleset or a plugin counts something else
                 own = WIDE
             mult_bits, add_bits = weighted_bits(cost, max(inputs, weights), freebie)
             add_bits -= (WIDEST - own.bits) * own.additions

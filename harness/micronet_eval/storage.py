@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from micronet_eval.costs import FREE, permutation_of
-from micronet_eval.dotted import narrowed
+from micronet_eval.dotted import summed
 from micronet_eval.errors import InputError
 from micronet_eval.formats import (
     CODEBOOK_OP,
@@ -231,7 +231,7 @@ def _constants(op: Op | None, trace: Trace) -> Iterator[Value]:
         inputs = affine if len(affine) == 2 else tuple(v for v in op.args[3:5] if isinstance(v, Value))
     elif op is not None and op.name == "aten.copy":
         inputs = data_inputs(op)  # what it overwrites does not matter
-    elif op is not None and narrowed(op) is not None:
+    elif op is not None and summed(op) is not None:
         inputs = op.inputs[:1]  # steps and bias are those of the dot product
     yield from (v for v in inputs if v.is_constant)
 

@@ -282,21 +282,26 @@ def set_accumulators(graph_module: fx.GraphModule, bits: Mapping[str, int]) -> N
 
     Raises StructureError for what is no convolution or linear layer, or has no integers as weights and as inputs.
     """
+    wanted: dict[fx.Node, tuple[Any, ...]] = {}
     for path, width in bits.items():
         layer = submodule(graph_module, path)
         nodes = [node for node in graph_module.graph.nodes if node.op == "call_module" and node.target == path]
         if layer is None or not nodes:
             raise StructureError(f"no layer {path!r} is there to sum in {width} bits")
-        weight_step, dim = _weight_step(path, layer), _outputs_dim(path, layer)
+        dim, weight_step = _outputs_dim(path, layer), _weight_step(path, layer)
+        bias = None if layer.bias is None else f"{path}.bias"
         for node in nodes:
-            input_step = _input_step(path, graph_module, node)
-            with graph_module.graph.inserting_after(node):
-                summed = graph_module.graph.call_function(accumulator)
-            with graph_module.graph.inserting_before(summed):
-                names = (input_step, weight_step, None if layer.bias is None else f"{path}.bias")
-                tensors = [name and graph_module.graph.create_node("get_attr", name) for name in names]
-            node.replace_all_uses_with(summed)
-            summed.args = (node, *tensors, width, dim)
+            wanted[node] = _input_step(path, graph_module, node), weight_step, bias, width, dim
+    for node, (*names, width, dim) in wanted.items():
+        if already := [user for user in node.users if user.target is accumulator]:
+            already[0].update_arg(4, width)
+            continue
+        with graph_module.graph.inserting_after(node):
+            total = graph_module.graph.call_function(accumulator)
+        with graph_module.graph.inserting_before(total):
+            tensors = [name and graph_module.graph.create_node("get_attr", name) for name in names]
+        node.replace_all_uses_with(total)
+        total.args = (node, *tensors, width, dim)
     graph_module.recompile()
     quiet(graph_module)
 
@@ -320,15 +325,17 @@ def _step(quantizer: nn.Module) -> str:
 
 
 def _weight_step(path: str, layer: nn.Module) -> str:
-    on_it = submodule(layer, "parametrizations.weight")
-    for i, quantizer in reversed(list(enumerate(on_it.children() if on_it else ()))):
-        if attribute := _step(quantizer):
-            outputs, *terms = layer.get_parameter("parametrizations.weight.original").shape
-            blocks = getattr(quantizer, "blocks", ()) or (outputs, *terms)
-            if blocks[0] not in (1, outputs) or list(blocks[1:]) != terms:
-                raise StructureError(f"the outputs of {path!r} sum integers of several steps, which no accumulator can")
-            return f"{path}.parametrizations.weight.{i}.{attribute}"
-    raise StructureError(f"the weights of {path!r} are no integers with a step, which an accumulator needs")
+    parametrizations = submodule(layer, "parametrizations.weight")
+    on_it = list(parametrizations.children()) if parametrizations is not None else []
+    attribute = _step(on_it[-1]) if on_it else ""
+    if not attribute:
+        raise StructureError(f"the weights of {path!r} are no integers with a step, which an accumulator needs")
+    weight: Tensor = getattr(layer, "weight")  # noqa: B009
+    outputs, *terms = weight.shape
+    blocks = getattr(on_it[-1], "blocks", ()) or (outputs, *terms)
+    if blocks[0] not in (1, outputs) or list(blocks[1:]) != terms:
+        raise StructureError(f"the outputs of {path!r} sum integers of several steps, which no accumulator can")
+    return f"{path}.parametrizations.weight.{len(on_it) - 1}.{attribute}"
 
 
 def _outputs_dim(path: str, layer: nn.Module) -> int:
@@ -341,7 +348,7 @@ def _outputs_dim(path: str, layer: nn.Module) -> int:
 
 def _input_step(path: str, graph_module: fx.GraphModule, node: fx.Node) -> str:
     """The step of the quantizer that the input of a layer comes from, through moves and selections."""
-    source = node.args[0]
+    source = node.args[0] if node.args else node.kwargs.get("input")
     while isinstance(source, fx.Node):
         target = source.target
         if source.op == "call_module":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -9,58 +10,89 @@ from pydantic import Field
 from torch import fx, nn
 
 from micronet_eval.accumulators import accumulator_bits
-from micronet_eval.dotted import WIDEST
+from micronet_eval.dotted import FEWEST, MOST, summed
 from micronet_eval.errors import InputError
 from micronet_eval.formats import accumulator, integer_sums
 from micronet_eval.strategy import Context, Quantizer
-from micronet_eval.structure import StructureError, accumulator_nodes, copied, quantizers_of, quiet, set_accumulators
+from micronet_eval.structure import (
+    StructureError,
+    accumulator_nodes,
+    copied,
+    quantizers_of,
+    set_accumulators,
+    traced,
+)
+from micronet_eval.trace import trace
 from micronet_plugins.fixed_point import FixedPointStrategy
-from micronet_plugins.weights import dot_products
+from micronet_plugins.weights import dot_products, is_quantized
 
 
 class Accumulators(Quantizer):
     """Layers sum in the fewest bits that hold all sums of calibration data, `headroom` more, and wrap around beyond.
 
     Two's-complement integers may overflow on the way: if the whole sum fits, it is right. Additions that accumulate
-    then count these bits in the place of 32, each layer's own. Put it behind a quantizer of weights and activations
-    (fixed-point, affine, lsq) and the training behind that; where no activation is quantized, `fixed-point` comes first
-    by its defaults. A sum that does not fit goes wrong, and quality tells.
+    then count these bits in the place of 32, each layer's own. Let it be the last stage, behind a quantizer of weights
+    and activations (fixed-point, affine, lsq) and the training after that; where nothing is quantized, `fixed-point`
+    comes first by its defaults. A sum that does not fit goes wrong, and quality tells. Layers whose weights or inputs
+    are no integers, or whose sums may reach 2^24, stay at 32 bits.
     """
 
     headroom: int = Field(1, ge=0, le=16, description="bits more than the sums of calibration data need")
     batches: int = Field(16, gt=0, description="batches of training data whose sums are looked at")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        model = copied(model).eval() if quantizers_of(model) else FixedPointStrategy().apply(model, context)
-        assert isinstance(model, fx.GraphModule)  # as it has quantizers of activations
-        reasons = [reason for path in dot_products(model) if (reason := _set(model, path))]
-        if not (nodes := accumulator_nodes(model)):
+        try:
+            graph = traced(self._quantized(model, context)).eval()
+        except StructureError as error:
+            raise InputError(f"accumulators: {error}") from error
+        reasons = _set_where_possible(graph, context)
+        if not (nodes := accumulator_nodes(graph)):
             raise InputError(f"accumulators: no layer can have one: {reasons[0]}")
-        seen = _Sums(model)
+        seen = _Sums(graph)
         with torch.no_grad():
             for inputs in context.calibration(self.batches):
                 seen.run(inputs)
-        bits = dict.fromkeys(nodes.values(), 2)
+        if not seen.found:
+            raise InputError("accumulators: there is no training data")
+        bits = dict.fromkeys(nodes.values(), FEWEST)
         for node, path in nodes.items():
-            low, high = seen.found[node.name]
-            bits[path] = min(max(bits[path], accumulator_bits(low, high) + self.headroom), WIDEST - 1)
-        for node, path in nodes.items():
-            node.update_arg(4, bits[path])
-        model.recompile()
-        return quiet(model)
+            needed = accumulator_bits(*seen.found[node.name]) + self.headroom
+            bits[path] = min(max(bits[path], needed), MOST)
+        set_accumulators(graph, bits)
+        return graph
+
+    @staticmethod
+    def _quantized(model: nn.Module, context: Context) -> nn.Module:
+        if quantizers_of(model):
+            return copied(model)
+        if any(map(is_quantized, dot_products(model).values())):
+            raise InputError("accumulators: weights are quantized, but activations are not; quantize them, too")
+        return FixedPointStrategy().apply(model, context)
 
 
-def _set(model: fx.GraphModule, path: str) -> str:
-    """Gives a layer an accumulator, or says why it cannot have one."""
-    try:
-        set_accumulators(model, {path: WIDEST - 1})
-    except StructureError as error:
-        return str(error)
-    return ""
+def _set_where_possible(graph: fx.GraphModule, context: Context) -> list[str]:
+    """Gives all layers that can have one an accumulator of the most bits; why the others cannot."""
+    reasons, tried, possible = [], copied(graph), []
+    for path in dot_products(graph):
+        try:
+            set_accumulators(tried, {path: MOST})  # type: ignore[arg-type]
+            possible.append(path)
+        except StructureError as error:
+            reasons.append(str(error))
+    counted: Counter[str] = Counter()
+    for op in trace(tried, context.example_input).ops:
+        try:
+            if (product := summed(op)) is not None:
+                counted[product.module] += 1
+        except InputError as error:
+            reasons.append(str(error))
+    uses = Counter(accumulator_nodes(tried).values())
+    set_accumulators(graph, {path: MOST for path in possible if counted[path] == uses[path]})
+    return reasons
 
 
 class _Sums(fx.Interpreter):
-    """Runs a graph, and finds by node the least and the largest sum of integers."""
+    """Runs a graph, and finds by node the least and the largest sum of integers, 0 among them."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)
@@ -70,6 +102,8 @@ class _Sums(fx.Interpreter):
         if n.target is accumulator:
             x, input_step, weight_step, bias, _, dim = self.fetch_args_kwargs_from_env(n)[0]
             sums, _ = integer_sums(x, input_step, weight_step, bias, dim)
+            if not bool(sums.isfinite().all()):
+                raise InputError(f"accumulators: the sums of {n.args[0]} are not finite")
             low, high = self.found.get(n.name, (0, 0))
             self.found[n.name] = min(low, int(sums.min())), max(high, int(sums.max()))
         return super().run_node(n)

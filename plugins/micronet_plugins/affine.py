@@ -59,7 +59,7 @@ def _only_rectified(graph: fx.GraphModule) -> set[str]:
 
 def _positive(seen: Observed) -> Observed:
     """What is left of the values behind a ReLU."""
-    return dataclasses.replace(Observed.of(seen.sample.clamp(min=0)), high=max(seen.high, 0.0))
+    return dataclasses.replace(seen, low=0.0, high=max(seen.high, 0.0), sample=seen.sample.clamp(min=0))
 
 
 class AffineStrategy(ScaledQuantizer):
@@ -67,8 +67,8 @@ class AffineStrategy(ScaledQuantizer):
 
     value = (integer - zero point) x scale. A scale is 32 bits to store, a zero point the bits of a weight. A scale that
     is no power of two costs one multiplication an output, and one more for every group that an output sums over.
-    Activations that are never negative have no sign and no zero point. Use it where fixed point loses too much: at few
-    bits, per channel, in layers whose channels differ in range.
+    Activations that are never negative, or that only a ReLU reads, have no sign and no zero point. Use it where fixed
+    point loses too much: at few bits, per channel, in layers whose channels differ in range.
     """
 
     weight_bits: int = Field(8, ge=2, le=16, description="bits of a weight")

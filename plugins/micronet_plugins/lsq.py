@@ -21,7 +21,7 @@ class LSQ(ScaledQuantizer):
     that of the rounded value, round(v / s) - v / s, times 1 / sqrt(N Q). It needs fine-tuning behind it: before, it is
     worse than `affine`. Use it for 2 to 4 bits; at more than 8 there is nothing to learn, and steps are so small that
     an optimizer overshoots them. Steps are no powers of two, so there is one more multiplication an
-    output.
+    output. Activations that are never negative, or that only a ReLU reads, have no sign.
     """
 
     learned: ClassVar[bool] = True

@@ -43,6 +43,11 @@ def parametrizations_of(layer: nn.Module) -> ParametrizationList | None:
     return cast(ParametrizationList, cast(nn.ModuleDict, layer.parametrizations)["weight"])
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether anything but masks makes the weight."""
+    return any(not isinstance(p, Mask) for p in parametrizations_of(layer) or ())
+
+
 def grouped(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape as [groups, outputs of a group, inputs of a group, positions of the kernel]."""
     groups = getattr(layer, "groups", 1)
@@ -71,7 +76,7 @@ def second_moments(model: nn.Module, context: Context, batches: int, strategy: s
     def watch(
         path: str, layer: nn.Module, description: dict[str, Any]
     ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        if any(not isinstance(p, Mask) for p in parametrizations_of(layer) or ()):
+        if is_quantized(layer):
             raise InputError(
                 f"{strategy}: layer {path!r} is quantized already; put the sparsifier before the quantizer"
             )
