@@ -103,6 +103,18 @@ def test_a_block_mask_covers_what_is_kept(shape, seed):
         assert torch.equal(block_mask(elements(mask, block, shape), block), mask)
 
 
+def test_kernels_and_their_rows_are_blocks():
+    assert {(1, 3), (1, 6)} <= set(candidates((8, 4, 2, 3)))
+    assert {(1, 2), (1, 6), (1, 30)} <= set(candidates((8, 4, 5, 3, 2)))
+    weight = torch.zeros(8, 4, 3, 3)
+    weight[::2, 1, 1] = 1.0
+    weight[3, 2, 2, 0] = 1.0
+    layer = nn.Conv2d(4, 8, 3, bias=False)
+    layer.weight.data = weight * torch.linspace(1, 2, 288).view_as(weight)
+    (stored,) = stored_tensors(trace(layer.eval(), torch.zeros(1, 4, 5, 5)))
+    assert (stored.bits().values, stored.bits().mask) == (32 * 5 * 3, 288 // 3)  # 13 x 32 + 288 with 1 bit an element
+
+
 @pytest.mark.rule("storage.block-mask")
 def test_the_mask_of_the_rules_example():
     assert mask_shape((512, 128), (4, 4)) == (128, 32)

@@ -20,10 +20,10 @@ _SQUARES_AND_STRIPES = ((1, 4), (4, 1), (2, 2), (4, 4), (8, 8), (16, 16), (1, 8)
 
 @cache
 def candidates(shape: tuple[int, ...]) -> tuple[Block, ...]:
-    """The blocks that are tried: squares, stripes, the positions of one kernel, whole rows, whole columns."""
+    """The blocks that are tried: squares, stripes, a kernel and its rows, whole rows and columns of the matrix."""
     rows, columns = _matrix(shape)
-    kernel = math.prod(shape[2:])
-    blocks = [*_SQUARES_AND_STRIPES, (1, kernel), (1, columns), (rows, 1)]
+    kernels = [(1, math.prod(shape[i:])) for i in range(2, len(shape))]
+    blocks = [*_SQUARES_AND_STRIPES, *kernels, (1, columns), (rows, 1)]
     return tuple(b for b in dict.fromkeys(blocks) if b != ELEMENT and b[0] <= rows and b[1] <= columns)
 
 
