@@ -78,7 +78,7 @@ def page() -> str:
             f"| `{x['folder']}` | {x['seed']} | {x['params32']:,.0f} ({x['storage']:.5f}) | {x['ops32'] / 1e6:.3f} M "
             f"({x['math']:.5f}) | {x['score']:.5f} | {x['correct']:,} | {verdict} | {x['file_bytes'] / 1e3:.0f} KB |"
         )
-    lines += ["", _where(kept["environment"]), ""]
+    lines += ["", f"{_measured(kept['environment'])}.", ""]
     for x in found:
         lines.append(f"- `{x['folder']}`: {x['note']}.{_wide(x)}")
     if PIPELINE.exists():
@@ -93,11 +93,15 @@ def _wide(x: dict[str, Any]) -> str:
     return f" With 32-bit accumulators it would score {x['score_wide']:.5f}." if x["score_wide"] != x["score"] else ""
 
 
-def _where(environment: dict[str, str]) -> str:
+def _measured(environment: dict[str, str]) -> str:
     return (
         f"Measured at {environment['commit']} on {environment['date']}: Python {environment['python']}, torch "
-        f"{environment['torch']}, {environment['processor']}; trained on the same machine."
+        f"{environment['torch']}, {environment['processor']}"
     )
+
+
+def _where(environment: dict[str, str]) -> str:
+    return f"{_measured(environment)}; trained on the same machine."
 
 
 def _pipeline(kept: dict[str, Any]) -> list[str]:
