@@ -46,7 +46,7 @@ from micronet_eval.graph import Graph, graph_of, model_of
 from micronet_eval.isolation import Limits
 from micronet_eval.recipe import Recipe, configured, named_stages, strategy_of
 from micronet_eval.storage import stored_tensors, without_values
-from micronet_eval.structure import StructureError, set_quantizers, traced
+from micronet_eval.structure import StructureError, set_accumulators, set_quantizers, traced
 from micronet_eval.submission import Manifest, manifest_bytes, read_toml
 from micronet_eval.targets import example
 from micronet_eval.trace import trace
@@ -277,7 +277,7 @@ def _network() -> nn.Module:
 
 @cache
 def _packed() -> tuple[dict[str, bytes], str]:
-    """The streams and the structure of a small quantized, sparse network."""
+    """The streams and the structure of a small quantized, sparse network, which sums one layer in 8 bits."""
     torch.manual_seed(0)
     model, shape = _network(), torch.zeros(1, 6)
     with torch.no_grad():
@@ -290,6 +290,7 @@ def _packed() -> tuple[dict[str, bytes], str]:
         for tensor in ("weight", "bias"):
             nn.utils.parametrize.register_parametrization(layer, tensor, FixedPointQuantizer(bits=5, exponent=-3))
     set_quantizers(model, {"input_1": FixedPointQuantizer(bits=5, exponent=-3)})
+    set_accumulators(model, {"0": 8})
     packed = packing.pack(model, _network(), shape)
     return {name: stream.tobytes() for name, stream in packed.streams.items()}, packed.structure.model_dump_json()
 
