@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import micronet_eval
 from micronet_eval import packing
-from micronet_eval.accumulators import what_if
+from micronet_eval.accumulators import exact_widths, what_if
 from micronet_eval.costs import FORMULAS, Cost, NoFormula
 from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer, Codebook, CodebookQuantizer, FixedPointQuantizer, accumulator
@@ -255,6 +255,38 @@ def test_sums_that_float32_does_not_hold_are_told():
     set_accumulators(graph, {"0": 16})
     with pytest.raises(NoFormula, match="sums may reach 2\\^24 steps"):
         counted(graph, torch.zeros(1, 1024))
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(1, (1, 3)), (0, (3,)), (2, (1, 1, 3))])
+def test_the_dimension_of_the_outputs_may_be_counted_from_the_first(dim, shape):
+    model, x = Own(dim=dim).eval(), torch.zeros(shape)
+    assert [p.accumulator.bits for p in counted(model, x).operations if p.cost.macs] == [6]
+
+
+class Left(nn.Module):
+    """A weight [3, 2] from the left, in one matrix or a batch of them: outputs are rows."""
+
+    def __init__(self, batch=False, bits=0):
+        super().__init__()
+        weight = torch.tensor([[1.0, 2.0], [0.0, 3.0], [-1.0, 1.0]])
+        self.weight, self.bits = nn.Parameter(weight[None] if batch else weight), bits
+        parametrize.register_parametrization(self, "weight", FixedPointQuantizer(4))
+        self.quantizer = FixedPointQuantizer(4)
+
+    def forward(self, x):
+        y = self.weight @ self.quantizer(x)
+        step = self.parametrizations.weight[0].exponent
+        return accumulator(y, self.quantizer.exponent, step, None, self.bits, -2) if self.bits else y
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_weights_from_the_left(batch):
+    x = torch.zeros((1, 2, 5) if batch else (2, 5))
+    (product,) = [p for p in counted(Left(batch).eval(), x).operations if p.cost.macs]
+    # Of inputs -8 ... 7: 1 and 2 sum to -24 ... 21, -1 and 1 to -15 ... 15; each at 5 positions.
+    assert exact_widths(product) == [(6, 5), (5, 5)]
+    wide, narrow = counted(Left(batch).eval(), x), counted(Left(batch, bits=7).eval(), x)
+    assert wide.math.ops32 - narrow.math.ops32 == 10 * 25 / 32
 
 
 def test_steps_and_bias_are_stored_once():
