@@ -209,8 +209,10 @@ def _against(kept: dict[str, Any]) -> list[str]:
     lines += ["", *(f"- {x['folder']}: {x['note']}." for x in theirs if x["note"])]
     if ours["score_wide"] != ours["score"]:
         ratio = ours["score_wide"] / min(x["score"] for x in theirs)
-        told = f"{_wide(ours)[:-1]}, {ratio:.2f} of theirs."
-        lines.append(f"- Accumulators of few bits are part of our recipe, and of no toolkit's.{told}")
+        lines.append(
+            "- Accumulators of few bits are part of our recipe, and of no toolkit's."
+            f"{_wide(ours)[:-1]}, {ratio:.2f} of theirs."
+        )
     if min(theirs, key=lambda x: x["score"])["passed"]:
         lines.append("- The cheapest of theirs passes: a larger share of the channels may, too, and cost less.")
     told = ", ".join(f"{name} {kept['environment'][name]}" for name in ("torch-pruning", "torchao"))

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 
 from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid
-from micronet_eval.grids import Grid, constant_grid, data_inputs, grid_of, is_conversion, values_of
+from micronet_eval.grids import Grid, constant_grid, data_inputs, grid_of, is_conversion
 from micronet_eval.scoring import Account, Count, Priced, number
 from micronet_eval.trace import Value
 
@@ -70,15 +70,9 @@ def what_if(account: Account, baseline_math: float | None = None, storage_share:
         for bits, n in exact_widths(p)
         if bits < WIDEST
     ]
-    now = [(bits, _shared(n, p)) for p in account.operations for bits, n in _executed(p)]
+    now = [(bits, _shared(n, p)) for p in account.operations for bits, n in p.accumulating]
     half = [(HALF - bits, n) for bits, n in now if bits > HALF]
     return WhatIf(figure(exact), figure(half), figure([(WIDEST - bits, n) for bits, n in now if bits < WIDEST]))
-
-
-def _executed(priced: Priced) -> list[tuple[int, int]]:
-    """The bits that accumulating additions count, and how many."""
-    own, all_of_them = priced.accumulator, priced.cost.accumulations
-    return [(own.bits, own.additions), (WIDEST, all_of_them - own.additions)]
 
 
 def _shared(count: int, priced: Priced) -> Fraction | int:
@@ -149,7 +143,7 @@ def range_of(value: Value) -> Steps | None:
 
 def _steps(grid: Grid) -> Steps | None:
     """Of a grid with one step for the whole tensor, a power of two, and no zero point: of fixed point."""
-    scales = [scale for s in grid.scales for scale in values_of(s)]
+    scales = grid.steps()
     if len(scales) != 1 or math.frexp(scales[0])[0] != 0.5 or any(grid.zeros()):
         return None
     return Steps(math.frexp(scales[0])[1] - 1, min(grid.low, 0), max(grid.high, 0))

@@ -6,7 +6,7 @@ goes through `micronet::accumulator`, which computes what two's-complement integ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,15 +14,7 @@ from torch import Tensor
 
 from micronet_eval.costs import NoFormula
 from micronet_eval.formats import ACCUMULATOR_OP
-from micronet_eval.grids import (
-    Grid,
-    Scale,
-    constant_grid,
-    data_inputs,
-    grid_of,
-    is_conversion,
-    values_of,
-)
+from micronet_eval.grids import Grid, constant_grid, data_inputs, grid_of, is_conversion, values_of
 from micronet_eval.trace import Op, Trace, Value
 
 WIDEST = 32
@@ -36,7 +28,7 @@ _OFF = 0.01
 
 _RESHAPES = frozenset(f"aten.{name}" for name in ("view", "_unsafe_view", "_reshape_alias", "squeeze", "unsqueeze"))
 
-KEEP_THE_GRID = frozenset(
+_KEEP_THE_GRID = frozenset(
     f"aten.{name}"
     for name in (
         "_reshape_alias", "_reshape_copy", "_unsafe_view", "alias", "amax", "as_strided", "cat", "clone",
@@ -53,11 +45,12 @@ KEEP_THE_GRID = frozenset(
 
 @dataclass(frozen=True)
 class DotProduct:
-    """An activation `x` times a constant `weight`, `times` outputs for each of its rows.
+    """What `op` computes: an activation `x` times a constant `weight`, `times` outputs for each of its rows.
 
     `rows` makes [outputs, terms] of a tensor of the weight's shape; `dim` of the result, from its end, holds them.
     """
 
+    op: Op
     x: Value
     weight: Value
     bias: Value | None
@@ -74,6 +67,10 @@ class Accumulator:
     additions: int
     biases: int
 
+    def split(self, accumulations: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Bits and number of those of so many accumulating additions that run in it, and of the others."""
+        return (self.bits, self.additions), (WIDEST, accumulations - self.additions)
+
 
 WIDE = Accumulator(WIDEST, 0, 0)
 """What a dot product runs in unless a model says otherwise."""
@@ -86,26 +83,26 @@ def dot_product(op: Op) -> DotProduct | None:
         if x.is_constant or weight.data is None or not (bias is None or bias.is_constant):
             return None
         times = op.out.numel // weight.shape[0]
-        return DotProduct(x, weight, bias, times, 1 - len(weight.shape), lambda of: of.flatten(1))
+        return DotProduct(op, x, weight, bias, times, 1 - len(weight.shape), lambda of: of.flatten(1))
     if op.name in ("aten.mm", "aten.bmm"):
         a, b = op.args[:2]
         if not a.is_constant and b.data is not None:
-            return DotProduct(a, b, None, a.shape[-2], -1, lambda of: of.movedim(-2, -1).flatten(0, -2))
+            return DotProduct(op, a, b, None, a.shape[-2], -1, lambda of: of.movedim(-2, -1).flatten(0, -2))
         if a.data is not None and not b.is_constant:
-            return DotProduct(b, a, None, b.shape[-1], -2, lambda of: of.flatten(0, -2))
+            return DotProduct(op, b, a, None, b.shape[-1], -2, lambda of: of.flatten(0, -2))
     if op.name == "aten.addmm" and op.kwargs.get("alpha", 1) == op.kwargs.get("beta", 1) == 1:
         bias, a, b = op.args[:3]
         if not a.is_constant and b.data is not None and bias.data is not None and bias.numel == b.shape[-1]:
-            return DotProduct(a, b, bias, a.shape[-2], -1, Tensor.t)
+            return DotProduct(op, a, b, bias, a.shape[-2], -1, Tensor.t)
     return None
 
 
 def keeps_the_grid(op: Op) -> bool:
     """Whether the results of `op` are some of its inputs, or zero."""
-    return op.name in KEEP_THE_GRID and not (op.name == "aten.constant_pad_nd" and op.arg(2, "value", 0) != 0)
+    return op.name in _KEEP_THE_GRID and not (op.name == "aten.constant_pad_nd" and op.arg(2, "value", 0) != 0)
 
 
-def summed(op: Op) -> Op | None:
+def summed(op: Op) -> DotProduct | None:
     """The dot product that an operation `micronet::accumulator` sums in integers of few bits.
 
     None for any other operation, and where weights have no values to look at. Raises NoFormula where the operation sums
@@ -116,9 +113,9 @@ def summed(op: Op) -> Op | None:
     named, value = op.named, op.inputs[0]
     while value.producer is not None and value.producer.name in _RESHAPES:
         value = value.producer.inputs[0]
-    source, dim = value.producer, named["dim"] - len(op.out.shape) * (named["dim"] >= 0)
-    product = None if source is None else dot_product(source)
-    if source is None or product is None or product.dim != dim or value.shape[dim:] != op.out.shape[dim:]:
+    dim = named["dim"] - len(op.out.shape) * (named["dim"] >= 0)
+    product = None if value.producer is None else dot_product(value.producer)
+    if product is None or product.dim != dim or value.shape[dim:] != op.out.shape[dim:]:
         raise NoFormula(op, "what it is given is no dot product with its outputs in that dimension")
     if not FEWEST <= named["bits"] <= MOST:
         raise NoFormula(op, f"an accumulator has {FEWEST} to {MOST} bits, not {named['bits']}")
@@ -129,7 +126,7 @@ def summed(op: Op) -> Op | None:
     inputs, weights = _grid_of_activation(product.x), constant_grid(product.weight)
     if inputs is None or weights is None or not inputs.scales or not weights.scales:
         raise NoFormula(op, "the input, or the weight, is no integer with a step")
-    step, steps = _numbers(inputs.scales), _steps_of_outputs(product, weights)
+    step, steps = inputs.steps(), _steps_of_outputs(product, weights)
     if len(step) != 1 or step != _steps(named["input_step"]):
         raise NoFormula(op, "its step of the input is not that of the input's quantizer")
     if steps not in (own := _steps(named["weight_step"]), own * len(steps)):
@@ -141,7 +138,7 @@ def summed(op: Op) -> Op | None:
     largest = max(inputs.high - min(zeros), max(zeros) - inputs.low)
     if codes.numel() and float(codes.abs().sum(1).max()) * largest >= 2**MOST:
         raise NoFormula(op, f"sums may reach 2^{MOST} steps, which float32 does not tell apart")
-    return source
+    return product
 
 
 def accumulators(trace: Trace) -> dict[Op, Accumulator]:
@@ -151,14 +148,13 @@ def accumulators(trace: Trace) -> dict[Op, Accumulator]:
     """
     users, found = trace.users, dict[Op, Accumulator]()
     for op in trace.ops:
-        if (source := summed(op)) is None or not _leads_only_to(source.out, op, trace, users):
+        product = summed(op)
+        if product is None or product.weight.known is None or not _leads_only_to(product.op.out, op, trace, users):
             continue
-        product = dot_product(source)
-        assert product is not None and product.weight.known is not None
         terms = (product.rows(product.weight.known) != 0).sum(1)
         additions = int((terms - 1).clamp(min=0).sum()) * product.times
         biases = 0 if product.bias is None else int((terms > 0).sum()) * product.times
-        found[source] = Accumulator(op.named["bits"], additions, biases)
+        found[product.op] = Accumulator(op.named["bits"], additions, biases)
     return found
 
 
@@ -185,7 +181,7 @@ def _grid_of_activation(value: Value) -> Grid | None:
 
 def _steps_of_outputs(product: DotProduct, grid: Grid) -> list[float]:
     """The step of each output's weights; nothing where an output has several."""
-    own = _numbers(grid.scales)
+    own = grid.steps()
     if grid.indices is None:
         rows = product.rows(torch.empty(product.weight.shape, device="meta")).shape[0]
         return own * rows if len(own) == 1 else []
@@ -199,11 +195,6 @@ def _alike(a: Value | None, b: Value | None) -> bool:
     """Whether two constants, or none, are the same numbers, in whatever shape."""
     known = [value.known for value in (a, b) if value is not None and value.known is not None]
     return a is b or (len(known) == 2 and torch.equal(known[0].flatten(), known[1].flatten()))
-
-
-def _numbers(scales: Sequence[Scale]) -> list[float]:
-    """The numbers in scales that are tensors or numbers."""
-    return [number for scale in scales for number in values_of(scale)]
 
 
 def _steps(value: Value) -> list[float]:

@@ -113,18 +113,14 @@ def _bits(priced: Priced, freebie: bool) -> str:
     inputs = f"{priced.input_bits} by {priced.weight_bits}" if priced.weight_bits else str(priced.input_bits)
     mult, add = _weights(priced, freebie)
     why = " (freebie)" if freebie and widest > FREEBIE_BITS else ""
+    (bits, narrow), (_, wide) = priced.accumulating
     counts = (
         (priced.cost.mults, f"a multiplication counts {mult * 32}/32{why}"),
         (priced.cost.adds, f"an addition counts {add * 32}/32"),
-        (priced.accumulator.additions, f"an addition in the accumulator counts {priced.accumulator.bits}/32"),
-        (_wide(priced), "an accumulating addition counts 32/32"),
+        (narrow, f"an addition in the accumulator counts {bits}/32"),
+        (wide, "an accumulating addition counts 32/32"),
     )
     return ": ".join(filter(None, (inputs, ", ".join(text for count, text in counts if count))))
-
-
-def _wide(priced: Priced) -> int:
-    """The accumulating additions that do not run in narrower accumulators."""
-    return priced.cost.accumulations - priced.accumulator.additions
 
 
 def _weights(priced: Priced, freebie: bool) -> tuple[Fraction, Fraction]:
@@ -136,13 +132,8 @@ def _weights(priced: Priced, freebie: bool) -> tuple[Fraction, Fraction]:
 def _ops32(priced: Priced, freebie: bool) -> str:
     cost = priced.cost
     mult, add = _weights(priced, freebie)
-    own = priced.accumulator
-    counts = (
-        (cost.mults, mult),
-        (cost.adds, add),
-        (own.additions, Fraction(own.bits, 32)),
-        (_wide(priced), Fraction(1)),
-    )
+    accumulating = ((n, Fraction(bits, 32)) for bits, n in priced.accumulating)
+    counts = ((cost.mults, mult), (cost.adds, add), *accumulating)
     terms = [f"{n:,}" + (f" x {weight * 32}/32" if weight != 1 else "") for n, weight in counts if n]
     return f"{' + '.join(terms) or '0'} = {float(priced.ops32):,.10g}"
 

@@ -61,6 +61,10 @@ class Grid:
         zeros = [int(z) for z in self.zeros()]
         return bits_of_range(self.low - max(zeros, default=0), self.high - min(zeros, default=0))
 
+    def steps(self) -> list[float]:
+        """The scales that are known."""
+        return [number for scale in self.scales for number in values_of(scale)]
+
     def zeros(self) -> Iterator[float]:
         """The zero points that are known; those of a tensor without values count as 0."""
         for zero in self.zero_points:
@@ -252,7 +256,7 @@ def _are_signs(value: Value) -> bool:
 
 def has_only_signs(value: Value, grid: Grid) -> bool:
     """Whether a constant is its scale, its scale with the sign reversed, or zero, and not zero everywhere."""
-    data, magnitudes = value.data, [v for s in grid.scales for v in values_of(s)]
+    data, magnitudes = value.data, grid.steps()
     if data is None or data.is_meta or not value.dtype.is_floating_point or any(grid.zeros()):
         return False
     data, steps = data.float(), torch.tensor(magnitudes or [1.0], device="cpu")

@@ -122,6 +122,11 @@ class Priced:
     def ops32(self) -> Fraction:
         return Fraction(self.bits, 32)
 
+    @property
+    def accumulating(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The bits and the number of accumulating additions: those in accumulators of the model's own, all others."""
+        return self.accumulator.split(self.cost.accumulations)
+
 
 @dataclass(frozen=True)
 class Account:
@@ -197,9 +202,8 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
             own = narrow.get(op, WIDE)
             if own.additions + own.biases != cost.accumulations:  # another ruleset or a plugin counts something else
                 own = WIDE
-            mult_bits, add_bits = weighted_bits(cost, max(inputs, weights), freebie)
-            add_bits -= (WIDEST - own.bits) * own.additions
-            operations.append(Priced(op, cost, inputs, weights, mult_bits, add_bits, accumulator=own))
+            bits_of_cost = weighted_bits(cost, max(inputs, weights), freebie, own)
+            operations.append(Priced(op, cost, inputs, weights, *bits_of_cost, accumulator=own))
             continue
         free[op.name] = FREE[op.name]
         if bits_of_op[op]:
@@ -309,15 +313,16 @@ def weighted(cost: Cost, width: int, freebie: bool = False) -> tuple[Fraction, F
     return Fraction(mult_bits, 32), Fraction(add_bits, 32)
 
 
-def weighted_bits(cost: Cost, width: int, freebie: bool = False) -> tuple[int, int]:
+def weighted_bits(cost: Cost, width: int, freebie: bool = False, accumulator: Accumulator = WIDE) -> tuple[int, int]:
     """Multiplications and additions, each times the bits that it counts, for inputs of at most `width` bits.
 
-    An operation counts width / 32, never more than 1. Accumulating additions count 1 (what narrower accumulators save
-    is taken off in `account`). With the freebie multiplications count at most 16 / 32 and all additions 1.
+    An operation counts width / 32, never more than 1. Accumulating additions count 1, those in a narrower accumulator
+    its bits / 32. With the freebie multiplications count at most 16 / 32 and all additions 1.
     """
     mult_width = min(width, FREEBIE_BITS if freebie else 32)
     add_width = 32 if freebie else min(width, 32)
-    return cost.mults * mult_width, cost.adds * add_width + 32 * cost.accumulations
+    accumulating = sum(bits * n for bits, n in accumulator.split(cost.accumulations))
+    return cost.mults * mult_width, cost.adds * add_width + accumulating
 
 
 def score(account: Account, baseline_storage: float, baseline_math: float) -> Score:

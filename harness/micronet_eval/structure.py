@@ -282,17 +282,8 @@ def set_accumulators(graph_module: fx.GraphModule, bits: Mapping[str, int]) -> N
 
     Raises StructureError for what is no convolution or linear layer, or has no integers as weights and as inputs.
     """
-    wanted: dict[fx.Node, tuple[Any, ...]] = {}
-    for path, width in bits.items():
-        layer = submodule(graph_module, path)
-        nodes = [node for node in graph_module.graph.nodes if node.op == "call_module" and node.target == path]
-        if layer is None or not nodes:
-            raise StructureError(f"no layer {path!r} is there to sum in {width} bits")
-        dim, weight_step = _outputs_dim(path, layer), _weight_step(path, layer)
-        bias = None if layer.bias is None else f"{path}.bias"
-        for node in nodes:
-            wanted[node] = _input_step(path, graph_module, node), weight_step, bias, width, dim
-    for node, (*names, width, dim) in wanted.items():
+    wanted = [(*call, width) for path, width in bits.items() for call in accumulator_calls(graph_module, path)]
+    for node, names, dim, width in wanted:
         if already := [user for user in node.users if user.target is accumulator]:
             already[0].update_arg(4, width)
             continue
@@ -304,6 +295,21 @@ def set_accumulators(graph_module: fx.GraphModule, bits: Mapping[str, int]) -> N
         total.args = (node, *tensors, width, dim)
     graph_module.recompile()
     quiet(graph_module)
+
+
+def accumulator_calls(
+    graph_module: fx.GraphModule, path: str
+) -> list[tuple[fx.Node, tuple[str, str, str | None], int]]:
+    """For each use of a layer its node, the names of what an accumulator needs, and the dimension of the outputs.
+
+    These are the steps of input and weight, and the bias. Raises StructureError as `set_accumulators`.
+    """
+    layer, nodes = submodule(graph_module, path), graph_module.graph.find_nodes(op="call_module", target=path)
+    if layer is None or not nodes:
+        raise StructureError(f"no layer {path!r} is there that could have an accumulator")
+    dim, weight_step = _outputs_dim(path, layer), _weight_step(path, layer)
+    bias = None if layer.bias is None else f"{path}.bias"
+    return [(node, (_input_step(path, graph_module, node), weight_step, bias), dim) for node in nodes]
 
 
 def accumulator_nodes(model: nn.Module) -> dict[fx.Node, str]:

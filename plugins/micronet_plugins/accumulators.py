@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from micronet_eval.formats import accumulator, integer_sums
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import (
     StructureError,
+    accumulator_calls,
     accumulator_nodes,
     copied,
     quantizers_of,
@@ -72,18 +73,21 @@ class Accumulators(Quantizer):
 
 def _set_where_possible(graph: fx.GraphModule, context: Context) -> list[str]:
     """Gives all layers that can have one an accumulator of the most bits; why the others cannot."""
-    reasons, tried, possible = [], copied(graph), []
+    reasons: list[str] = []
+    possible: dict[str, int] = {}
     for path in dot_products(graph):
         try:
-            set_accumulators(tried, {path: MOST})  # type: ignore[arg-type]
-            possible.append(path)
+            accumulator_calls(graph, path)
+            possible[path] = MOST
         except StructureError as error:
             reasons.append(str(error))
+    tried = cast(fx.GraphModule, copied(graph))
+    set_accumulators(tried, possible)
     counted: Counter[str] = Counter()
     for op in trace(tried, context.example_input).ops:
         try:
             if (product := summed(op)) is not None:
-                counted[product.module] += 1
+                counted[product.op.module] += 1
         except InputError as error:
             reasons.append(str(error))
     uses = Counter(accumulator_nodes(tried).values())
