@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -171,6 +172,18 @@ def test_sparsity_is_what_zero_weights_save(found):
     report = found[0].report.model_copy(update={"layers": (layer, unweighted), "modules": (module,)})
     (row,) = pages.weighted(report)
     assert (row.op, row.weight_bits, row.input_bits, row.sparsity) == ("conv", 5, 6, 0.75)
+
+
+def test_the_bits_of_accumulators_where_products_are_summed(found, tmp_path):
+    summed = Layer("a", "aten.convolution", 30, 20, 6, 5, 40.0, 99, 30, 11)
+    scaled = Layer("b", "micronet.scale", 30, 0, 32, 32, 30.0, 32)
+    report = found[0].report.model_copy(update={"layers": (summed, scaled)})
+    assert [row.accumulator_bits for row in pages.weighted(report)] == [11, None]
+    pages.write([replace(found[0], report=report)], tmp_path / "site")
+    (page,) = (tmp_path / "site" / "submissions").glob("*.html")
+    cells = re.findall(r'data-value="(\d*)">(?:(\d+) bit)?</td>', page.read_text())
+    assert ("11", "11") in cells
+    assert ("", "") in cells
 
 
 def test_pages_are_replaced_and_other_folders_are_left_alone(found, tmp_path):

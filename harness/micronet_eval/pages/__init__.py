@@ -24,12 +24,13 @@ Node = list[Any]
 @dataclass(frozen=True)
 class Weighted:
     """An operation with weights. `sparsity` is the share of its module's operations that zero
-    weights save, None where nothing was to be saved."""
+    weights save, None where nothing was to be saved; `accumulator_bits` is None where no products are summed."""
 
     module: str
     op: str
     input_bits: int
     weight_bits: int
+    accumulator_bits: int | None
     sparsity: float | None
     storage_bits: int
     ops32: float
@@ -159,9 +160,11 @@ def weighted(report: Report) -> list[Weighted]:
         if not layer.weight_bits or not (layer.storage_bits or layer.macs):
             continue
         saved = 1 - module.sparse_ops / module.dense_ops if module and module.dense_ops and layer.macs else None
+        accumulator = layer.accumulator_bits if layer.macs else None
+        op = layer.op.partition(".")[2].removesuffix("olution").strip("_")
         rows.append(
-            Weighted(layer.module, layer.op.partition(".")[2].removesuffix("olution").strip("_"), layer.input_bits,
-                     layer.weight_bits, saved, layer.storage_bits, layer.ops32)
+            Weighted(layer.module, op, layer.input_bits, layer.weight_bits, accumulator, saved, layer.storage_bits,
+                     layer.ops32)
         )  # fmt: skip
     return rows
 
