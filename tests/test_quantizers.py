@@ -14,17 +14,25 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from micronet_eval import evaluate, packing, plugins, score
 from micronet_eval.errors import InputError
-from micronet_eval.formats import Affine, AffineQuantizer, Codebook, CodebookQuantizer, OffGrid, of_activations
+from micronet_eval.formats import (
+    Affine,
+    AffineQuantizer,
+    Codebook,
+    CodebookQuantizer,
+    OffGrid,
+    format_of,
+    of_activations,
+)
 from micronet_eval.recipe import compress
 from micronet_eval.storage import stored_tensors
 from micronet_eval.strategy import Context
-from micronet_eval.structure import Mask, quantizers_of
+from micronet_eval.structure import Mask, copied, quantizers_of
 from micronet_eval.trace import trace
 from micronet_plugins.affine import AffineStrategy, activation_format
 from micronet_plugins.calibration import Observed, affine_format, exponent_of
 from micronet_plugins.codebook import k_means
 from micronet_plugins.gptq import GPTQ, hessians, round_weight, unfolded
-from micronet_plugins.lsq import LSQ
+from micronet_plugins.lsq import LSQ, PowerOfTwo
 from micronet_plugins.mixed import Mixed, allocate
 
 CASES = [
@@ -35,6 +43,7 @@ CASES = [
     ("affine", {"granularity": "tensor", "calibration": "sigma", "sigmas": 2}),
     ("lsq", {}),
     ("lsq", {"granularity": "channel"}),
+    ("lsq", {"granularity": "channel", "power_of_two": True}),
     ("binary", {}),
     ("binary", {"activation_bits": 8, "granularity": "tensor"}),
     ("ternary", {}),
@@ -110,6 +119,7 @@ def fine_tune(model, x):
 
 @EACH
 def test_trains_packs_and_counts(name, options, net, x):
+    nn.init.constant_(net.norm.weight, 0.9)  # else steps of powers of two before and behind it fit each other
     before = state(net)
     model = strategy(name, **options).apply(net, context(x))
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
@@ -352,6 +362,78 @@ def test_a_step_that_fell_below_zero_is_packed_as_it_computes(x):
     packed = packing.pack(model.eval(), layer, inputs[:1])
     assert scale.item() > 0
     assert torch.equal(packing.unpack(packed, layer)(inputs), model(inputs))
+
+
+def test_steps_of_powers_of_two():
+    """0.7 lies behind the root of 1/2, about 0.707, so that 1/2 is nearer in the logarithm. Gradients pass through."""
+    nearest = PowerOfTwo()
+    steps = torch.tensor([0.7, 0.71, 3.0, 2.0**-50, -1.0], requires_grad=True)
+    assert nearest(steps).tolist() == [0.5, 1.0, 4.0, 2.0**-40, 2.0**-40]
+    nearest(steps).sum().backward()
+    assert steps.grad.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_steps_of_powers_of_two_are_trained(x):
+    torch.manual_seed(0)
+    inputs = x.flatten(1)[:, :8]
+    model = LSQ(power_of_two=True, granularity="channel").apply(nn.Sequential(nn.Linear(8, 4)), context(inputs)).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    scale = model.get_submodule("0").parametrizations.weight[0].parametrizations.scale.original
+    before = scale.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    assert bool((scale != before).all())
+    assert bool((torch.frexp(model.get_submodule("0").parametrizations.weight[0].scale)[0] == 0.5).all())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_steps_of_powers_of_two_are_shifts(x, power_of_two):
+    """8 -> 4 without bias: else a scale is 32 bits, and one multiplication for each input, and each output, at 32."""
+    torch.manual_seed(0)
+    inputs = x.flatten(1)[:, :8]
+    layer = nn.Sequential(nn.Linear(8, 4, bias=False))
+    model = LSQ(power_of_two=power_of_two, granularity="channel").apply(layer, context(inputs))
+    counted = score(model, inputs[:1])
+    nonzero = int((model.get_submodule("0").weight != 0).sum())
+    assert counted.math.mult_ops32 == nonzero * 4 / 32 + (0 if power_of_two else 8 + 4)
+    assert counted.storage.overhead_bits == 4 * (8 if power_of_two else 32) + 32  # the activation's stays a float32
+    packed = packing.pack(model, layer, inputs[:1])
+    assert [spec for name, spec, _ in packed.structure.tensors if name == "0.weight"] == [
+        "affine:-8:7:1x8" + (":shifts" if power_of_two else "")
+    ]
+    again = packing.unpack(packed, copied(layer))
+    assert torch.equal(again(inputs), model(inputs))
+    assert (score(again, inputs[:1]).storage, score(again, inputs[:1]).math) == (counted.storage, counted.math)
+
+
+@pytest.mark.parametrize("zeros", [None, torch.tensor([0, 1])])
+def test_scales_that_are_powers_of_two_are_exponents(zeros):
+    weight = torch.tensor([[1.5, -1.0], [4.0, 2.0]])
+    found = Affine(-4, 3, (1, 2), torch.tensor([0.5, 2.0]), zeros)
+    assert found.spec == "affine:-4:3:1x2:shifts" + ("" if zeros is None else ":zeros")
+    assert next((column.tolist(), bits) for column, bits in found.side) == ([255, 1], 8)
+    columns = iter(found.side)
+    again = format_of(found.spec, weight.shape, lambda count, bits: next(columns)[0])
+    assert again == found
+    assert torch.equal(again.decode(found.encode(weight)), weight)
+
+
+@pytest.mark.parametrize("scales", [[0.5, 0.6], [0.5, 2.0**-127]])
+def test_other_scales_are_numbers(scales):
+    """2^-127 is no normal float32: fixed point has no such exponent, either."""
+    found = Affine(-4, 3, (1, 2), torch.tensor(scales))
+    assert (found.spec, found.side_bits) == ("affine:-4:3:1x2", 64)
+
+
+def test_scales_without_values_are_no_shifts(x):
+    """On the meta device nothing is known of them, so they count as numbers."""
+    inputs = x.flatten(1)[:, :8]
+    layer = nn.Sequential(nn.Linear(8, 4, bias=False))
+    model = LSQ(granularity="channel", activation_bits=0).apply(layer, context(inputs))
+    counted = score(model.to("meta"), inputs[:1].to("meta"))
+    assert counted.storage.overhead_bits == 4 * 32
 
 
 # --- binary, ternary, tables ------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
 FREEBIE_BITS = 16
 
 _MANY = 1 << 16
+_NO_SHIFT = 3.0  # a scale that is not known counts as one that is no power of two
 """Elements of a tensor that is looked at in part first."""
 
 
@@ -444,7 +445,7 @@ def _integer(value: Value, bits: int) -> Format:
 
 
 def _format_of_conversion(op: Op) -> Format:
-    """The format that a conversion gives. What has no values (on the meta device) reads as 0, or as 1 for a scale."""
+    """The format that a conversion gives. What has no values (on the meta device) reads as 0, a scale as no shift."""
     if op.name == FIXED_POINT_OP:
         exponent = values_of(op.named["exponent"])
         return FixedPoint(op.named["bits"], int(exponent[0]) if exponent else 0)
@@ -454,6 +455,6 @@ def _format_of_conversion(op: Op) -> Format:
     grid = grid_of(op)
     (scale,), (zero,) = grid.scales, grid.zero_points
     count = scale.numel if isinstance(scale, Value) else 1
-    scales = torch.tensor(values_of(scale) or [1.0] * count, dtype=torch.float32)
+    scales = torch.tensor(values_of(scale) or [_NO_SHIFT] * count, dtype=torch.float32)
     zeros = torch.tensor(values_of(zero) or [0] * count, dtype=torch.int64)
     return Affine(grid.low, grid.high, grid.blocks, scales, zeros.expand(count) if bool(zeros.any()) else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -19,9 +18,7 @@ from micronet_plugins.layerwise import Granularity, WeightQuantizer, blocks_of
 
 
 class ScaledQuantizer(WeightQuantizer):
-    """Activations in integers with a scale, one for the tensor; `learned` says whether scales are parameters."""
-
-    learned: ClassVar[bool] = False
+    """Activations in integers with a scale, one for the tensor."""
 
     def quantize_activations(self, model: nn.Module, context: Context) -> None:
         graph = traced(model)
@@ -33,8 +30,11 @@ class ScaledQuantizer(WeightQuantizer):
         for name, seen in observe(graph, context, self.batches).items():
             if name in nodes:
                 seen = _positive(seen) if name in rectified else seen
-                quantizer = AffineQuantizer(self.activation_format(seen), self.learned)
-                replace(graph, f"{QUANTIZERS}.{name}", quantizer)
+                replace(graph, f"{QUANTIZERS}.{name}", self.scaled(self.activation_format(seen)))
+
+    def scaled(self, number_format: Affine) -> AffineQuantizer:
+        """The quantizer of a weight or an activation."""
+        return AffineQuantizer(number_format)
 
     @abstractmethod
     def activation_format(self, seen: Observed) -> Affine:
@@ -82,7 +82,7 @@ class AffineStrategy(ScaledQuantizer):
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         weight = getattr(layer, name)
         blocks = blocks_of(layer, weight, self.granularity, self.group_size)
-        return AffineQuantizer(
+        return self.scaled(
             affine_format(weight, self.weight_bits, blocks, self.symmetric, self.calibration, self.sigmas)
         )
 

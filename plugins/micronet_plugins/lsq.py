@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from micronet_eval.formats import Affine, AffineQuantizer, block_indices
+from micronet_eval.formats import SMALLEST_SCALE, Affine, AffineQuantizer, block_indices
 from micronet_plugins.affine import ScaledQuantizer
 from micronet_plugins.calibration import Observed
 from micronet_plugins.layerwise import blocks_of
@@ -20,16 +21,19 @@ class LSQ(ScaledQuantizer):
     Each step s begins at 2 mean|v| / sqrt(Q), Q the largest code, of a weight over what is not zero. Its gradient is
     that of the rounded value, round(v / s) - v / s, times 1 / sqrt(N Q). It needs fine-tuning behind it: before, it is
     worse than `affine`. Use it for 2 to 4 bits; at more than 8 there is nothing to learn, and steps are so small that
-    an optimizer overshoots them. Steps are no powers of two, so there is one more multiplication an
-    output. Activations that are never negative, or that only a ReLU reads, have no sign.
+    an optimizer overshoots them. Activations that are never negative, or that only a ReLU reads, have no sign.
+
+    A step that is no power of two costs one more multiplication an output, and 32 bits. With `power_of_two` every step
+    is the power of two nearest to what is learned (in the logarithm; straight through), as thresholds are in Jain et
+    al. 2020, arXiv 1903.08066: a shift, and 8 bits. That is coarser.
     """
 
-    learned: ClassVar[bool] = True
     weight_bits: int = Field(4, ge=2, le=8, description="bits of a weight")
     activation_bits: int = Field(
         4, ge=0, le=8, description="bits of an activation that is multiplied; 0 leaves activations as they are"
     )
     granularity: Literal["tensor", "channel"] = Field("tensor", description="what shares a step: tensor or channel")
+    power_of_two: bool = Field(False, description="steps are powers of two, which cost no multiplications")
 
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         weight = getattr(layer, name).detach()
@@ -39,12 +43,30 @@ class LSQ(ScaledQuantizer):
         kept = torch.zeros(int(where.max()) + 1).index_add_(0, where, (size > 0).float())  # zeros fit any step
         means = torch.zeros(len(kept)).index_add_(0, where, size) / kept.clamp(min=1)
         half = 2 ** (self.weight_bits - 1)
-        return AffineQuantizer(Affine(-half, half - 1, blocks, first_step(means, half - 1)), learned=True)
+        return self.scaled(Affine(-half, half - 1, blocks, first_step(means, half - 1)))
+
+    def scaled(self, number_format: Affine) -> AffineQuantizer:
+        quantizer = AffineQuantizer(number_format, learned=True)
+        if self.power_of_two:
+            parametrize.register_parametrization(quantizer, "scale", PowerOfTwo())
+        return quantizer
 
     def activation_format(self, seen: Observed) -> Affine:
         bits = self.activation_bits
         low, high = (0, 2**bits - 1) if seen.low >= 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return Affine(low, high, (), first_step(seen.sample.abs().mean().view(1).float(), high))
+
+
+class PowerOfTwo(nn.Module):
+    """The power of two nearest to each learned step, in the logarithm; the gradient passes straight through."""
+
+    def forward(self, step: Tensor) -> Tensor:
+        positive = step.clamp_min(SMALLEST_SCALE)
+        nearest = torch.exp2(torch.log2(positive.double()).round()).to(step.dtype)
+        return positive + (nearest - positive).detach()  # exact, as neither is twice the other
+
+    def right_inverse(self, step: Tensor) -> Tensor:
+        return step
 
 
 def first_step(mean: Tensor, largest: int) -> Tensor:

@@ -25,6 +25,7 @@ from micronet_eval.formats.number import (
     index_bits,
 )
 from micronet_eval.formats.quantizers import (
+    SMALLEST_SCALE,
     ActivationQuantizer,
     AffineQuantizer,
     CodebookQuantizer,
@@ -45,6 +46,7 @@ __all__ = [
     "FLOAT8",
     "QUANTIZE",
     "SIGNS_OP",
+    "SMALLEST_SCALE",
     "_PLAIN",
     "ActivationQuantizer",
     "Affine",

@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -213,7 +214,8 @@ class Affine(Format):
 
     `blocks` is how many elements share a scale and a zero point, dimension by dimension: the whole shape for one of
     the tensor, 1 in the dimension of the channels for one a channel. A code is integer - zero point, modulo
-    2**code_bits. Zero points that are all 0 take nothing.
+    2**code_bits. Zero points that are all 0 take nothing. Scales that are all powers of two are stored as exponents of
+    8 bits, as those of fixed point are.
     """
 
     low: int
@@ -238,12 +240,15 @@ class Affine(Format):
 
     @property
     def spec(self) -> str:
+        blocks = "x".join(map(str, self.blocks))
+        shifts = ":shifts" if self._exponents is not None else ""
         zeros = "" if self.zero_points is None else ":zeros"
-        return f"affine:{self.low}:{self.high}:{'x'.join(map(str, self.blocks))}{zeros}"
+        return f"affine:{self.low}:{self.high}:{blocks}{shifts}{zeros}"
 
     @property
     def side(self) -> Side:
-        scales = (Plain("float32").encode(self.scales), 32)
+        exponents = self._exponents
+        scales = (Plain("float32").encode(self.scales), 32) if exponents is None else (exponents & _ones(8), 8)
         if self.zero_points is None:
             return (scales,)
         return scales, (self.zero_points.to(torch.int64) & _ones(self.code_bits), self.code_bits)
@@ -263,6 +268,13 @@ class Affine(Format):
         if bool((steps + zeros > self.high).any()):
             raise OffGrid(f"a code of {self.spec} is above {self.high}")
         return steps.to(torch.float32) * scales
+
+    @cached_property
+    def _exponents(self) -> Tensor | None:
+        """Of scales that are all powers of two and normal float32; None where one is not."""
+        fractions, exponents = torch.frexp(self.scales.float())
+        exponents = exponents.to(torch.int64) - 1  # torch's fractions begin at 1/2
+        return exponents if bool(((fractions == 0.5) & (exponents >= -126)).all()) else None
 
     def _spread(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every element."""
@@ -372,8 +384,11 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
     if kind == "affine" and _AFFINE.fullmatch(rest):
         low, high, blocks = int(fields[0]), int(fields[1]), tuple(map(int, fields[2].split("x")))
         count = block_count(shape, blocks)
-        scales = Plain("float32").decode(read(count, 32))
-        if len(fields) == 3:
+        if "shifts" in fields:
+            scales = torch.tensor([2.0**e for e in _sign_extend(read(count, 8), 8).tolist()])
+        else:
+            scales = Plain("float32").decode(read(count, 32))
+        if "zeros" not in fields:
             return Affine(low, high, blocks, scales)
         width = Affine(low, high, blocks, scales).code_bits  # checks the bits
         zeros = read(count, width)
@@ -382,10 +397,10 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
 
 
 LONGEST_SPEC = 200
-_AFFINE = re.compile(r"-?\d+:-?\d+:\d+(x\d+)*(:zeros)?")
+_AFFINE = re.compile(r"-?\d+:-?\d+:\d+(x\d+)*(:shifts)?(:zeros)?")
 _SPECS = (
-    "fixed-point:BITS", "signed:BITS:DTYPE", "unsigned:BITS:DTYPE", "affine:LOW:HIGH:BLOCKS", "signs:FORMAT",
-    "codebook:K",
+    "fixed-point:BITS", "signed:BITS:DTYPE", "unsigned:BITS:DTYPE", "affine:LOW:HIGH:BLOCKS[:shifts][:zeros]",
+    "signs:FORMAT", "codebook:K",
 )  # fmt: skip
 
 

@@ -111,7 +111,8 @@ class FixedPointQuantizer(ActivationQuantizer):
 
 # --- integers with a scale --------------------------------------------------------------------------------------------
 
-_SMALLEST_SCALE = 2.0**-40  # a learned scale stays positive, and what is divided by it finite
+SMALLEST_SCALE = 2.0**-40
+"""A learned scale stays positive, and what is divided by it finite."""
 
 
 def _spread(values: Tensor, shape: Sequence[int], blocks: Sequence[int]) -> Tensor:
@@ -205,7 +206,7 @@ class AffineQuantizer(ActivationQuantizer):
         if not self.learned:  # tracing puts other tensors in the place of parameters
             fixed: Tensor = affine(x, self.scale, self.zero_point, *self.range, list(self.blocks or x.shape))
             return fixed
-        scale = self.scale.clamp_min(_SMALLEST_SCALE)
+        scale = self.scale.clamp_min(SMALLEST_SCALE)
         blocks = list(self.blocks or x.shape)
         quantized: Tensor = affine(x, scale, self.zero_point, *self.range, blocks, self._factor(x))
         return quantized
@@ -214,7 +215,7 @@ class AffineQuantizer(ActivationQuantizer):
         """Sets the mode. A learned scale that a step took below the smallest is that one: what is packed computes."""
         if self.learned:
             with torch.no_grad():
-                self.scale.clamp_(min=_SMALLEST_SCALE)
+                self.scale.clamp_(min=SMALLEST_SCALE)
         return super().train(mode)
 
     def _factor(self, x: Tensor) -> float:
@@ -275,7 +276,7 @@ class SignQuantizer(nn.Module):
         self.register_buffer("threshold", thresholds)
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized: Tensor = signs(x, self.scale.clamp_min(_SMALLEST_SCALE), self.threshold, list(self.blocks))
+        quantized: Tensor = signs(x, self.scale.clamp_min(SMALLEST_SCALE), self.threshold, list(self.blocks))
         return quantized
 
     def right_inverse(self, x: Tensor) -> Tensor:
