@@ -346,9 +346,9 @@ def test_steps_begin_as_in_the_paper():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[0.0, -2.0, 0.0, -6.0]]))  # sparse weights: zeros fit any step
     assert LSQ(weight_bits=3).quantizer(layer, "weight").scale.item() == pytest.approx(2 * 4 / 3**0.5)
-    of_activation = LSQ(activation_bits=4).activation_format(Observed.of(torch.tensor([0.0, 1.0, 2.0])))
-    assert (of_activation.low, of_activation.high) == (0, 15)
-    assert of_activation.scales.item() == pytest.approx(2 * 1 / 15**0.5)
+    of_activation = LSQ(activation_bits=4).activation_quantizer(Observed.of(torch.tensor([0.0, 1.0, 2.0])))
+    assert of_activation.range == (0, 15)
+    assert of_activation.scale.item() == pytest.approx(2 * 1 / 15**0.5)
 
 
 def test_a_step_that_fell_below_zero_is_packed_as_it_computes(x):
@@ -371,6 +371,24 @@ def test_steps_of_powers_of_two():
     assert nearest(steps).tolist() == [0.5, 1.0, 4.0, 2.0**-40, 2.0**-40]
     nearest(steps).sum().backward()
     assert steps.grad.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_where_steps_of_powers_of_two_begin():
+    """Against all powers of two, for two channels and for an activation."""
+
+    def error(step, values, low, high):
+        return ((values / step).round().clamp(low, high) * step - values).square().sum().item()
+
+    torch.manual_seed(0)
+    layer, exponents = nn.Linear(64, 2), range(-12, 4)
+    with torch.no_grad():
+        layer.weight[1] *= 7
+    found = LSQ(power_of_two=True, granularity="channel", weight_bits=3).quantizer(layer, "weight").scale
+    rows = layer.weight.detach().double()
+    assert found.tolist() == [2.0 ** min(exponents, key=lambda e, r=row: error(2.0**e, r, -4, 3)) for row in rows]
+    seen = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = LSQ(power_of_two=True, activation_bits=3).activation_quantizer(Observed.of(seen)).scale.item()
+    assert step == 2.0 ** min(exponents, key=lambda e: error(2.0**e, seen, 0, 7))
 
 
 def test_steps_of_powers_of_two_are_trained(x):

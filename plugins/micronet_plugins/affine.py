@@ -30,15 +30,11 @@ class ScaledQuantizer(WeightQuantizer):
         for name, seen in observe(graph, context, self.batches).items():
             if name in nodes:
                 seen = _positive(seen) if name in rectified else seen
-                replace(graph, f"{QUANTIZERS}.{name}", self.scaled(self.activation_format(seen)))
-
-    def scaled(self, number_format: Affine) -> AffineQuantizer:
-        """The quantizer of a weight or an activation."""
-        return AffineQuantizer(number_format)
+                replace(graph, f"{QUANTIZERS}.{name}", self.activation_quantizer(seen))
 
     @abstractmethod
-    def activation_format(self, seen: Observed) -> Affine:
-        """The format of an activation, without blocks."""
+    def activation_quantizer(self, seen: Observed) -> AffineQuantizer:
+        """The quantizer of an activation, whose format has no blocks."""
 
 
 _RECTIFIES = (nn.ReLU, nn.ReLU6)
@@ -82,12 +78,14 @@ class AffineStrategy(ScaledQuantizer):
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         weight = getattr(layer, name)
         blocks = blocks_of(layer, weight, self.granularity, self.group_size)
-        return self.scaled(
+        return AffineQuantizer(
             affine_format(weight, self.weight_bits, blocks, self.symmetric, self.calibration, self.sigmas)
         )
 
-    def activation_format(self, seen: Observed) -> Affine:
-        return activation_format(seen, self.activation_bits, self.symmetric, self.activation_calibration, self.sigmas)
+    def activation_quantizer(self, seen: Observed) -> AffineQuantizer:
+        return AffineQuantizer(
+            activation_format(seen, self.activation_bits, self.symmetric, self.activation_calibration, self.sigmas)
+        )
 
 
 def activation_format(seen: Observed, bits: int, symmetric: bool, calibration: Calibration, sigmas: float) -> Affine:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from micronet_eval.formats import SMALLEST_SCALE, Affine, AffineQuantizer, block_indices
 from micronet_plugins.affine import ScaledQuantizer
-from micronet_plugins.calibration import Observed
+from micronet_plugins.calibration import Observed, with_shifts
 from micronet_plugins.layerwise import blocks_of
 
 
@@ -25,7 +25,7 @@ class LSQ(ScaledQuantizer):
 
     A step that is no power of two costs one more multiplication an output, and 32 bits. With `power_of_two` every step
     is the power of two nearest to what is learned (in the logarithm; straight through), as thresholds are in Jain et
-    al. 2020, arXiv 1903.08066: a shift, and 8 bits. That is coarser.
+    al. 2020, arXiv 1903.08066: a shift, and 8 bits. That is coarser. Such steps begin where the squared error is least.
     """
 
     weight_bits: int = Field(4, ge=2, le=8, description="bits of a weight")
@@ -43,18 +43,20 @@ class LSQ(ScaledQuantizer):
         kept = torch.zeros(int(where.max()) + 1).index_add_(0, where, (size > 0).float())  # zeros fit any step
         means = torch.zeros(len(kept)).index_add_(0, where, size) / kept.clamp(min=1)
         half = 2 ** (self.weight_bits - 1)
-        return self.scaled(Affine(-half, half - 1, blocks, first_step(means, half - 1)))
+        return self._learned(Affine(-half, half - 1, blocks, first_step(means, half - 1)), weight)
 
-    def scaled(self, number_format: Affine) -> AffineQuantizer:
-        quantizer = AffineQuantizer(number_format, learned=True)
-        if self.power_of_two:
-            parametrize.register_parametrization(quantizer, "scale", PowerOfTwo())
+    def _learned(self, number_format: Affine, values: Tensor) -> AffineQuantizer:
+        if not self.power_of_two:
+            return AffineQuantizer(number_format, learned=True)
+        quantizer = AffineQuantizer(with_shifts(number_format, values), learned=True)
+        parametrize.register_parametrization(quantizer, "scale", PowerOfTwo())
         return quantizer
 
-    def activation_format(self, seen: Observed) -> Affine:
+    def activation_quantizer(self, seen: Observed) -> AffineQuantizer:
         bits = self.activation_bits
         low, high = (0, 2**bits - 1) if seen.low >= 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return Affine(low, high, (), first_step(seen.sample.abs().mean().view(1).float(), high))
+        step = first_step(seen.sample.abs().mean().view(1).float(), high)
+        return self._learned(Affine(low, high, (), step), seen.sample)
 
 
 class PowerOfTwo(nn.Module):
