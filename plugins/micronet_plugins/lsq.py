@@ -24,8 +24,9 @@ class LSQ(ScaledQuantizer):
     an optimizer overshoots them. Activations that are never negative, or that only a ReLU reads, have no sign.
 
     A step that is no power of two costs one more multiplication an output, and 32 bits. With `power_of_two` every step
-    is the power of two nearest to what is learned (in the logarithm; straight through), as thresholds are in Jain et
-    al. 2020, arXiv 1903.08066: a shift, and 8 bits. That is coarser. Such steps begin where the squared error is least.
+    is the power of two nearest to what is learned, in the logarithm, and the gradient passes straight through: a shift,
+    and 8 bits. (Jain et al. 2020, arXiv 1903.08066, learn thresholds so, and round them up.) Such steps begin where the
+    squared error is least.
     """
 
     weight_bits: int = Field(4, ge=2, le=8, description="bits of a weight")
