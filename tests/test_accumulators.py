@@ -12,8 +12,9 @@ import micronet_eval
 from micronet_eval.accumulators import accumulator_bits, exact_widths, range_of, what_if
 from micronet_eval.costs import FORMULAS
 from micronet_eval.evaluation import costs
-from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.scoring import account
+from micronet_eval.structure import copied
 from micronet_eval.trace import trace
 
 
@@ -73,6 +74,16 @@ def test_each_channel_has_its_own_width():
     # With a bias of 1 each: -24 ... 22, -24 ... 22 with one addition, -15 ... 16 needs 6 bits.
     layer = quantized(linear([[1.0, 1, 1], [3, 0, 0], [-1, 1, 0], [0, 0, 0]], [1.0] * 4), 4, 0, 0)
     assert widths(nn.Sequential(FixedPointQuantizer(4), layer), 1, 3) == [(6, 3), (6, 1), (6, 2)]
+
+
+def test_each_channel_may_have_its_own_step():
+    """The channels above, each in its own power of two. A step of 0.3 is no integer's."""
+    layer = linear([[0.5, 0.5, 0.5], [6, 0, 0], [-0.25, 0.25, 0], [0, 0, 0]])
+    for last, found in ((1.0, [(6, 2), (5, 1)]), (0.3, [])):
+        scales = torch.tensor([0.5, 2.0, 0.25, last])
+        of_channels = copied(layer)
+        parametrize.register_parametrization(of_channels, "weight", AffineQuantizer(Affine(-8, 7, (1, 3), scales)))
+        assert widths(nn.Sequential(FixedPointQuantizer(4), of_channels), 1, 3) == found
 
 
 def test_exponents_do_not_matter_but_to_the_bias():

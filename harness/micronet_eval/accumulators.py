@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid
+from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid, steps_of_outputs
 from micronet_eval.grids import Grid, constant_grid, data_inputs, grid_of, is_conversion
 from micronet_eval.scoring import Account, Count, Priced, number
 from micronet_eval.trace import Value
@@ -89,20 +89,21 @@ def exact_widths(priced: Priced) -> list[tuple[int, int]]:
         return []
     weight, bias = product.weight.known, product.bias
     steps, grid = range_of(product.x), constant_grid(product.weight)
-    own = None if grid is None else _steps(grid)
-    if steps is None or own is None or weight is None or (bias is not None and bias.known is None):
+    if steps is None or grid is None or weight is None or (bias is not None and bias.known is None):
         return []
-    rows = product.rows(weight)
-    exponent = own.exponent
-    codes = (rows.double() * 2.0**-exponent).to(torch.int64)
+    own = steps_of_outputs(product, grid)
+    exponents = {step: _exponent(step) for step in set(own) if _is_shift(step)}
+    if not own or len(exponents) < len(set(own)) or any(grid.zeros()):
+        return []
+    codes = (product.rows(weight).double() / torch.tensor(own, dtype=torch.float64)[:, None]).to(torch.int64)
     counts = (codes != 0).sum(1).tolist()
     positive, negative = codes.clamp(min=0).sum(1).tolist(), (-codes).clamp(min=0).sum(1).tolist()
     biases = [0.0] * len(counts) if bias is None else bias.data.flatten().tolist()  # type: ignore[union-attr]
     found = []
-    for n, p, m, b in zip(counts, positive, negative, biases, strict=True):
+    for step, n, p, m, b in zip(own, counts, positive, negative, biases, strict=True):
         low, high = p * steps.low - m * steps.high, p * steps.high - m * steps.low
         if n and (additions := (n - (bias is None)) * product.times):
-            found.append((accumulator_bits(low, high, b, steps.exponent + exponent), additions))
+            found.append((accumulator_bits(low, high, b, steps.exponent + exponents[step]), additions))
     # A formula that another ruleset or a plugin put in the place of ours counts something else.
     return found if sum(n for _, n in found) == priced.cost.accumulations else []
 
@@ -144,6 +145,14 @@ def range_of(value: Value) -> Steps | None:
 def _steps(grid: Grid) -> Steps | None:
     """Of a grid with one step for the whole tensor, a power of two, and no zero point: of fixed point."""
     scales = grid.steps()
-    if len(scales) != 1 or math.frexp(scales[0])[0] != 0.5 or any(grid.zeros()):
+    if len(scales) != 1 or not _is_shift(scales[0]) or any(grid.zeros()):
         return None
-    return Steps(math.frexp(scales[0])[1] - 1, min(grid.low, 0), max(grid.high, 0))
+    return Steps(_exponent(scales[0]), min(grid.low, 0), max(grid.high, 0))
+
+
+def _is_shift(step: float) -> bool:
+    return math.frexp(step)[0] == 0.5
+
+
+def _exponent(shift: float) -> int:
+    return math.frexp(shift)[1] - 1

@@ -97,6 +97,17 @@ def dot_product(op: Op) -> DotProduct | None:
     return None
 
 
+def steps_of_outputs(product: DotProduct, grid: Grid) -> list[float]:
+    """The step of each output's weights; nothing where an output has several."""
+    own = grid.steps()
+    if grid.indices is None:
+        return own * product.op.out.shape[product.dim] if len(own) == 1 else []
+    indices = product.rows(grid.indices)
+    if indices.numel() == 0 or not bool((indices == indices[:, :1]).all()):
+        return []
+    return [own[i] for i in indices[:, 0].tolist()]
+
+
 def keeps_the_grid(op: Op) -> bool:
     """Whether the results of `op` are some of its inputs, or zero."""
     return op.name in _KEEP_THE_GRID and not (op.name == "aten.constant_pad_nd" and op.arg(2, "value", 0) != 0)
@@ -126,7 +137,7 @@ def summed(op: Op) -> DotProduct | None:
     inputs, weights = _grid_of_activation(product.x), constant_grid(product.weight)
     if inputs is None or weights is None or not inputs.scales or not weights.scales:
         raise NoFormula(op, "the input, or the weight, is no integer with a step")
-    step, steps = inputs.steps(), _steps_of_outputs(product, weights)
+    step, steps = inputs.steps(), steps_of_outputs(product, weights)
     if len(step) != 1 or step != _steps(named["input_step"]):
         raise NoFormula(op, "its step of the input is not that of the input's quantizer")
     if steps not in (own := _steps(named["weight_step"]), own * len(steps)):
@@ -177,18 +188,6 @@ def _grid_of_activation(value: Value) -> Grid | None:
             return None
         value = inputs[0]
     return None
-
-
-def _steps_of_outputs(product: DotProduct, grid: Grid) -> list[float]:
-    """The step of each output's weights; nothing where an output has several."""
-    own = grid.steps()
-    if grid.indices is None:
-        rows = product.rows(torch.empty(product.weight.shape, device="meta")).shape[0]
-        return own * rows if len(own) == 1 else []
-    indices = product.rows(grid.indices)
-    if indices.numel() == 0 or not bool((indices == indices[:, :1]).all()):
-        return []
-    return [own[i] for i in indices[:, 0].tolist()]
 
 
 def _alike(a: Value | None, b: Value | None) -> bool:
