@@ -127,7 +127,7 @@ WORDS = [
     *b"\x00 \x1b \xff \xc3\xa9 \xe2\x80\xae [ ] { } = . , : \" ' # - 0 1 9 e E inf nan true false".split(b" "),
     b"\n", b"\\u202e", b"[[", b"]]", b"{}", b"[]", b"1e999999999", b"-1", b"9" * 40, b"9" * 400, b"." * 120, b"0x1f",
     b"1979-05-27T07:32:00Z", b"a.b.c", b"null", b"signs:", b"affine:", b"codebook:", b"fixed-point:", b"float32",
-    b"bitmask", b"blocks:2x2", b"plain", b"overhead", b"dense", b"0.weight", b"Linear", b"type", b"x" * 300,
+    b":shifts", b"bitmask", b"blocks:2x2", b"plain", b"overhead", b"dense", b"0.weight", b"Linear", b"type", b"x" * 300,
     b"__class__", b"os.system", b"nodes", b"layers", b"node", b"tuple", b"slice", b"get_attr", b"call_function",
 ]  # fmt: skip
 
@@ -252,7 +252,14 @@ def input_shape(data: bytes) -> None:
 
 def number_format(data: bytes) -> None:
     """What a format reads from a stream it writes back: the same codes."""
-    seed = (b"fixed-point:5", b"affine:-8:7:1x4:zeros", b"signs:affine:-1:1:4x4", b"codebook:5", b"signed:3:int8")
+    seed = (
+        b"fixed-point:5",
+        b"affine:-8:7:1x4:zeros",
+        b"affine:-8:7:1x4:shifts",
+        b"signs:affine:-1:1:4x4",
+        b"codebook:5",
+        b"signed:3:int8",
+    )
     spec = edited(seed[data[0] % len(seed)] if data else b"", data[1:]).decode("utf-8", "replace")
     reader = packing._BitReader(np.frombuffer((data * 40)[:400], np.uint8))
     try:

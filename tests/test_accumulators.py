@@ -86,6 +86,44 @@ def test_each_channel_may_have_its_own_step():
         assert widths(nn.Sequential(FixedPointQuantizer(4), of_channels), 1, 3) == found
 
 
+def test_a_batch_of_constant_matrices():
+    """Two matrices [3, 4] of ones, fixed point: 3 products of -8 ... 7 for each of the 8 outputs."""
+
+    class Batch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quantizer, self.weight = FixedPointQuantizer(4), nn.Parameter(torch.ones(2, 3, 4))
+
+        def forward(self, x):
+            return torch.bmm(self.quantizer(x), self.weight)
+
+    model = Batch()
+    parametrize.register_parametrization(model, "weight", FixedPointQuantizer(4))
+    assert widths(model, 2, 1, 3) == [(6, 2)] * 8
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_steps_move_with_the_channels(first):
+    """Of 4 channels with steps of their own the first ones of one weight, and then those of another, or none."""
+
+    class Parts(nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.quantizer, self.a = FixedPointQuantizer(4), nn.Parameter(torch.ones(4, 3))
+            self.b, self.bias = nn.Parameter(torch.full((4, 3), 1.75)), nn.Parameter(torch.zeros(first + other))
+            for name, steps in (("a", [0.5, 0.5, 1.0, 1.0]), ("b", [0.25] * 4)):
+                number_format = Affine(-8, 7, (1, 3), torch.tensor(steps))
+                parametrize.register_parametrization(self, name, AffineQuantizer(number_format))
+
+        def forward(self, x):
+            both = torch.cat([self.a[:first], self.b[: len(self.bias) - first]])
+            return nn.functional.linear(self.quantizer(x), both, self.bias)
+
+    # In halves a 1 is 2: -48 ... 42 in 7 bits. In quarters 1.75 is 7: -168 ... 147 in 9.
+    assert widths(Parts(0), 1, 3) == [(7, 3)] * first
+    assert widths(Parts(2), 1, 3) == [(7, 3)] * first + [(9, 3)] * 2
+
+
 def test_exponents_do_not_matter_but_to_the_bias():
     weights, bias = [[0.25, 0.25, 0.25]], [0.25]
     scaled = quantized(linear(weights, bias), 4, -2, -2)

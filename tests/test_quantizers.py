@@ -383,12 +383,18 @@ def test_where_steps_of_powers_of_two_begin():
     layer, exponents = nn.Linear(64, 2), range(-12, 4)
     with torch.no_grad():
         layer.weight[1] *= 7
-    found = LSQ(power_of_two=True, granularity="channel", weight_bits=3).quantizer(layer, "weight").scale
-    rows = layer.weight.detach().double()
-    assert found.tolist() == [2.0 ** min(exponents, key=lambda e, r=row: error(2.0**e, r, -4, 3)) for row in rows]
-    seen = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    step = LSQ(power_of_two=True, activation_bits=3).activation_quantizer(Observed.of(seen)).scale.item()
-    assert step == 2.0 ** min(exponents, key=lambda e: error(2.0**e, seen, 0, 7))
+    for bits, half in ((3, 4), (8, 128)):
+        found = LSQ(power_of_two=True, granularity="channel", weight_bits=bits).quantizer(layer, "weight").scale
+        for step, row in zip(found.tolist(), layer.weight.detach().double(), strict=True):
+            assert step == 2.0 ** min(exponents, key=lambda e, r=row, h=half: error(2.0**e, r, -h, h - 1))
+    dense = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sparse = torch.where(dense < 0.05, dense * 100, 0)
+    for bits, seen in itertools.product((3, 4, 8), (dense, sparse)):
+        step = LSQ(power_of_two=True, activation_bits=bits).activation_quantizer(Observed.of(seen)).scale.item()
+        assert step == 2.0 ** min(exponents, key=lambda e, v=seen, b=bits: error(2.0**e, v, 0, 2**b - 1))
+    nothing = nn.Linear(8, 1)
+    nn.init.zeros_(nothing.weight)
+    assert LSQ(power_of_two=True).quantizer(nothing, "weight").scale.item() == 1
 
 
 def test_steps_of_powers_of_two_are_trained(x):
@@ -406,6 +412,7 @@ def test_steps_of_powers_of_two_are_trained(x):
     assert bool((torch.frexp(model.get_submodule("0").parametrizations.weight[0].scale)[0] == 0.5).all())
 
 
+@pytest.mark.rule("storage.overhead")
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_steps_of_powers_of_two_are_shifts(x, power_of_two):
     """8 -> 4 without bias: else a scale is 32 bits, and one multiplication for each input, and each output, at 32."""
@@ -436,6 +443,12 @@ def test_scales_that_are_powers_of_two_are_exponents(zeros):
     again = format_of(found.spec, weight.shape, lambda count, bits: next(columns)[0])
     assert again == found
     assert torch.equal(again.decode(found.encode(weight)), weight)
+
+
+@pytest.mark.parametrize("byte", [128, 129])  # -128, -127: such a scale is no normal float32, and would not be written
+def test_exponents_that_no_file_holds_are_refused(byte):
+    with pytest.raises(OffGrid, match="exponents from -126 to 127 are possible"):
+        format_of("affine:-4:3:1x2:shifts", (2, 2), lambda count, bits: torch.tensor([byte, 1]))
 
 
 @pytest.mark.parametrize("scales", [[0.5, 0.6], [0.5, 2.0**-127]])

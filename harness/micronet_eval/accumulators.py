@@ -1,8 +1,9 @@
 """What other accumulators would score. *(ours)* Shown beside the official figures, and never used for them.
 
-Exact accumulators: where weights and inputs are fixed point, a dot product is a sum of integers, and its result is the
-same bit for bit in any two's-complement integer that cannot overflow. How wide that has to be is proved for each output
-channel from its own weights.
+Exact accumulators: where weights and inputs are integers whose steps are powers of two (one for the input, one for each
+output channel of the weight), a dot product is a sum of integers, and its result is the same bit for bit in any
+two's-complement integer that cannot overflow. How wide that has to be is proved for each output channel from its own
+weights.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _shared(count: int, priced: Priced) -> Fraction | int:
 def exact_widths(priced: Priced) -> list[tuple[int, int]]:
     """For every output channel of a dot product: the bits of the narrowest exact accumulator, and its additions.
 
-    Empty where that cannot be said: the weights or the inputs are not fixed point, or have no known values.
+    Empty where that cannot be said: weights or inputs are no such integers, or have no known values.
     """
     if (product := dot_product(priced.op)) is None:
         return []
@@ -95,7 +96,10 @@ def exact_widths(priced: Priced) -> list[tuple[int, int]]:
     exponents = {step: _exponent(step) for step in set(own) if _is_shift(step)}
     if not own or len(exponents) < len(set(own)) or any(grid.zeros()):
         return []
-    codes = (product.rows(weight).double() / torch.tensor(own, dtype=torch.float64)[:, None]).to(torch.int64)
+    exact = product.rows(weight).double() / torch.tensor(own, dtype=torch.float64)[:, None]
+    codes = exact.to(torch.int64)
+    if bool((codes != exact).any()):
+        return []
     counts = (codes != 0).sum(1).tolist()
     positive, negative = codes.clamp(min=0).sum(1).tolist(), (-codes).clamp(min=0).sum(1).tolist()
     biases = [0.0] * len(counts) if bias is None else bias.data.flatten().tolist()  # type: ignore[union-attr]
@@ -124,7 +128,7 @@ def accumulator_bits(low: int, high: int, bias: float = 0.0, exponent: int = 0) 
 
 
 def range_of(value: Value) -> Steps | None:
-    """Between what an activation lies, by the quantizers that it comes from; None where it is not fixed point."""
+    """Between what an activation lies, by the quantizers that it comes from; None without steps of powers of two."""
     op = value.producer
     if op is None or value not in op.outputs:  # a part was overwritten
         return None
@@ -143,7 +147,7 @@ def range_of(value: Value) -> Steps | None:
 
 
 def _steps(grid: Grid) -> Steps | None:
-    """Of a grid with one step for the whole tensor, a power of two, and no zero point: of fixed point."""
+    """Of a grid with one step for the whole tensor, a power of two, and no zero point."""
     scales = grid.steps()
     if len(scales) != 1 or not _is_shift(scales[0]) or any(grid.zeros()):
         return None

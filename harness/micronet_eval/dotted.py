@@ -101,7 +101,8 @@ def steps_of_outputs(product: DotProduct, grid: Grid) -> list[float]:
     """The step of each output's weights; nothing where an output has several."""
     own = grid.steps()
     if grid.indices is None:
-        return own * product.op.out.shape[product.dim] if len(own) == 1 else []
+        outputs = product.rows(torch.empty(product.weight.shape, device="meta")).shape[0]
+        return own * outputs if len(own) == 1 else []
     indices = product.rows(grid.indices)
     if indices.numel() == 0 or not bool((indices == indices[:, :1]).all()):
         return []

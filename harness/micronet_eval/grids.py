@@ -219,9 +219,9 @@ def _moved(op: Op, value: Value) -> Grid | None:
     for source, grid in zip(sources, found, strict=True):
         own = torch.zeros(source.shape, dtype=torch.int64, device="cpu") if grid.indices is None else grid.indices
         moved[source] = own + count
-        count += int(own.max()) + 1 if own.numel() else 0
+        count += sum(s.numel if isinstance(s, Value) else 1 for s in grid.scales) or 1
     indices: Tensor | None = found[0].indices
-    if count > 1 and op.func is not None and op.name != "aten._to_copy":
+    if (count > 1 or indices is not None) and op.func is not None and op.name != "aten._to_copy":
         args, kwargs = tree_map(lambda a: moved.get(a, a.data) if isinstance(a, Value) else a, (op.args, op.kwargs))
         indices = tree_flatten(op.func(*args, **kwargs))[0][op.outputs.index(value)]
     if len(found) == 1:

@@ -54,8 +54,9 @@ from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
 
 FREEBIE_BITS = 16
 
-_MANY = 1 << 16
 _NO_SHIFT = 3.0  # a scale that is not known counts as one that is no power of two
+
+_MANY = 1 << 16
 """Elements of a tensor that is looked at in part first."""
 
 

@@ -149,14 +149,20 @@ def affine_format(
 
 
 def with_shifts(number_format: Affine, values: Tensor) -> Affine:
-    """The same with powers of two for scales: of a quarter to twice each scale the one with the least squared error."""
+    """The same with the powers of two for scales that have the least squared error, block by block.
+
+    Tried are the one with which the largest magnitude fits above zero, and the 8 below it; 1 where all values are 0.
+    """
     values = values.detach().double()
     where = block_indices(values.shape, number_format.blocks or values.shape)
-    scales = [torch.exp2(torch.log2(number_format.scales).round() + more) for more in (-2, -1, 0, 1)]
+    none = torch.zeros(len(number_format.scales), dtype=torch.float64)
+    largest = none.scatter_reduce(0, where.flatten(), values.abs().flatten(), "amax")
+    exponents = torch.where(largest > 0, (largest / number_format.high).log2().ceil(), 0.0).clamp(-118, 127)
+    scales = [torch.exp2(exponents - less).float() for less in range(9)]
     errors = []
     for tried in scales:
-        error = _error(values, replace(number_format, scales=tried), where).flatten()
-        errors.append(torch.zeros(len(tried), dtype=torch.float64).index_add_(0, where.flatten(), error))
+        error = _error(values, replace(number_format, scales=tried), where)
+        errors.append(none.index_add(0, where.flatten(), error.flatten()))
     best = torch.stack(errors).argmin(0)
     return replace(number_format, scales=torch.stack(scales)[best, torch.arange(len(best))])
 

@@ -25,8 +25,8 @@ class LSQ(ScaledQuantizer):
 
     A step that is no power of two costs one more multiplication an output, and 32 bits. With `power_of_two` every step
     is the power of two nearest to what is learned, in the logarithm, and the gradient passes straight through: a shift,
-    and 8 bits. (Jain et al. 2020, arXiv 1903.08066, learn thresholds so, and round them up.) Such steps begin where the
-    squared error is least.
+    and 8 bits. (Jain et al. 2020, arXiv 1903.08066, learn the logarithms of thresholds, and round them up.) Such steps
+    begin where the squared error is least.
     """
 
     weight_bits: int = Field(4, ge=2, le=8, description="bits of a weight")

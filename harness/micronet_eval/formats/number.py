@@ -70,6 +70,7 @@ class Format(ABC):
         return hash(self.spec)
 
 
+_LEAST_EXPONENT = -126  # of a normal float32
 _PIECE = 1 << 16  # elements at a time, so that what is made of them stays cached
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -139,7 +140,7 @@ class FixedPoint(Format):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 24:
             raise OffGrid(f"fixed point of {self.bits} bits: 2 to 24 bits are possible")
-        if not -126 <= self.exponent <= 100:
+        if not _LEAST_EXPONENT <= self.exponent <= 100:
             raise OffGrid(f"fixed-point exponent {self.exponent}: -126 to 100 are possible")
 
     @property
@@ -272,9 +273,11 @@ class Affine(Format):
     @cached_property
     def _exponents(self) -> Tensor | None:
         """Of scales that are all powers of two and normal float32; None where one is not."""
-        fractions, exponents = torch.frexp(self.scales.float())
+        if self.scales.dtype != torch.float32:
+            return None
+        fractions, exponents = torch.frexp(self.scales)
         exponents = exponents.to(torch.int64) - 1  # torch's fractions begin at 1/2
-        return exponents if bool(((fractions == 0.5) & (exponents >= -126)).all()) else None
+        return exponents if bool(((fractions == 0.5) & (exponents >= _LEAST_EXPONENT)).all()) else None
 
     def _spread(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every element."""
@@ -385,7 +388,10 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
         low, high, blocks = int(fields[0]), int(fields[1]), tuple(map(int, fields[2].split("x")))
         count = block_count(shape, blocks)
         if "shifts" in fields:
-            scales = torch.tensor([2.0**e for e in _sign_extend(read(count, 8), 8).tolist()])
+            exponents = _sign_extend(read(count, 8), 8)
+            if bool((exponents < _LEAST_EXPONENT).any()):
+                raise OffGrid(f"scales of {spec}: exponents from {_LEAST_EXPONENT} to 127 are possible")
+            scales = torch.exp2(exponents.float())
         else:
             scales = Plain("float32").decode(read(count, 32))
         if "zeros" not in fields:

@@ -212,7 +212,10 @@ class AffineQuantizer(ActivationQuantizer):
         return quantized
 
     def train(self, mode: bool = True) -> AffineQuantizer:
-        """Sets the mode. A learned scale that a step took below the smallest is that one: what is packed computes."""
+        """Sets the mode. A learned scale that a step took below the smallest is that one: what is packed computes.
+
+        A scale under a parametrization is bounded there.
+        """
         if self.learned:
             with torch.no_grad():
                 self.scale.clamp_(min=SMALLEST_SCALE)
