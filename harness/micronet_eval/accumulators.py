@@ -15,7 +15,7 @@ from fractions import Fraction
 import torch
 
 from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid, steps_of_outputs
-from micronet_eval.grids import Grid, constant_grid, data_inputs, grid_of, is_conversion
+from micronet_eval.grids import Grid, constant_grid, data_inputs, exponent_of_shift, grid_of, is_conversion
 from micronet_eval.scoring import Account, Count, Priced, number
 from micronet_eval.trace import Value
 
@@ -93,8 +93,8 @@ def exact_widths(priced: Priced) -> list[tuple[int, int]]:
     if steps is None or grid is None or weight is None or (bias is not None and bias.known is None):
         return []
     own = steps_of_outputs(product, grid)
-    exponents = {step: _exponent(step) for step in set(own) if _is_shift(step)}
-    if not own or len(exponents) < len(set(own)) or any(grid.zeros()):
+    exponents = {step: exponent for step in set(own) if (exponent := exponent_of_shift(step)) is not None}
+    if not own or not exponents.keys() >= set(own) or any(grid.zeros()):
         return []
     exact = product.rows(weight).double() / torch.tensor(own, dtype=torch.float64)[:, None]
     codes = exact.to(torch.int64)
@@ -148,15 +148,7 @@ def range_of(value: Value) -> Steps | None:
 
 def _steps(grid: Grid) -> Steps | None:
     """Of a grid with one step for the whole tensor, a power of two, and no zero point."""
-    scales = grid.steps()
-    if len(scales) != 1 or not _is_shift(scales[0]) or any(grid.zeros()):
+    exponents = [exponent_of_shift(scale) for scale in grid.steps()]
+    if len(exponents) != 1 or exponents[0] is None or any(grid.zeros()):
         return None
-    return Steps(_exponent(scales[0]), min(grid.low, 0), max(grid.high, 0))
-
-
-def _is_shift(step: float) -> bool:
-    return math.frexp(step)[0] == 0.5
-
-
-def _exponent(shift: float) -> int:
-    return math.frexp(shift)[1] - 1
+    return Steps(exponents[0], min(grid.low, 0), max(grid.high, 0))

@@ -284,9 +284,15 @@ def values_of(item: Value | float) -> list[float]:
     return item.data.reshape(-1).tolist() if known else []  # type: ignore[union-attr]
 
 
+def exponent_of_shift(number: float) -> int | None:
+    """The exponent of a power of two; None for any other number."""
+    fraction, exponent = math.frexp(number)
+    return exponent - 1 if fraction == 0.5 else None
+
+
 def _is_shift(scale: Scale) -> bool:
     values = values_of(scale)
-    return bool(values) and all(math.frexp(v)[0] == 0.5 for v in values)
+    return bool(values) and all(exponent_of_shift(v) is not None for v in values)
 
 
 def _scale_width(scale: Scale) -> int:

@@ -7,7 +7,6 @@ bit a block, whichever is smallest.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from micronet_eval.grids import (
     constant_grid,
     data_inputs,
     dtype_width,
+    exponent_of_shift,
     grid_of,
     has_only_signs,
     is_conversion,
@@ -306,8 +306,8 @@ def _scales_in_code(grid: Grid) -> list[tuple[Hashable, Stored]]:
     """The scale and zero point that a conversion has as numbers; those that are equal are stored once."""
     found: list[tuple[Hashable, Stored]] = []
     for scale in (s for s in grid.scales if not isinstance(s, Value)):
-        exact = math.frexp(scale)
-        tensor = torch.tensor(exact[1] - 1, dtype=torch.int8) if exact[0] == 0.5 else torch.tensor(float(scale))
+        exponent = exponent_of_shift(scale)
+        tensor = torch.tensor(float(scale)) if exponent is None else torch.tensor(exponent, dtype=torch.int8)
         name = Plain.of(tensor.dtype)
         found.append((("scale", scale), _in_code(f"scale {scale!r}", tensor, name, is_overhead=True)))
     for zero in (int(z) for z in grid.zero_points if not isinstance(z, Value) and z):

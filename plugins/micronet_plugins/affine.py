@@ -63,9 +63,8 @@ class AffineStrategy(ScaledQuantizer):
 
     value = (integer - zero point) x scale. A scale is 32 bits to store, a zero point the bits of a weight. A scale that
     is no power of two (by calibration hardly one is) costs one multiplication an output, and one more for every group
-    that an output sums over.
-    Activations that are never negative, or that only a ReLU reads, have no sign and no zero point. Use it where fixed
-    point loses too much: at few bits, per channel, in layers whose channels differ in range.
+    that an output sums over. Activations that are never negative, or that only a ReLU reads, have no sign and no zero
+    point. Use it where fixed point loses too much: at few bits, per channel, in layers whose channels differ in range.
     """
 
     weight_bits: int = Field(8, ge=2, le=16, description="bits of a weight")

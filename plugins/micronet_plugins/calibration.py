@@ -142,7 +142,7 @@ def affine_format(
     share = torch.ones_like(low)
     for shrink in _SHRINK.double():
         tried = _affine_of_range(low * shrink, high * shrink, bits, blocks, symmetric)
-        error = torch.zeros_like(low).index_add_(0, where.flatten(), _error(values, tried, where).flatten())
+        error = _errors(values, tried, where)
         share = torch.where(error < best, shrink, share)
         best = torch.minimum(error, best)
     return _affine_of_range(low * share, high * share, bits, blocks, symmetric)
@@ -154,15 +154,12 @@ def with_shifts(number_format: Affine, values: Tensor) -> Affine:
     Tried are the one with which the largest magnitude fits above zero, and the 8 below it; 1 where all values are 0.
     """
     values = values.detach().double()
-    where = block_indices(values.shape, number_format.blocks or values.shape)
-    none = torch.zeros(len(number_format.scales), dtype=torch.float64)
-    largest = none.scatter_reduce(0, where.flatten(), values.abs().flatten(), "amax")
+    blocks = number_format.blocks or tuple(values.shape)
+    where, (low, high) = block_indices(values.shape, blocks), _ranges(values, blocks, "max", math.inf)
+    largest = torch.maximum(-low, high)
     exponents = torch.where(largest > 0, (largest / number_format.high).log2().ceil(), 0.0).clamp(-118, 127)
     scales = [torch.exp2(exponents - less).float() for less in range(9)]
-    errors = []
-    for tried in scales:
-        error = _error(values, replace(number_format, scales=tried), where)
-        errors.append(none.index_add(0, where.flatten(), error.flatten()))
+    errors = [_errors(values, replace(number_format, scales=tried), where) for tried in scales]
     best = torch.stack(errors).argmin(0)
     return replace(number_format, scales=torch.stack(scales)[best, torch.arange(len(best))])
 
@@ -190,8 +187,10 @@ def _affine_of_range(low: Tensor, high: Tensor, bits: int, blocks: tuple[int, ..
     return Affine(first, last, blocks, scales, zeros if zeros is not None and bool(zeros.any()) else None)
 
 
-def _error(values: Tensor, tried: Affine, where: Tensor) -> Tensor:
+def _errors(values: Tensor, tried: Affine, where: Tensor) -> Tensor:
+    """The squared error of each block, summed."""
     scales = tried.scales.double()[where]
     zeros = 0 if tried.zero_points is None else tried.zero_points[where]
     rounded = ((values / scales).round() + zeros).clamp(tried.low, tried.high).sub(zeros) * scales
-    return (rounded - values).square()
+    errors = torch.zeros(len(tried.scales), dtype=torch.float64)
+    return errors.index_add_(0, where.flatten(), (rounded - values).square().flatten())
