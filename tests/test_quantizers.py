@@ -337,18 +337,43 @@ def test_the_gradients_of_steps_by_channel():
     assert quantizer.scale.grad.tolist() == pytest.approx([0, -1 / 6**0.5], abs=1e-6)
 
 
-def test_steps_begin_as_in_the_paper():
-    layer = nn.Linear(4, 1)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_steps_begin_where_the_squared_error_is_least(bits, share):
+    """Next to the best of a thousand steps."""
+
+    def error(step, values, low, high):
+        return (values - (values / step).round().clamp(low, high) * step).square().sum().item()
+
+    generator = torch.Generator().manual_seed(0)
+    layer, half = nn.Linear(3000, 4), 2 ** (bits - 1)
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[1.0, -2.0, 3.0, -6.0]]))
-    quantizer = LSQ(weight_bits=3).quantizer(layer, "weight")
-    assert quantizer.scale.item() == pytest.approx(2 * 3 / 3**0.5)
+        kept = torch.rand(layer.weight.shape, generator=generator) < share
+        sizes = torch.logspace(-3, 3, 4)[:, None]
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * kept * sizes)
+    found = LSQ(granularity="channel", weight_bits=bits).quantizer(layer, "weight").scale.tolist()
+    for step, row in zip(found, layer.weight.detach().double(), strict=True):
+        best = min(error(s, row, -half, half - 1) for s in (row.abs().max() * torch.logspace(-4, 0, 1001)).tolist())
+        assert error(step, row, -half, half - 1) <= 1.1 * best
+    values = torch.rand(1000, generator=generator, dtype=torch.float64).square()
+    quantizer = LSQ(activation_bits=bits).activation_quantizer(Observed.of(values))
+    assert quantizer.range == (0, 2**bits - 1)
+    best = min(error(s, values, 0, 2**bits - 1) for s in torch.logspace(-4, 0, 1001).tolist())
+    assert error(quantizer.scale.item(), values, 0, 2**bits - 1) <= 1.1 * best
+
+
+def test_steps_of_zeros_begin_at_1():
+    layer = nn.Linear(4, 2)
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[0.0, -2.0, 0.0, -6.0]]))  # sparse weights: zeros fit any step
-    assert LSQ(weight_bits=3).quantizer(layer, "weight").scale.item() == pytest.approx(2 * 4 / 3**0.5)
-    of_activation = LSQ(activation_bits=4).activation_quantizer(Observed.of(torch.tensor([0.0, 1.0, 2.0])))
-    assert of_activation.range == (0, 15)
-    assert of_activation.scale.item() == pytest.approx(2 * 1 / 15**0.5)
+        layer.weight.copy_(torch.tensor([[0.0] * 4, [0.0, 0.0, 0.0, -4.0]]))
+    steps = LSQ(weight_bits=3, granularity="channel").quantizer(layer, "weight").scale.tolist()
+    assert steps == [1, pytest.approx(4 / 3)]
+
+
+def test_one_bit_with_a_sign_is_minus_1_or_0():
+    quantizer = LSQ(activation_bits=1).activation_quantizer(Observed.of(torch.tensor([-2.0, -2.0, 0.0, 1.0])))
+    assert quantizer.range == (-1, 0)
+    assert quantizer.scale.item() == 2
 
 
 def test_a_step_that_fell_below_zero_is_packed_as_it_computes(x):

@@ -148,17 +148,19 @@ def affine_format(
     return _affine_of_range(low * share, high * share, bits, blocks, symmetric)
 
 
-def with_shifts(number_format: Affine, values: Tensor) -> Affine:
-    """The same with the powers of two for scales that have the least squared error, block by block.
+def with_least_error(number_format: Affine, values: Tensor, power_of_two: bool) -> Affine:
+    """The same with the scales that have the least squared error, block by block: where steps that are learned begin.
 
-    Tried are the one with which the largest magnitude fits above zero, and the 8 below it; 1 where all values are 0.
+    Tried are the one with which the largest magnitude fits above zero and those below it, an eighth of an octave apart,
+    to 1 / 256 of it; with `power_of_two` the powers of two among them, from the next above. 1 where all values are 0.
     """
     values = values.detach().double()
     blocks = number_format.blocks or tuple(values.shape)
     where, (low, high) = block_indices(values.shape, blocks), _ranges(values, blocks, "max", math.inf)
     largest = torch.maximum(-low, high)
-    exponents = torch.where(largest > 0, (largest / number_format.high).log2().ceil(), 0.0).clamp(-118, 127)
-    scales = [torch.exp2(exponents - less).float() for less in range(9)]
+    octaves = torch.where(largest > 0, (largest / max(number_format.high, 1)).log2(), 0.0)
+    octaves = (octaves.ceil() if power_of_two else octaves).clamp(-118, 127)
+    scales = [torch.exp2(octaves - less).float() for less in torch.arange(0, 8.1, 1 if power_of_two else 1 / 8)]
     errors = [_errors(values, replace(number_format, scales=tried), where) for tried in scales]
     best = torch.stack(errors).argmin(0)
     return replace(number_format, scales=torch.stack(scales)[best, torch.arange(len(best))])
