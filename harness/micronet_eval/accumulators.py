@@ -54,8 +54,8 @@ class Steps:
 
 def what_if(account: Account, baseline_math: float | None = None, storage_share: float | None = None) -> WhatIf:
     """All figures; their math and score are None without the baseline's math and the score's share of storage."""
-    official = sum(_shared(p.bits, p) for p in account.operations)
-    accumulations = number(sum(_shared(p.cost.accumulations, p) for p in account.operations))
+    official = sum(p.bits * p.share for p in account.operations)
+    accumulations = number(sum(p.cost.accumulations * p.share for p in account.operations))
 
     def figure(changed: list[tuple[int, Fraction | int]]) -> Figure:
         """`changed` are additions that would count so many bits more."""
@@ -65,20 +65,15 @@ def what_if(account: Account, baseline_math: float | None = None, storage_share:
         return Figure(ops32, share, total, number(sum(n for _, n in changed)), accumulations)
 
     exact = [
-        (bits - WIDEST, _shared(n, p))
+        (bits - WIDEST, n * p.share)
         for p in account.operations
         if not p.accumulator.additions
         for bits, n in exact_widths(p)
         if bits < WIDEST
     ]
-    now = [(bits, _shared(n, p)) for p in account.operations for bits, n in p.accumulating]
+    now = [(bits, n * p.share) for p in account.operations for bits, n in p.accumulating]
     half = [(HALF - bits, n) for bits, n in now if bits > HALF]
     return WhatIf(figure(exact), figure(half), figure([(WIDEST - bits, n) for bits, n in now if bits < WIDEST]))
-
-
-def _shared(count: int, priced: Priced) -> Fraction | int:
-    """The mean over the examples: whole numbers stay such."""
-    return count if priced.share == 1 else count * priced.share
 
 
 def exact_widths(priced: Priced) -> list[tuple[int, int]]:

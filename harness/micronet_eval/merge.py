@@ -48,7 +48,7 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
 
 def _merge(model: nn.Module, recorded: Trace, directions: Sequence[Direction]) -> nn.Module:
     """`model` itself without batch norm; `recorded` is its trace, or that of a copy."""
-    for norm_path, layer_path, direction in _mergeable_on_all_paths(model, recorded, directions):
+    for norm_path, layer_path, direction in _mergeable_on_all_paths(_by_path(model), recorded, directions):
         norm, layer = model.get_submodule(norm_path), model.get_submodule(layer_path)
         assert isinstance(norm, _BatchNorm)
         (_merge_backward if direction == "backward" else _merge_forward)(layer, norm)
@@ -63,12 +63,13 @@ def merged_trace(model: nn.Module, example_input: Example) -> Trace:
     is all that counts. Parametrized layers, linear layers and graphs are really merged, and traced again.
     """
     recorded = trace(model, example_input)
-    if not any(_is_norm(m) for m in model.modules()):
+    modules = _by_path(model)
+    if not any(map(_is_norm, modules.values())):
         return recorded
-    merges = _mergeable_on_all_paths(model, recorded, BOTH)
+    merges = _mergeable_on_all_paths(modules, recorded, BOTH)
     if isinstance(model, fx.GraphModule) or not _are_plain(recorded, {layer for _, layer, _ in merges}):
         return trace(_merge(copy.deepcopy(model), recorded, BOTH), example_input)
-    return _Rewriting(model, recorded).without_norms({norm: (layer, way) for norm, layer, way in merges})
+    return _Rewriting(modules, recorded).without_norms({norm: (layer, way) for norm, layer, way in merges})
 
 
 def without_batch_norm(model: nn.Module) -> nn.Module:
@@ -94,13 +95,18 @@ def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> Non
             replace(model, path, new)
 
 
+def _by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module under each of its names."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
 def _mergeable_on_all_paths(
-    model: nn.Module, recorded: Trace, directions: Sequence[Direction]
+    modules: Mapping[str, nn.Module], recorded: Trace, directions: Sequence[Direction]
 ) -> list[tuple[str, str, Direction]]:
     """What `_mergeable` finds, where it does so on each path of a conditional model on which one of the two runs."""
     parts = list(recorded.by_path().values())
     ran = [{op.module for op in part.ops} for part in parts]
-    found = [list(_mergeable(model, part, directions)) for part in parts]
+    found = [list(_mergeable(modules, part, directions)) for part in parts]
     return [
         merge
         for merge in dict.fromkeys(merge for merges in found for merge in merges)
@@ -109,11 +115,11 @@ def _mergeable_on_all_paths(
 
 
 def _mergeable(
-    model: nn.Module, recorded: Trace, directions: Sequence[Direction]
+    modules: Mapping[str, nn.Module], recorded: Trace, directions: Sequence[Direction]
 ) -> Iterator[tuple[str, str, Direction]]:
     """The paths of each batch norm that can be merged and of the layer that takes it; backward where both can."""
     runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or "batch_norm" in op.name)
-    users, modules = recorded.users, dict(model.named_modules(remove_duplicate=False))
+    users = recorded.users
     times = {op: time for time, op in enumerate(recorded.ops)}
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     for op in recorded.ops:
@@ -269,10 +275,10 @@ def _are_plain(recorded: Trace, layers: Container[str]) -> bool:
 
 
 class _Rewriting:
-    """Takes the batch norms out of a trace of `model`, as if the merged model had run."""
+    """Takes the batch norms out of a trace of the model that has `modules`, as if the merged model had run."""
 
-    def __init__(self, model: nn.Module, recorded: Trace) -> None:
-        self.modules, self.recorded = dict(model.named_modules()), recorded
+    def __init__(self, modules: Mapping[str, nn.Module], recorded: Trace) -> None:
+        self.modules, self.recorded = modules, recorded
         self.now: dict[Value, Value] = {}  # what is read in the place of a value
         self.buffers = dict(recorded.buffers)
         self.moved: dict[Buffer, Buffer] = {}

@@ -111,7 +111,7 @@ class Priced:
     weight_bits: int
     mult_bits: int
     add_bits: int
-    share: Fraction = Fraction(1)
+    share: Fraction | int = 1
     accumulator: Accumulator = WIDE
 
     @property
@@ -295,7 +295,7 @@ def dense(op: Op) -> Op:
     """The same operation on constants without values, all of which formulas count as not zero."""
 
     def unknown(value: Value) -> Value:
-        if value.data is None:
+        if value.data is None or value.nonzeros == value.numel:
             return value
         return replace(value, data=torch.empty(value.shape, dtype=value.dtype, device="meta"))
 

@@ -231,8 +231,6 @@ def _check(model: nn.Module, example_input: Example) -> None:
     """Raises InputError for what cannot be traced at all."""
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("a TorchScript module shows none of its operations; give the original module")
-    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
-        raise InputError("the model has lazy parameters without a shape; run it once on real data first")
     given = example_input if isinstance(example_input, Tensor | Sequence | Mapping) else None
     if not any(isinstance(item, Tensor) for item in tree_flatten(given)[0]):
         raise InputError("the example input is no tensor, nor several; give one with the shape of one example")
@@ -244,6 +242,8 @@ def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     for kind in ("_parameters", "_buffers"):
         for module, path in modules.items():
             for name, tensor in getattr(module, kind).items():
+                if nn.parameter.is_lazy(tensor):
+                    raise InputError("the model has lazy parameters without a shape; run it once on real data first")
                 if tensor is not None:  # a tied parameter has its first name
                     recorder.known(f"{path}.{name}" if path else name, tensor)
     with ExitStack() as stack:

@@ -39,6 +39,11 @@ _RECURRENT = {
 }
 
 
+_MAKERS = {torch.tensor, torch.as_tensor, torch.asarray}
+_INDEXED = {Tensor.__getitem__, Tensor.__setitem__}
+_DEFINED = {*_MAKERS, Tensor.new_tensor, *_INDEXED, *_RECURRENT}
+
+
 class _DefinedMode(TorchFunctionMode):
     """A tensor that the forward writes out as numbers is made of them first, and then goes where the model is.
 
@@ -47,7 +52,9 @@ class _DefinedMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[0] if args else None, Tensor):
+        if func not in _DEFINED:
+            return func(*args, **kwargs)
+        if func in _MAKERS and not isinstance(args[0] if args else None, Tensor):
             return self._made(func(*args, **{**kwargs, "device": "cpu"}), kwargs.get("device"))
         if func is Tensor.new_tensor:
             like, *data = args
@@ -56,7 +63,7 @@ class _DefinedMode(TorchFunctionMode):
         if func in _RECURRENT:
             x, state, *rest = args
             return func(x, tree_map(partial(_as_if_computed_from, x), state), *rest, **kwargs)
-        if func in (Tensor.__getitem__, Tensor.__setitem__):
+        if func in _INDEXED:
             tensor, index, *rest = args
             index = tuple(map(_table, index)) if isinstance(index, tuple) else _table(index)
             return func(tensor, index, *rest)
