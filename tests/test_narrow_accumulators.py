@@ -24,7 +24,7 @@ from micronet_eval.storage import stored_tensors
 from micronet_eval.structure import StructureError, accumulators_of, copied, set_accumulators, set_quantizers, traced
 from micronet_eval.testing import NETS, context
 from micronet_eval.trace import trace
-from micronet_plugins.accumulators import Accumulators
+from micronet_plugins.accumulators import Accumulators, widths_of
 from micronet_plugins.affine import AffineStrategy
 from micronet_plugins.lsq import LSQ
 
@@ -403,6 +403,23 @@ def test_the_fewest_bits_of_what_was_seen():
     assert accumulators_of(Accumulators(headroom=0).apply(graph, seen)) == {"0": 6}
     assert accumulators_of(Accumulators(headroom=3).apply(graph, seen)) == {"0": 9}
     assert accumulators_of(graph) == {}  # left alone
+
+
+def test_a_share_of_the_sums_need_not_fit():
+    rows = torch.tensor([[7.0, 7, 7], [-8, 0, 0], [1, 1, 1]])
+    graph, x = network()
+    seen = dataclasses.replace(context(), training_data=[(rows, None)] * 2, example_input=x)
+    # Of 18 sums 4 are 21, in 6 bits; 2 are 8, in 5; 2 are -8, in 4; 4 are 3, in 3.
+    for overflow, bits in ((0.2, 6), (4 / 18, 5), (0.33, 5), (6 / 18, 4), (0.44, 4), (8 / 18, 3)):
+        assert accumulators_of(Accumulators(headroom=0, overflow=overflow).apply(graph, seen)) == {"0": bits}
+    assert accumulators_of(Accumulators(headroom=2, overflow=0.25).apply(graph, seen)) == {"0": 7}
+
+
+def test_widths_are_those_of_twos_complement():
+    """n bits hold -2^(n-1) ... 2^(n-1) - 1."""
+    sums = torch.tensor([0, -1, 1, -2, 2, 3, -4, 4, 7, -8, 2**24 - 1, -(2**24), 2**24], dtype=torch.float64)
+    found = widths_of(sums)
+    assert {bits: int(n) for bits, n in enumerate(found) if n} == {1: 2, 2: 2, 3: 3, 4: 3, 25: 2, 26: 1}
 
 
 def test_sums_that_fit_change_nothing():

@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import torch
 from pydantic import Field
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from micronet_eval.accumulators import accumulator_bits
 from micronet_eval.dotted import FEWEST, MOST, summed
 from micronet_eval.errors import InputError
 from micronet_eval.formats import accumulator, integer_sums
@@ -34,11 +33,13 @@ class Accumulators(Quantizer):
     Two's-complement integers may overflow on the way: if the whole sum fits, it is right. Additions that accumulate
     then count these bits in the place of 32, each layer's own. Let it be the last stage, behind a quantizer of weights
     and activations (fixed-point, affine, lsq) and the training after that; where nothing is quantized, `fixed-point`
-    comes first by its defaults. A sum that does not fit goes wrong, and quality tells. Layers whose weights or inputs
-    are no integers, or whose sums may reach 2^24, stay at 32 bits.
+    comes first by its defaults. A sum that does not fit goes wrong, and quality tells: a layer that feeds a ReLU often
+    bears one in a thousand (`overflow`) without loss, which takes a bit less. Layers whose weights or inputs are no
+    integers, or whose sums may reach 2^24, stay at 32 bits.
     """
 
     headroom: int = Field(1, ge=0, le=16, description="bits more than the sums of calibration data need")
+    overflow: float = Field(0, ge=0, lt=1, description="share of a layer's sums that need not fit")
     batches: int = Field(16, gt=0, description="batches of training data whose sums are looked at")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
@@ -53,11 +54,11 @@ class Accumulators(Quantizer):
         with torch.no_grad():
             for inputs in context.calibration(self.batches):
                 seen.run(inputs)
-        if not seen.found:
+        if not seen.widths:
             raise InputError("accumulators: there is no training data")
         bits = dict.fromkeys(nodes.values(), FEWEST)
         for node, path in nodes.items():
-            needed = accumulator_bits(*seen.found[node.name]) + self.headroom
+            needed = fewest_bits(seen.widths[node.name], self.overflow) + self.headroom
             bits[path] = min(max(bits[path], needed), MOST)
         set_accumulators(graph, bits)
         return graph
@@ -95,12 +96,24 @@ def _set_where_possible(graph: fx.GraphModule, context: Context) -> list[str]:
     return reasons
 
 
+def fewest_bits(widths: Tensor, overflow: float) -> int:
+    """The fewest bits that all sums fit into but a share of `overflow`; `widths[n]` sums need n bits."""
+    wider = widths.sum() - widths.cumsum(0)  # than each number of bits
+    return int((wider <= overflow * widths.sum()).int().argmax())
+
+
+def widths_of(sums: Tensor) -> Tensor:
+    """How many whole numbers, of less than 2^53, need 0, 1, 2, ... 54 bits of two's complement."""
+    magnitudes = torch.where(sums < 0, -1 - sums.double(), sums.double())
+    return torch.bincount(torch.frexp(magnitudes).exponent.flatten() + 1, minlength=55)
+
+
 class _Sums(fx.Interpreter):
-    """Runs a graph, and finds by node the least and the largest sum of integers, 0 among them."""
+    """Runs a graph, and counts by node how many bits its sums of integers need."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)
-        self.found: dict[str, tuple[int, int]] = {}
+        self.widths: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is accumulator:
@@ -108,6 +121,5 @@ class _Sums(fx.Interpreter):
             sums, _ = integer_sums(x, input_step, weight_step, bias, dim)
             if not bool(sums.isfinite().all()):
                 raise InputError(f"accumulators: the sums of {n.args[0]} are not finite")
-            low, high = self.found.get(n.name, (0, 0))
-            self.found[n.name] = min(low, int(sums.min())), max(high, int(sums.max()))
+            self.widths[n.name] = self.widths.get(n.name, 0) + widths_of(sums)
         return super().run_node(n)
