@@ -33,8 +33,9 @@ class Accumulators(Quantizer):
     Two's-complement integers may overflow on the way: if the whole sum fits, it is right. Additions that accumulate
     then count these bits in the place of 32, each layer's own. Let it be the last stage, behind a quantizer of weights
     and activations (fixed-point, affine, lsq) and the training after that; where nothing is quantized, `fixed-point`
-    comes first by its defaults. A sum that does not fit goes wrong, and quality tells: a layer that feeds a ReLU often
-    bears one in a thousand (`overflow`) without loss, which takes a bit less. Layers whose weights or inputs are no
+    comes first by its defaults. A sum that does not fit goes wrong, and quality tells. `overflow` lets a few not fit:
+    in two networks for Fashion-MNIST one in ten thousand took a bit less in five or six layers of 14 and no accuracy,
+    one in a thousand in nine layers, and 0.3 to 0.5 points of accuracy. Layers whose weights or inputs are no
     integers, or whose sums may reach 2^24, stay at 32 bits.
     """
 
