@@ -66,10 +66,11 @@ def page() -> str:
         "# Results on Fashion-MNIST",
         "",
         "Written by `python -m benchmarks.fashion`. The submissions lie in `submissions/`, each with the recipe that",
-        "made it. Accuracy is that of `micronet-eval` on the 10,000 test images, which nothing was trained or calibrated",
-        "on: choices were made on 3,000 training images that were held out. The task asks for 9,400 right. Of candidates",
-        "that held out images spoke for, two more were measured on the test images before this `fashion-best`, and fell",
-        "short: 9,379 right at a score of 0.00191, and 9,373 at 0.00161. That is a choice on the test images after all.",
+        "made it. Accuracy is that of `micronet-eval` on the 10,000 test images, which nothing was trained or",
+        "calibrated on: choices were made on 3,000 training images that were held out. The task asks for 9,400 right.",
+        "Of the candidates for `fashion-best` that those spoke for, two were measured on the test images before this",
+        "one, and fell short: 9,379 right at a score of 0.00191, and 9,373 at 0.00161. That is a choice on the test",
+        "images after all.",
         "",
         "| submission | recipe's seed | storage | math | score | right of 10,000 | threshold | file |",
         "|---|---|---|---|---|---|---|---|",
@@ -219,8 +220,8 @@ def _against(kept: dict[str, Any]) -> list[str]:
         lines.append("- The cheapest of theirs passes: a larger share of the channels may, too, and cost less.")
     if (fewer := min(x["epochs"] for x in theirs)) < ours["epochs"]:
         lines.append(
-            f"- The budgets differ: ours trains for {ours['epochs']} epochs, theirs for {fewer} and more. With as many, "
-            "a larger share of the channels may pass."
+            f"- The budgets differ: ours trains for {ours['epochs']} epochs, theirs for {fewer} and more. "
+            "With as many, a larger share of the channels may pass."
         )
     told = ", ".join(f"{name} {kept['environment'][name]}" for name in ("torch-pruning", "torchao"))
     return [*lines, "", f"{told}. Theirs: {_where(kept['environment'])}"]
