@@ -183,15 +183,14 @@ def run(setting: Setting, only: str) -> None:
         base.write_text(setting.recipe + SHARED, encoding="utf-8")
         jobs = jobs_of(chosen, base, SEEDS, setting.fine_tune, None, setting.kept.with_suffix(".kept"))
         results = results_of(jobs, setting.kept, workers=2, watch=lambda found, running: print(found[-1:], flush=True))
+    told = ", ".join(f"{package} {version(package)}" for package in ("torch", "micronet-eval"))
+    environment = f"Python {platform.python_version()}, {told}, {date.today()}, CPU"
     if only:
         new = {result.name for result in results}
-        before = json.loads(setting.results.read_text(encoding="utf-8"))["results"]
-        results = [result for result in (Result(**r) for r in before) if result.name not in new] + results
-    told = ", ".join(f"{package} {version(package)}" for package in ("torch", "micronet-eval"))
-    kept = {
-        "environment": f"Python {platform.python_version()}, {told}, {date.today()}, CPU",
-        "results": [asdict(result) for result in results],
-    }
+        before = json.loads(setting.results.read_text(encoding="utf-8"))
+        results = [result for result in (Result(**r) for r in before["results"]) if result.name not in new] + results
+        environment = f"{before['environment']}; {only}: {environment}"
+    kept = {"environment": environment, "results": [asdict(result) for result in results]}
     setting.results.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
