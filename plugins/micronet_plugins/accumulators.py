@@ -99,13 +99,14 @@ def _set_where_possible(graph: fx.GraphModule, context: Context) -> list[str]:
 
 def fewest_bits(widths: Tensor, overflow: float) -> int:
     """The fewest bits that all sums fit into but a share of `overflow`; `widths[n]` sums need n bits."""
-    wider = widths.sum() - widths.cumsum(0)  # than each number of bits
-    return int((wider <= overflow * widths.sum()).int().argmax())
+    fit = widths.cumsum(0)  # into each number of bits
+    return int((fit[-1] - fit <= overflow * fit[-1]).int().argmax())
 
 
 def widths_of(sums: Tensor) -> Tensor:
     """How many whole numbers, of less than 2^53, need 0, 1, 2, ... 54 bits of two's complement."""
-    magnitudes = torch.where(sums < 0, -1 - sums.double(), sums.double())
+    sums = sums.double()
+    magnitudes = torch.where(sums < 0, -1 - sums, sums)
     return torch.bincount(torch.frexp(magnitudes).exponent.flatten() + 1, minlength=55)
 
 

@@ -158,7 +158,8 @@ def with_least_error(number_format: Affine, values: Tensor, power_of_two: bool) 
     blocks = number_format.blocks or tuple(values.shape)
     where, (low, high) = block_indices(values.shape, blocks), _ranges(values, blocks, "max", math.inf)
     largest = torch.maximum(-low, high)
-    octaves = torch.where(largest > 0, (largest / max(number_format.high, 1)).log2(), 0.0)
+    above_zero = max(number_format.high, 1)  # 1 bit with a sign has no code there
+    octaves = torch.where(largest > 0, (largest / above_zero).log2(), 0.0)
     octaves = (octaves.ceil() if power_of_two else octaves).clamp(-118, 127)
     scales = [torch.exp2(octaves - less).float() for less in torch.arange(0, 8.1, 1 if power_of_two else 1 / 8)]
     errors = [_errors(values, replace(number_format, scales=tried), where) for tried in scales]
