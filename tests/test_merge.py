@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torchvision.models import get_model, resnet18
 
 from micronet_eval.costs import FORMULAS
-from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.merge import merged, without_batch_norm
 from micronet_eval.scoring import account
 from micronet_eval.structure import Mask, ScaleShift
@@ -235,6 +235,54 @@ def test_masked_weights_keep_their_zeros():
     result = same(fill(nn.Sequential(layer, nn.BatchNorm2d(8))), images())
     assert type(result[1]) is nn.Identity
     assert torch.equal(result[0].weight != 0, mask)
+
+
+def integers(scales, low=-7, zero_points=None):
+    """A masked convolution from 3 to 4 channels with weights in integers from `low` to 7, batch norm behind it."""
+    torch.manual_seed(2)
+    layer = nn.Conv2d(3, 4, 3)
+    blocks = (4 // len(scales), 3, 3, 3)
+    parametrize.register_parametrization(layer, "weight", Mask(torch.rand(4, 3, 3, 3) < 0.7))
+    quantizer = AffineQuantizer(Affine(low, 7, blocks, torch.tensor(scales), zero_points), learned=True)
+    parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+    return fill(nn.Sequential(layer, nn.BatchNorm2d(4)))
+
+
+@pytest.mark.rule("storage.merged")
+def test_the_scales_of_integers_take_the_factor_of_batch_norm():
+    model = integers([0.02, 0.03, 0.05, 0.07])
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.5, -0.5, 0.0, 2.0]))
+    result = same(model, images())
+    assert type(result[1]) is nn.Identity
+    before, after = (
+        (m[0].weight / m[0].parametrizations.weight[1].scale.view(4, 1, 1, 1)).round() for m in (model, result)
+    )
+    assert before.abs().max() == 7
+    assert torch.equal(after, before * torch.tensor([1, -1, 0, 1]).view(4, 1, 1, 1))
+    assert result[0].parametrizations.weight[1].scale[2] == 1  # beside zeros
+
+
+@pytest.mark.parametrize(
+    ("scales", "options"),
+    [
+        ([0.02], {}),
+        ([0.02, 0.03], {}),
+        ([0.01] * 4, {"low": -8}),
+        ([0.02] * 4, {"zero_points": torch.tensor([1, 0, 0, 0], dtype=torch.int32)}),
+    ],
+    ids=["one scale", "two outputs share a scale", "-8 has no counterpart", "zero points"],
+)
+def test_integers_that_no_scale_can_take_a_factor_for_keep_a_scale_and_shift(scales, options):
+    model = integers(scales, **options)
+    with torch.no_grad():
+        model[1].weight.neg_()
+    assert type(same(model, images())[1]) is ScaleShift
+
+
+def test_integers_behind_batch_norm_are_not_scaled():
+    model = integers([0.02, 0.03, 0.05, 0.07])
+    assert type(same(nn.Sequential(nn.BatchNorm2d(3).eval(), model[0]), images())[0]) is ScaleShift
 
 
 def test_statistics_are_those_of_evaluation_whatever_the_mode():

@@ -19,14 +19,16 @@ from micronet_eval.formats import (
     AffineQuantizer,
     Codebook,
     CodebookQuantizer,
+    FixedPointQuantizer,
     OffGrid,
     format_of,
     of_activations,
 )
+from micronet_eval.merge import merged
 from micronet_eval.recipe import compress
 from micronet_eval.storage import stored_tensors
 from micronet_eval.strategy import Context
-from micronet_eval.structure import Mask, copied, quantizers_of
+from micronet_eval.structure import Mask, StructureError, copied, quantizers_of, set_quantizers, traced
 from micronet_eval.trace import trace
 from micronet_plugins.affine import AffineStrategy, activation_format
 from micronet_plugins.calibration import Observed, affine_format, exponent_of
@@ -44,11 +46,13 @@ CASES = [
     ("lsq", {}),
     ("lsq", {"granularity": "channel"}),
     ("lsq", {"granularity": "channel", "power_of_two": True}),
+    ("lsq", {"activations": "layers", "first_last_bits": 8}),
     ("binary", {}),
     ("binary", {"activation_bits": 8, "granularity": "tensor"}),
     ("ternary", {}),
     ("codebook", {}),
     ("gptq", {}),
+    ("gptq", {"activations": "layers"}),
     ("gptq", {"granularity": "group", "group_size": 3, "symmetric": False}),
     ("mixed", {}),
     ("mixed", {"weigh": "math", "bits": 4}),
@@ -316,6 +320,94 @@ def test_what_only_a_relu_reads_has_no_sign(quantizer):
         found[shortcut] = quantizers_of(model)["first"].range
     assert found[False] == (0, 15)
     assert found[True][0] < 0 < found[True][1] <= 7
+
+
+# --- places and bits --------------------------------------------------------------------------------------------------
+
+
+def test_activations_of_layers_are_rounded_in_front_of_each(net, x):
+    """The shortcut of Residual reads what the convolution reads, but unrounded."""
+    model = LSQ(activations="layers", activation_bits=2).apply(net, context(x))
+    assert list(quantizers_of(model)) == ["first:input", "grouped:input", "hidden:input", "last:input"]
+    seen = {}
+    for path in ("norm", "grouped", "hidden"):
+        layer = model.get_submodule(path)
+        layer.register_forward_hook(lambda _, args, out, path=path: seen.update({path: (args[0], out)}))
+    with torch.no_grad():
+        model(x)
+    stream = torch.relu(seen["norm"][1])
+    assert len(seen["grouped"][0].unique()) <= 4 < len(stream.unique())
+    expected = F.max_pool2d(stream + torch.relu(seen["grouped"][1]), 2).flatten(1)
+    with torch.no_grad():
+        assert torch.equal(seen["hidden"][0], quantizers_of(model)["hidden:input"](expected))
+    layers = {layer.module: layer for layer in score(model, x[:1]).layers if layer.macs}
+    assert [layers[path].input_bits for path in ("first", "grouped", "hidden", "last")] == [2] * 4
+
+
+@pytest.mark.parametrize("activations", ["all", "layers"])
+@pytest.mark.parametrize("quantizer", [AffineStrategy, LSQ])
+def test_the_first_and_the_last_layer_have_bits_of_their_own(quantizer, activations, net, x):
+    options = {"weight_bits": 3, "activation_bits": 4, "first_last_bits": 6, "activations": activations}
+    model = quantizer(**options).apply(net, context(x))
+    layers = {layer.module: layer for layer in score(model, x[:1]).layers if layer.macs}
+    paths = ("first", "grouped", "hidden", "last")
+    assert [layers[path].weight_bits for path in paths] == [6, 3, 3, 6]
+    assert [layers[path].input_bits for path in paths] == ([6, 4, 4, 6] if activations == "layers" else [4] * 4)
+
+
+def test_a_place_in_front_of_what_reads_nothing(net):
+    graph = traced(net)
+    with pytest.raises(StructureError, match="node 'x' has no first argument"):
+        set_quantizers(graph, {"x:input": FixedPointQuantizer(8)})
+    with pytest.raises(StructureError, match="no node 'none:input'"):
+        set_quantizers(graph, {"none:input": FixedPointQuantizer(8)})
+
+
+# --- batch norm that is trained ---------------------------------------------------------------------------------------
+
+KEPT = [
+    ("lsq", {"granularity": "channel", "activation_bits": 3}),
+    ("lsq", {"granularity": "channel", "activations": "layers", "first_last_bits": 8}),
+    ("affine", {"symmetric": True}),
+    ("gptq", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), KEPT, ids=lambda value: value if isinstance(value, str) else "")
+def test_batch_norm_is_trained_with_the_quantizers_and_merged_into_their_scales(name, options, net, x):
+    with torch.no_grad():
+        net.norm.weight[::2] = -0.5
+    model = strategy(name, keep_batch_norm=True, **options).apply(net, context(x))
+    assert type(model.norm) is nn.BatchNorm2d
+    before = state(model.norm)
+    assert fine_tune(model, x) == []
+    assert not any(torch.equal(before[name], value) for name, value in model.norm.state_dict().items())
+    last = strategy("biases", bits=10).apply(model, context(x))
+    assert type(last.norm) is nn.Identity
+    with torch.no_grad():
+        codes = (last.first.weight / last.first.parametrizations.weight[0].scale.view(8, 1, 1, 1)).round()
+        torch.testing.assert_close(merged(model, x[:1])(x), model(x), rtol=1e-4, atol=1e-4)
+        assert (last(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
+    assert codes.abs().max() <= 127
+    layer = next(layer for layer in score(last, x[:1]).layers if layer.module == "first")
+    assert layer.adds == layer.mults  # the bias of each output stands for the addition that its products save
+    unpacked = packing.unpack(packing.pack(last, Residual(), x[:1]), Residual()).eval()
+    with torch.no_grad():
+        assert torch.equal(unpacked(x), last(x))
+    assert all(t.format.spec.startswith("fixed") for t in stored_tensors(trace(last, x[:1])) if t.name.endswith("bias"))
+
+
+def test_activations_are_rounded_behind_batch_norm_that_is_kept(net, x):
+    model = LSQ(keep_batch_norm=True).apply(net, context(x))
+    assert "norm" in quantizers_of(model)
+    assert "first" not in quantizers_of(model)
+    fixed = LSQ().apply(merged(net, x[:1]), context(x))
+    assert len(quantizers_of(fixed)) == len(quantizers_of(model))
+
+
+def test_biases_that_are_rounded_are_left(net, x):
+    model = strategy("biases", bits=6).apply(LSQ(rest_bits=12).apply(net, context(x)), context(x))
+    assert [q.bits for q in model.hidden.parametrizations.bias] == [12]
 
 
 # --- lsq --------------------------------------------------------------------------------------------------------------

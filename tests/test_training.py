@@ -24,7 +24,17 @@ from micronet_eval.kept import KEPT
 from micronet_eval.recipe import Recipe, Target, compress, named_stages, strategy_of
 from micronet_eval.strategy import Context
 from micronet_eval.submission import Step, read_manifest, read_toml
-from micronet_eval.training import Distillation, Training, distillation, loader, mix, orthonormality, rate, train
+from micronet_eval.training import (
+    Distillation,
+    Training,
+    Views,
+    distillation,
+    loader,
+    mix,
+    orthonormality,
+    rate,
+    train,
+)
 
 
 def context(seed=0, examples=24):
@@ -122,18 +132,81 @@ def test_elements_with_a_factor_learn_so_many_times_as_fast():
     assert torch.allclose(steps[1], factors * steps[0], atol=1e-6)
 
 
+class Teacher(nn.Module):
+    """Says the same each time, and counts how often it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.asked = nn.Linear(6, 3), 0
+
+    def forward(self, x):
+        self.asked += len(x)
+        return self.layer(x)
+
+
+def distilled(views, epochs=3, **options):
+    training = Training(epochs=epochs, learning_rate=0.05, batch_size=5, distill={"views": views}, **options)
+    teacher, model = Teacher(), net()
+    torch.manual_seed(4)
+    return train(model, training, context(), teacher=teacher).state_dict(), teacher.asked
+
+
+def test_views_keep_what_the_teacher_says():
+    """Nothing is augmented here, so that a view is the example itself."""
+    asked_each_time, count = distilled(views=0)
+    assert count == 3 * 24
+    for views in (1, 2):
+        kept, count = distilled(views=views)
+        assert count == views * 24
+        assert all(torch.equal(kept[name], asked_each_time[name]) for name in kept)
+
+
+def test_epochs_take_turns_at_the_views():
+    views = Views([(torch.full((2, 1), float(time)), torch.zeros(2), torch.zeros(2, 3)) for time in range(3)])
+    seen = []
+    for views.turn in range(5):
+        seen.append(views[1][0].item())
+    assert (len(views), seen) == (2, [0, 1, 2, 0, 1])
+
+
+def test_views_are_augmented_each_once():
+    def trained(**options):
+        images = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+        data = Context(images[:1], loader(TensorDataset(images, torch.arange(12) % 3), 4, 0), 0, plugins.formulas())
+        torch.manual_seed(0)
+        model, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(36, 3)) for _ in range(2))
+        given = []
+        teacher.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        training = Training(epochs=3, learning_rate=0.1, batch_size=12, distill={"views": 2}, **options)
+        train(model, training, data, teacher=teacher)
+        return images, given
+
+    images, given = trained(crop=1, flip=True)
+    assert [len(x) for x in given] == [12, 12]
+    assert not torch.equal(given[0], given[1])
+    assert not any(torch.equal(x, images) for x in given)
+    assert all(torch.equal(x, again) for x, again in zip(given, trained(crop=1, flip=True)[1], strict=True))
+
+
+def test_views_are_of_single_examples():
+    with pytest.raises(ValidationError, match=r"leave out distill\.views, or mixup"):
+        Training(epochs=1, learning_rate=1, mixup=0.2, distill={"views": 2})
+
+
 def test_warmup_has_to_end():
     with pytest.raises(ValidationError, match="warmup takes 2 of 2 epochs"):
         Training(epochs=2, learning_rate=1, warmup=2)
 
 
-def test_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize("more", [{"mixup": 0.4}, {"distill": {"views": 2}}], ids=["mixup", "views"])
+def test_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, more):
     training = Training(
-        epochs=4, learning_rate=0.05, batch_size=4, optimizer="sgd", mixup=0.4, average=0.9, warmup=1, orthonormal=0.01
+        epochs=4, learning_rate=0.05, batch_size=4, optimizer="sgd", average=0.9, warmup=1, orthonormal=0.01, **more
     )
     model = net()
     torch.manual_seed(5)
-    whole = train(model, training, context()).state_dict()
+    whole = train(model, training, context(), teacher=Teacher()).state_dict()
 
     class Killed(Exception):
         pass
@@ -145,10 +218,10 @@ def test_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path):
     model = net()
     torch.manual_seed(5)
     with pytest.raises(Killed):
-        train(model, training, context(), kill, checkpoint=tmp_path / "epoch.pt")
+        train(model, training, context(), kill, Teacher(), checkpoint=tmp_path / "epoch.pt")
     model = net()
     torch.manual_seed(77)
-    resumed = train(model, training, context(), checkpoint=tmp_path / "epoch.pt").state_dict()
+    resumed = train(model, training, context(), teacher=Teacher(), checkpoint=tmp_path / "epoch.pt").state_dict()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 

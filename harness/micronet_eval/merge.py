@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from micronet_eval.formats import SMALLEST_SCALE, AffineQuantizer, block_indices
 from micronet_eval.precision import through_views
 from micronet_eval.structure import Mask, ScaleShift, layer_type, replace
 from micronet_eval.trace import Buffer, Example, Op, Trace, Value, changed, trace
@@ -37,10 +38,11 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
     A model without batch norm is returned as it is.
 
     Exact means, backward: the convolution or linear layer in front feeds nothing but this batch norm, each of the two
-    runs once, and the weight is free to be scaled (not quantized). Forward: the batch norm feeds nothing but such a
-    layer, which pads nothing (padding comes after the shift). Masked weights keep their zeros.
+    runs once, and the weight is free to be scaled: not quantized, or to integers with scales for each output, which
+    take the factor. Forward: the batch norm feeds nothing but such a layer, not quantized, which pads nothing (padding
+    comes after the shift). Masked weights keep their zeros.
     """
-    if not any(_is_norm(m) for m in model.modules()):
+    if not any(is_norm(m) for m in model.modules()):
         return model
     model = copy.deepcopy(model)
     return _merge(model, trace(model, example_input), directions)
@@ -64,7 +66,7 @@ def merged_trace(model: nn.Module, example_input: Example) -> Trace:
     """
     recorded = trace(model, example_input)
     modules = _by_path(model)
-    if not any(map(_is_norm, modules.values())):
+    if not any(map(is_norm, modules.values())):
         return recorded
     merges = _mergeable_on_all_paths(modules, recorded, BOTH)
     if isinstance(model, fx.GraphModule) or not _are_plain(recorded, {layer for _, layer, _ in merges}):
@@ -75,14 +77,14 @@ def merged_trace(model: nn.Module, example_input: Example) -> Trace:
 def without_batch_norm(model: nn.Module) -> nn.Module:
     """Makes every batch norm of `model` a ScaleShift, merging nothing; changes the model and returns it."""
     for module in list(model.modules()):
-        if _is_norm(module):
+        if is_norm(module):
             if module is model:
                 return _scale_shift(module)
             _replace_everywhere(model, module, _scale_shift(module))
     return model
 
 
-def _is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+def is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether a module is a fixed scale and shift and nothing else: a subclass or a hook may do more."""
     plain = type(module) in _NORMS and not module._forward_hooks and not module._forward_pre_hooks
     return plain and module.running_mean is not None
@@ -124,7 +126,7 @@ def _mergeable(
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     for op in recorded.ops:
         norm = modules.get(op.module) if "batch_norm" in op.name else None
-        if norm is None or not _is_norm(norm):
+        if norm is None or not is_norm(norm):
             continue
         for direction in directions:
             find = _only_source if direction == "backward" else _only_reader
@@ -136,7 +138,7 @@ def _mergeable(
                 continue
             weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
             alone = parametrize.is_parametrized(own) or (weight.producer is None and reads[weight] == 1)
-            if alone and _can_scale(own):
+            if alone and _can_scale(own, norm, direction):
                 yield op.module, layer.module, direction
                 break
 
@@ -174,15 +176,46 @@ def _is_overwritten(value: Value, recorded: Trace, norm: int, layer: int) -> boo
     return any(recorded.buffers[written] is memory for op in recorded.ops[norm + 1 : layer] for written in op.written)
 
 
-def _can_scale(layer: nn.Module) -> bool:
+def _can_scale(layer: nn.Module, norm: _BatchNorm, direction: Direction) -> bool:
     if layer_type(layer) not in _MERGES_INTO or layer._forward_hooks or layer._forward_pre_hooks:
         return False
     if not parametrize.is_parametrized(layer):
         return True
-    return list(layer.parametrizations) == ["weight"] and all(  # type: ignore[arg-type]
-        isinstance(p, Mask)
-        for p in layer.parametrizations["weight"]  # type: ignore[index]
-    )
+    if list(layer.parametrizations) != ["weight"]:  # type: ignore[arg-type]
+        return False
+    masks, quantizer = _parametrizations(layer)
+    if quantizer is not None and (direction == "forward" or _scaled_codes(layer, quantizer, norm) is None):
+        return False
+    return all(isinstance(p, Mask) for p in masks)
+
+
+def _parametrizations(layer: nn.Module) -> tuple[list[nn.Module], AffineQuantizer | None]:
+    """What is on the weight of a layer in front of a quantizer to integers with scales, and that, where it is last."""
+    on_it = list(layer.parametrizations["weight"])  # type: ignore[index]
+    last = on_it[-1]
+    return (on_it[:-1], last) if isinstance(last, AffineQuantizer) else (on_it, None)
+
+
+def _scaled_codes(layer: nn.Module, quantizer: AffineQuantizer, norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
+    """The integers and scales of s W: those of W with other signs, times |s|. Both in float64.
+
+    None where there are no such: outputs share a scale, there are zero points, the scales are bound to be powers of two
+    or come out below the smallest, or an integer has no counterpart of the other sign.
+    """
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    blocks = quantizer.blocks or tuple(weight.shape)
+    bound = quantizer.zero_point is not None or parametrize.is_parametrized(quantizer)
+    if bound or blocks[0] != 1 or isinstance(layer, _TRANSPOSED):
+        return None
+    scale, _ = _scale_and_shift(norm)
+    steps = quantizer.scale.detach().double()
+    codes = (weight.double() / steps[block_indices(weight.shape, blocks)]).round()
+    codes = codes * scale.sign().view(-1, *[1] * (weight.dim() - 1))
+    scaled = (steps.view(len(scale), -1) * scale.abs()[:, None]).flatten()
+    scaled = torch.where(scaled > 0, scaled, 1.0)  # beside integers that are all 0
+    low, high = quantizer.range
+    fit = bool((scaled >= SMALLEST_SCALE).all()) and low <= int(codes.min()) and int(codes.max()) <= high
+    return (codes, scaled) if fit else None
 
 
 def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -202,8 +235,15 @@ def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
     scale, shift = _scale_and_shift(norm)
     weight = _weight(layer)
     bias = _bias_behind(layer, scale, shift)
+    quantizer = _parametrizations(layer)[1] if parametrize.is_parametrized(layer) else None
     with torch.no_grad():
-        if isinstance(layer, _TRANSPOSED):  # inputs x outputs of each group
+        if quantizer is not None:
+            found = _scaled_codes(layer, quantizer, norm)
+            assert found is not None
+            codes, steps = found
+            quantizer.scale.copy_(steps)
+            scaled = codes * quantizer.scale.double()[block_indices(weight.shape, quantizer.blocks)]
+        elif isinstance(layer, _TRANSPOSED):  # inputs x outputs of each group
             channels = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
             scaled = (_by_group(weight, layer) * channels).flatten(0, 1)
         else:
@@ -290,7 +330,7 @@ class _Rewriting:
         takes = {layer: (norm, way) for norm, (layer, way) in merges.items()}
         ops: list[Op] = []
         for op in self.recorded.ops:
-            if "batch_norm" in op.name and _is_norm(norm := self.modules[op.module]):
+            if "batch_norm" in op.name and is_norm(norm := self.modules[op.module]):
                 if op.module in merges:
                     self._skip(op)
                 else:

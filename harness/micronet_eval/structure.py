@@ -23,6 +23,9 @@ from micronet_eval.formats import ActivationQuantizer, AffineQuantizer, FixedPoi
 QUANTIZERS = "quantizers"
 """The submodule that holds a model's activation quantizers, each under the name of the graph node that it follows."""
 
+OF_INPUT = ":input"
+"""Behind the name of a node: the quantizer stands in front of it, for what this node alone reads."""
+
 
 class StructureError(ValueError):
     """A description of a layer, or a place in a graph, that does not fit the model."""
@@ -245,15 +248,23 @@ def quiet(graph_module: fx.GraphModule) -> fx.GraphModule:
 def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, ActivationQuantizer]) -> None:
     """Sets each quantizer behind the node of its name: all that used the node's value use the quantized one.
 
-    Raises StructureError for a name that is no node.
+    A name that ends in OF_INPUT sets it in front of the node, whose first argument it rounds; what else uses that value
+    reads it as it was. Raises StructureError for a name that is no node, and for a node without a first argument.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes if node.op != "output"}
     if not hasattr(graph_module, QUANTIZERS):
         graph_module.add_module(QUANTIZERS, nn.Module())
     for name, quantizer in quantizers.items():
-        if name not in nodes:
+        node, path = nodes.get(name.removesuffix(OF_INPUT)), f"{QUANTIZERS}.{name}"
+        if node is None:
             raise StructureError(f"the graph has no node {name!r} to quantize")
-        node, path = nodes[name], f"{QUANTIZERS}.{name}"
+        if name.endswith(OF_INPUT):
+            if not node.args or not isinstance(node.args[0], fx.Node):
+                raise StructureError(f"the graph's node {node.name!r} has no first argument to quantize")
+            graph_module.add_submodule(path, quantizer)
+            with graph_module.graph.inserting_before(node):
+                node.update_arg(0, graph_module.graph.call_module(path, (node.args[0],)))
+            continue
         graph_module.add_submodule(path, quantizer)
         with graph_module.graph.inserting_after(node):
             quantized = graph_module.graph.call_module(path, (node,))
@@ -263,7 +274,7 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, Activa
 
 
 def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """The activation quantizers of a model by the node that they follow, in graph order."""
+    """The activation quantizers of a model by their places, named as for `set_quantizers`, in the order of setting."""
     holder = submodule(model, QUANTIZERS)
     children: Iterable[tuple[str, nn.Module]] = holder.named_children() if holder else ()
     return {name: child for name, child in children if isinstance(child, ActivationQuantizer)}

@@ -42,11 +42,14 @@ class Distillation(Table):
 
     loss = (1 - weight) * loss + weight * temperature^2 * KL(teacher's softmax || own softmax), both at `temperature`.
     The teacher is the submission in a folder, or several, whose logits are averaged, or else the uncompressed model.
+    `views`: each example is augmented only so many times, and what the teacher says to that is kept; epochs take turns.
+    Large teachers cost less so, and memory more: as many times the training data in float32. 0 asks it at every step.
     """
 
     weight: float = Field(0.5, gt=0, le=1)
     temperature: float = Field(4.0, gt=0)
     teacher: str | tuple[str, ...] = ""
+    views: int = Field(0, ge=0)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -97,6 +100,26 @@ class Training(Augmentation):
             raise ValueError(f"warmup takes {self.warmup} of {self.epochs} epochs; leave some to train in")
         return self
 
+    @model_validator(mode="after")
+    def _views_are_whole(self) -> Training:
+        if self.distill is not None and self.distill.views and (self.mixup or self.cutmix):
+            raise ValueError("the teacher's views are of single examples: leave out distill.views, or mixup and cutmix")
+        return self
+
+
+class Views(Dataset[tuple[Tensor, ...]]):
+    """Examples as they were augmented, labels, and the teacher's logits; `turn` says which of the times."""
+
+    def __init__(self, times: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self.times = times
+        self.turn = 0
+
+    def __len__(self) -> int:
+        return len(self.times[0][0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(column[index] for column in self.times[self.turn % len(self.times)])
+
 
 class Shares(BatchSampler):
     """Of every batch the part that one of several processes takes; what cannot be split evenly is filled up."""
@@ -137,11 +160,18 @@ def train(
     where the data has labels that the model has no outputs for.
     """
     group = team()
-    batches = loader(context.training_data.dataset, training.batch_size, context.seed, group)
+    dataset = context.training_data.dataset
+    batches = loader(dataset, training.batch_size, context.seed, group)
     fit = _Fit(model, training, context, len(batches), teacher, group)
+    views = None
+    if teacher is not None and training.distill is not None and training.distill.views:
+        views = fit.views(dataset, training.distill.views, context.seed)
+        batches = loader(views, training.batch_size, context.seed, group)
     done = fit.resume(checkpoint, batches) if checkpoint is not None and checkpoint.exists() else 0
     fit.join(context.seed, drawn=done > 0)
     for epoch in range(done, training.epochs):
+        if views is not None:
+            views.turn = epoch
         told = fit.epoch(batches, progress)
         if held_out is not None:
             told += f", {fit.right(held_out):.2%} held out"
@@ -181,13 +211,36 @@ class _Fit:
             torch.manual_seed(seed + 7919 * self.team.rank)
         self.whole = self.team.joined(self.model)
 
-    def epoch(self, batches: Iterable[tuple[Tensor, Tensor]], progress: Progress) -> str:
+    def views(self, dataset: Dataset[Any], times: int, seed: int) -> Views:
+        """So many augmented copies of a data set, and what the teacher says to them.
+
+        The same whenever it is called: what is drawn for them is drawn for nothing else.
+        """
+        in_order = DataLoader(dataset, self.training.batch_size)
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for _ in range(times):
+                parts = []
+                for inputs, labels in in_order:
+                    inputs = self.augment(self.placed(inputs))
+                    parts.append((inputs.cpu().contiguous(), labels, self.taught(self.placed(inputs)).cpu()))
+                columns.append(tuple(map(torch.cat, zip(*parts, strict=True))))  # type: ignore[arg-type]
+        return Views(columns)
+
+    def taught(self, inputs: Tensor) -> Tensor:
+        """The teacher's logits."""
+        assert self.teacher is not None
+        with torch.no_grad(), self.precision():
+            return _outputs(self.teacher, inputs).float()
+
+    def epoch(self, batches: Iterable[tuple[Tensor, ...]], progress: Progress) -> str:
         """One pass over the data; says how it went."""
         loss, right, examples = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64), 0
         loss, right = loss.to(self.team.device), right.to(self.team.device)
         self.model.train()
-        for inputs, labels in batches:
-            step_loss, step_right = self.step(inputs, labels)
+        for inputs, labels, *taught in batches:
+            step_loss, step_right = self.step(inputs, labels, *taught)
             loss += step_loss.double() * labels.numel()
             right += step_right
             examples += labels.numel()
@@ -196,11 +249,14 @@ class _Fit:
         total, correct, count = self.team.sums(loss, right, examples)
         return f"loss {total / count:.4f}, {correct / count:.2%} right"
 
-    def step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the optimizer: the loss, and how many examples the model had right."""
+    def step(self, inputs: Tensor, labels: Tensor, taught: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer: the loss, and how many examples the model had right.
+
+        With what the teacher says to them come inputs that are augmented.
+        """
         training, largest = self.training, int(labels.max())
         inputs, labels = self.placed(inputs), labels.to(self.team.device)
-        inputs, other, share = mix(self.augment(inputs), training)
+        inputs, other, share = mix(self.augment(inputs) if taught is None else inputs, training)
         inputs = self.placed(inputs)
         self.optimizer.zero_grad()
         with self.precision():
@@ -209,8 +265,7 @@ class _Fit:
             raise InputError(f"train: label {largest} has no output; the model has {outputs.shape[-1]}")
         loss = _loss(outputs, labels, other, share, training)
         if self.teacher is not None and training.distill is not None:
-            with torch.no_grad(), self.precision():
-                taught = _outputs(self.teacher, inputs).float()
+            taught = self.taught(inputs) if taught is None else taught.to(self.team.device)
             loss = (1 - training.distill.weight) * loss + distillation(outputs, taught, training.distill)
         if training.orthonormal:
             loss = loss + training.orthonormal * orthonormality(self.model)

@@ -50,6 +50,7 @@ def micronet_register_quantizers(register: Any) -> None:
     """The bundled quantizers."""
     from micronet_plugins.accumulators import Accumulators
     from micronet_plugins.affine import AffineStrategy
+    from micronet_plugins.biases import Biases
     from micronet_plugins.brevitas_adapter import Brevitas
     from micronet_plugins.codebook import CodebookStrategy
     from micronet_plugins.fixed_point import FixedPointStrategy
@@ -69,6 +70,7 @@ def micronet_register_quantizers(register: Any) -> None:
     register("mixed", Mixed)
     register("torchao", TorchAO)
     register("brevitas", Brevitas)
+    register("biases", Biases)
     register("accumulators", Accumulators)
 
 

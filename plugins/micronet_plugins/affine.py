@@ -10,27 +10,65 @@ from pydantic import Field
 from torch import fx, nn
 
 from micronet_eval.formats import Affine, AffineQuantizer
-from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context
 from micronet_eval.structure import QUANTIZERS, quantizers_of, replace, set_quantizers, traced
+from micronet_eval.trace import trace
 from micronet_plugins.calibration import Calibration, Observed, affine_format, observe
-from micronet_plugins.layerwise import Granularity, WeightQuantizer, blocks_of
+from micronet_plugins.layerwise import (
+    Granularity,
+    WeightQuantizer,
+    blocks_of,
+    input_places,
+    quantize_each,
+    weights_of,
+)
+from micronet_plugins.weights import DOT_PRODUCTS
 
 
 class ScaledQuantizer(WeightQuantizer):
     """Activations in integers with a scale, one for the tensor."""
 
+    first_last_bits: int | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description='bits of weights in the first and the last layer and, where `activations = "layers"`, of what they '
+        "read; without it those of all others",
+    )
+
+    def quantize_weights(self, model: nn.Module, context: Context) -> None:
+        first_last, other = self._first_last(model, context), self._of_first_last()
+        quantize_each(
+            weights_of(model),
+            lambda layer, name: (other if layer in first_last else self).quantizer(layer, name),
+        )
+
     def quantize_activations(self, model: nn.Module, context: Context) -> None:
         graph = traced(model)
-        nodes = multiplied_nodes(graph, context.example_input, self.activation_bits, context.formulas)
+        places = self.places(graph, context)
+        first_last, other = self._first_last(graph, context), self._of_first_last()
+        read_there = {place for place, layer in input_places(graph).items() if layer in first_last}
         # What the scales shall be can be observed only once the quantizers are in their places.
         unknown = Affine(0, 2**self.activation_bits - 1, (), torch.ones(1))
-        set_quantizers(graph, {name: AffineQuantizer(unknown) for name in nodes})
+        set_quantizers(graph, {place: AffineQuantizer(unknown) for place in places})
         rectified = _only_rectified(graph)
-        for name, seen in observe(graph, context, self.batches).items():
-            if name in nodes:
-                seen = _positive(seen) if name in rectified else seen
-                replace(graph, f"{QUANTIZERS}.{name}", self.activation_quantizer(seen))
+        for place, seen in observe(graph, context, self.batches).items():
+            if place in places:
+                seen = _positive(seen) if place in rectified else seen
+                quantizer = (other if place in read_there else self).activation_quantizer(seen)
+                replace(graph, f"{QUANTIZERS}.{place}", quantizer)
+
+    def _first_last(self, model: nn.Module, context: Context) -> set[nn.Module]:
+        """The layers that run first and last, if they have bits of their own."""
+        if self.first_last_bits is None:
+            return set()
+        paths = [op.module for op in trace(model, context.example_input).ops]
+        layers = [layer for layer in map(model.get_submodule, paths) if isinstance(layer, DOT_PRODUCTS)]
+        return {*layers[:1], *layers[-1:]}
+
+    def _of_first_last(self) -> ScaledQuantizer:
+        bits = self.first_last_bits
+        return self if bits is None else self.model_copy(update={"weight_bits": bits, "activation_bits": bits})
 
     @abstractmethod
     def activation_quantizer(self, seen: Observed) -> AffineQuantizer:

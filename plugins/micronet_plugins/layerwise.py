@@ -9,16 +9,17 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
 from micronet_eval.formats import ActivationQuantizer, AffineQuantizer, FixedPointQuantizer
-from micronet_eval.merge import without_batch_norm
+from micronet_eval.merge import is_norm, merged, without_batch_norm
 from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context, Quantizer
-from micronet_eval.structure import StructureError, copied, layer_type, quantizers_of, set_quantizers, traced
+from micronet_eval.structure import OF_INPUT, StructureError, copied, layer_type, quantizers_of, set_quantizers, traced
 from micronet_plugins.calibration import Observed, affine_format, exponent_of, observe
+from micronet_plugins.weights import DOT_PRODUCTS
 
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -39,15 +40,26 @@ class WeightQuantizer(Quantizer):
     activation_bits: ActivationBits = Field(
         8, ge=0, le=16, description="bits of an activation that is multiplied; 0 leaves activations as they are"
     )
+    activations: Literal["all", "layers"] = Field(
+        "all",
+        description="which: all that are multiplied, or each that a convolution or linear layer reads, in front of it: "
+        "residual sums keep their width",
+    )
     batches: int = Field(4, gt=0, description="batches of training data for calibration")
+    keep_batch_norm: bool = Field(
+        False, description="batch norm and biases stay as they are, for training; quantizer `biases` goes behind it"
+    )
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         try:
-            model = without_batch_norm(copied(model)).eval()
+            model = copied(model).eval()
+            if not self.keep_batch_norm:
+                model = without_batch_norm(model)
             if self.activation_bits:
                 model = traced(model)
             self.quantize_weights(model, context)
-            quantize_rest(model, self.rest_bits)
+            if not self.keep_batch_norm:
+                quantize_rest(model, self.rest_bits)
             if self.activation_bits:
                 self.quantize_activations(model, context)
         except StructureError as error:
@@ -62,9 +74,18 @@ class WeightQuantizer(Quantizer):
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         """The parametrization for a weight."""
 
+    def places(self, graph: fx.GraphModule, context: Context) -> list[str]:
+        """Where activations are quantized."""
+        if self.activations == "all":
+            return nodes_to_quantize(graph, context, self.activation_bits)
+        return list(input_places(graph))
+
     def quantize_activations(self, model: nn.Module, context: Context) -> None:
         """Fixed point with the exponent of the smallest squared error."""
-        set_fixed_point(model, context, self.activation_bits)
+        graph = traced(model)
+        set_quantizers(
+            graph, {place: FixedPointQuantizer(self.activation_bits) for place in self.places(graph, context)}
+        )
         for name, seen in observe(model, context, self.batches).items():
             quantizer = quantizers_of(model)[name]
             if isinstance(quantizer, FixedPointQuantizer):
@@ -99,8 +120,28 @@ class ToolkitQuantizer(WeightQuantizer):
 def set_fixed_point(model: nn.Module, context: Context, bits: int) -> None:
     """Sets fixed-point quantizers, not yet calibrated, behind every node that feeds a multiplication."""
     model = traced(model)
-    nodes = multiplied_nodes(model, context.example_input, bits, context.formulas)
-    set_quantizers(model, {name: FixedPointQuantizer(bits) for name in nodes})
+    set_quantizers(model, {name: FixedPointQuantizer(bits) for name in nodes_to_quantize(model, context, bits)})
+
+
+def nodes_to_quantize(graph: fx.GraphModule, context: Context, bits: int) -> list[str]:
+    """The nodes that feed a multiplication of more than `bits` bits once batch norm is merged, which is in front."""
+    example = context.example_input
+    wanted = set(multiplied_nodes(traced(merged(graph, example)), example, bits, context.formulas))
+    return [_behind_batch_norm(graph, node).name for node in graph.graph.nodes if node.name in wanted]
+
+
+def input_places(graph: fx.GraphModule) -> dict[str, nn.Module]:
+    """The places in front of convolutions and linear layers, each with its layer."""
+    calls = [(node, graph.get_submodule(str(node.target))) for node in graph.graph.nodes if node.op == "call_module"]
+    return {f"{node.name}{OF_INPUT}": layer for node, layer in calls if isinstance(layer, DOT_PRODUCTS)}
+
+
+def _behind_batch_norm(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The batch norm that alone reads a node, or else the node."""
+    readers = list(node.users)
+    if len(readers) == 1 and readers[0].op == "call_module" and is_norm(graph.get_submodule(str(readers[0].target))):
+        return readers[0]
+    return node
 
 
 def quantize_each(
@@ -124,8 +165,7 @@ def quantize_each(
 
 def quantize_rest(model: nn.Module, bits: int) -> None:
     """Parameters of fewer than 2 dimensions in fixed point, at the exponents of the smallest squared error."""
-    rest = [(m, n) for m, n in parameters_of(model) if getattr(m, n).dim() < 2 and getattr(m, n).numel()]
-    quantize_each(rest, lambda module, name: least_error(getattr(module, name), bits))
+    quantize_each(rest_of(model), lambda module, name: least_error(getattr(module, name), bits))
 
 
 def least_error(values: Tensor, bits: int) -> FixedPointQuantizer:
@@ -151,6 +191,11 @@ def parameters_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def weights_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The parameters of 2 dimensions and more."""
     return [(m, n) for m, n in parameters_of(model) if getattr(m, n).dim() >= 2 and getattr(m, n).numel()]
+
+
+def rest_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Those of fewer."""
+    return [(m, n) for m, n in parameters_of(model) if getattr(m, n).dim() < 2 and getattr(m, n).numel()]
 
 
 def original_of(layer: nn.Module, name: str) -> Tensor:

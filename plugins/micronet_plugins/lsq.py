@@ -39,7 +39,9 @@ class LSQ(ScaledQuantizer):
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         weight = getattr(layer, name)
         half = 2 ** (self.weight_bits - 1)
-        return self._learned(weight, -half, half - 1, blocks_of(layer, weight, self.granularity))
+        # Batch norm may change the sign of an output: its integers need their counterparts.
+        low = 1 - half if self.keep_batch_norm else -half
+        return self._learned(weight, low, half - 1, blocks_of(layer, weight, self.granularity))
 
     def activation_quantizer(self, seen: Observed) -> AffineQuantizer:
         half = 2 ** (self.activation_bits - 1)
