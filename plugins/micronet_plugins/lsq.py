@@ -22,7 +22,8 @@ class LSQ(ScaledQuantizer):
     2004.09576; the 2 mean|v| / sqrt(Q) of the paper lose more before training). Its gradient is that of the rounded
     value, round(v / s) - v / s, times 1 / sqrt(N Q), Q the largest code. Use it for 2 to 4 bits; at more than 8 there
     is nothing to learn, and steps are so small that an optimizer overshoots them. Activations that are never negative,
-    or that only a ReLU reads, have no sign.
+    or that only a ReLU reads, have no sign. At 4 bits and fewer give the first and the last layer 8 bits, as the paper
+    does, take `activations = "layers"`, and scales by channel with `keep_batch_norm`.
 
     A step that is no power of two costs one more multiplication an output, and 32 bits. With `power_of_two` every step
     is the power of two nearest to what is learned, in the logarithm, and the gradient passes straight through: a shift,
