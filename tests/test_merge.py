@@ -1,6 +1,7 @@
 """Batch norm is merged where that is exact, else it becomes a scale and a shift; what the model computes stays."""
 
 import copy
+import math
 from types import MethodType
 
 import pytest
@@ -17,6 +18,7 @@ from micronet_eval.scoring import account
 from micronet_eval.structure import Mask, ScaleShift
 from micronet_eval.trace import trace
 from micronet_plugins.architectures import wide_resnet
+from micronet_plugins.lsq import PowerOfTwo
 
 
 def fill(model):
@@ -278,6 +280,72 @@ def test_integers_that_no_scale_can_take_a_factor_for_keep_a_scale_and_shift(sca
     with torch.no_grad():
         model[1].weight.neg_()
     assert type(same(model, images())[1]) is ScaleShift
+
+
+def tied(parametrization):
+    """Two convolutions with one weight, under one parametrization, batch norm behind each."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)]
+    layers[1].weight = layers[0].weight
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", parametrization, unsafe=True)
+    return fill(nn.Sequential(layers[0], nn.BatchNorm2d(3), layers[1], nn.BatchNorm2d(3)))
+
+
+QUANTIZER = AffineQuantizer(Affine(-7, 7, (1, 3, 1, 1), torch.full((3,), 0.1)))
+
+
+@pytest.mark.parametrize(
+    "parametrization", [QUANTIZER, Mask(torch.arange(9).view(3, 3, 1, 1) != 4)], ids=["integers", "mask"]
+)
+def test_a_tied_weight_under_a_parametrization_is_not_scaled(parametrization):
+    result = same(tied(parametrization), images())
+    assert type(result[1]) is type(result[3]) is ScaleShift
+
+
+def test_scales_that_two_weights_share_stay():
+    model = fill(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    for layer in (model[0], model[2]):
+        parametrize.register_parametrization(layer, "weight", QUANTIZER, unsafe=True)
+    result = same(model, images())
+    assert type(result[1]) is type(result[3]) is ScaleShift
+
+
+def test_scales_that_are_powers_of_two_stay():
+    layer = nn.Conv2d(3, 4, 1)
+    quantizer = AffineQuantizer(Affine(-7, 7, (1, 3, 1, 1), torch.full((4,), 0.125)), learned=True)
+    parametrize.register_parametrization(quantizer, "scale", PowerOfTwo())
+    parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+    assert type(same(fill(nn.Sequential(layer, nn.BatchNorm2d(4))), images())[1]) is ScaleShift
+
+
+def test_scales_of_a_transposed_convolution_stay():
+    layer = nn.ConvTranspose2d(3, 4, 2)
+    quantizer = AffineQuantizer(Affine(-7, 7, (1, 4, 2, 2), torch.full((3,), 0.125)))
+    parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+    assert type(same(fill(nn.Sequential(layer, nn.BatchNorm2d(4))), images())[1]) is ScaleShift
+
+
+def test_scales_that_would_be_too_small_stay():
+    model = integers([0.02, 0.03, 0.05, 0.07])
+    with torch.no_grad():
+        model[1].weight.fill_(1e-12)
+    assert type(same(model, images())[1]) is ScaleShift
+
+
+@pytest.mark.parametrize("place", ["meta", "cpu"])
+def test_integers_whose_values_are_not_known_are_not_scaled(place):
+    model = integers([0.02, 0.03, 0.05, 0.07]).to(place)
+    nn.init.constant_(model[0].parametrizations.weight.original, math.nan)
+    assert type(merged(model, images())[1]) is ScaleShift
+
+
+@pytest.mark.parametrize("blocks", [(), (1, 3, 3, 3)])
+def test_one_output_has_one_scale(blocks):
+    layer = nn.Conv2d(3, 1, 3)
+    quantizer = AffineQuantizer(Affine(-7, 7, blocks, torch.tensor([0.03])))
+    parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+    assert type(same(fill(nn.Sequential(layer, nn.BatchNorm2d(1))), images())[1]) is nn.Identity
 
 
 def test_integers_behind_batch_norm_are_not_scaled():

@@ -355,6 +355,41 @@ def test_the_first_and_the_last_layer_have_bits_of_their_own(quantizer, activati
     assert [layers[path].input_bits for path in paths] == ([6, 4, 4, 6] if activations == "layers" else [4] * 4)
 
 
+def test_tied_weights_of_the_last_layer_have_its_bits(x):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.hidden, self.out = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+            self.out.weight = self.table.weight
+
+        def forward(self, x):
+            return self.out(torch.relu(self.hidden(self.table((x * 0).long()))))
+
+    model = LSQ(weight_bits=2, first_last_bits=6, activations="layers").apply(Tied(), context(x.flatten(1)[:, 0]))
+    assert [model.get_submodule(p).parametrizations.weight[0].range for p in ("table", "hidden", "out")] == [
+        (-32, 31)
+    ] * 3
+
+
+def test_layers_called_by_keyword_are_quantized_in_front(x):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    model = LSQ(activations="layers").apply(Named(), context(x.flatten(1)[:, :8]))
+    assert list(quantizers_of(model)) == ["layer:input"]
+    model(x.flatten(1)[:, :8])
+
+
+def test_activations_of_layers_where_there_is_no_layer(x):
+    with pytest.raises(InputError, match="has no convolution and no linear layer"):
+        strategy("affine", activations="layers").apply(nn.Sequential(nn.BatchNorm2d(1)).eval(), context(x))
+
+
 def test_a_place_in_front_of_what_reads_nothing(net):
     graph = traced(net)
     with pytest.raises(StructureError, match="node 'x' has no first argument"):
@@ -398,11 +433,44 @@ def test_batch_norm_is_trained_with_the_quantizers_and_merged_into_their_scales(
 
 
 def test_activations_are_rounded_behind_batch_norm_that_is_kept(net, x):
-    model = LSQ(keep_batch_norm=True).apply(net, context(x))
+    model = LSQ(granularity="channel", keep_batch_norm=True).apply(net, context(x))
     assert "norm" in quantizers_of(model)
     assert "first" not in quantizers_of(model)
     fixed = LSQ().apply(merged(net, x[:1]), context(x))
     assert len(quantizers_of(fixed)) == len(quantizers_of(model))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.5)])
+def test_batch_norm_behind_what_does_nothing_is_merged_all_the_same(between, x):
+    def made(layer):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+
+    one, plain = (
+        LSQ(granularity="channel", keep_batch_norm=True).apply(made(b), context(x)) for b in (between, nn.ReLU())
+    )
+    assert "_2" in quantizers_of(one)
+    assert type(merged(one, x[:1]).get_submodule("2")) is nn.Identity
+    assert "_2" in quantizers_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lsq", {}),
+        ("lsq", {"granularity": "channel", "power_of_two": True}),
+        ("affine", {"symmetric": False}),
+        ("binary", {}),
+        ("codebook", {}),
+    ],
+)
+def test_batch_norm_is_not_kept_where_it_would_not_merge(name, options, net, x):
+    with pytest.raises(InputError, match="batch norm 'norm' could not be merged into weights that are quantized so"):
+        strategy(name, keep_batch_norm=True, **options).apply(net, context(x))
+
+
+def test_batch_norm_that_is_merged_already_cannot_be_kept(net, x):
+    with pytest.raises(InputError, match="has no batch norm, or it is merged already"):
+        LSQ(keep_batch_norm=True).apply(merged(net, x[:1]), context(x))
 
 
 def test_biases_that_are_rounded_are_left(net, x):
@@ -420,6 +488,19 @@ def test_the_gradient_of_the_step_is_the_papers():
     quantizer(v).sum().backward()
     assert v.grad.tolist() == [1, 1, 0, 0]
     assert quantizer.scale.grad.item() == pytest.approx(-1 / 12**0.5)
+
+
+def test_the_gradient_of_the_step_beside_a_zero_point():
+    """Integers from 0 to 15, 5 of them below zero: v / s from -5 to 10 is within the range."""
+    zero = torch.tensor([5], dtype=torch.int32)
+    quantizer = AffineQuantizer(Affine(0, 15, (), torch.tensor([0.5]), zero), learned=True)
+    v = torch.tensor([-3.0, -2.5, 0.6, 4.9, 5.0, 5.1], requires_grad=True)
+    q = quantizer(v)
+    assert q.tolist() == [-2.5, -2.5, 0.5, 5, 5, 5]
+    q.sum().backward()
+    assert v.grad.tolist() == [0, 1, 1, 1, 1, 0]
+    of_values = -5 + 0 + (1 - 1.2) + (10 - 9.8) + 0 + 10
+    assert quantizer.scale.grad.item() == pytest.approx(of_values * (6 / 6 * 15) ** -0.5)
 
 
 def test_the_gradients_of_steps_by_channel():

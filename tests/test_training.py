@@ -170,23 +170,60 @@ def test_epochs_take_turns_at_the_views():
     assert (len(views), seen) == (2, [0, 1, 2, 0, 1])
 
 
-def test_views_are_augmented_each_once():
-    def trained(**options):
-        images = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-        data = Context(images[:1], loader(TensorDataset(images, torch.arange(12) % 3), 4, 0), 0, plugins.formulas())
-        torch.manual_seed(0)
-        model, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(36, 3)) for _ in range(2))
-        given = []
-        teacher.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-        training = Training(epochs=3, learning_rate=0.1, batch_size=12, distill={"views": 2}, **options)
-        train(model, training, data, teacher=teacher)
-        return images, given
+def on_images(epochs, views, checkpoint=None, log=lambda line: None, outer=4):
+    """A network with dropout and a teacher on cropped and flipped images: the weights, all that each was given."""
+    images = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    data = Context(images[:1], loader(TensorDataset(images, torch.arange(12) % 3), 4, 0), 0, plugins.formulas())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3))
+    teacher, given = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), {"model": [], "teacher": []}
+    for name, module in (("model", model), ("teacher", teacher)):
+        module.register_forward_pre_hook(lambda _, args, name=name: given[name].append(args[0]))
+    options = {"batch_size": 12, "crop": 1, "flip": True, "schedule": "constant"}
+    training = Training(epochs=epochs, learning_rate=0.1, distill={"views": views}, **options)
+    torch.manual_seed(outer)
+    return train(model, training, data, log, teacher, checkpoint).state_dict(), given
 
-    images, given = trained(crop=1, flip=True)
-    assert [len(x) for x in given] == [12, 12]
-    assert not torch.equal(given[0], given[1])
-    assert not any(torch.equal(x, images) for x in given)
-    assert all(torch.equal(x, again) for x, again in zip(given, trained(crop=1, flip=True)[1], strict=True))
+
+def test_each_epoch_sees_the_view_whose_turn_it_is():
+    _, given = on_images(epochs=3, views=2)
+    assert len(given["teacher"]) == 2
+    first, second = (sorted(map(tuple, view.flatten(1).tolist())) for view in given["teacher"])
+    seen = [sorted(map(tuple, batch.flatten(1).tolist())) for batch in given["model"]]
+    assert seen == [first, second, first]
+    assert first != second
+
+
+def test_no_more_views_than_epochs_are_made():
+    _, given = on_images(epochs=2, views=5)
+    assert len(given["teacher"]) == 2
+
+
+def test_views_do_not_depend_on_what_was_drawn_before_nor_change_what_is_drawn_behind():
+    def drawn(outer):
+        weights, given = on_images(epochs=1, views=1, outer=outer)
+        return weights, given["teacher"][0], torch.rand(3)
+
+    one, again, other = drawn(4), drawn(4), drawn(5)
+    assert all(torch.equal(one[0][name], again[0][name]) for name in one[0])
+    assert torch.equal(one[1], other[1])
+    assert not torch.equal(one[2], other[2])
+    torch.manual_seed(4)
+    torch.nn.functional.dropout(torch.ones(12, 36), 0.5)  # all that training draws itself
+    assert torch.equal(torch.rand(3), one[2])
+
+
+def test_training_with_views_goes_on_to_the_same_weights(tmp_path):
+    whole, _ = on_images(epochs=4, views=3)
+
+    def kill(line):
+        if "epoch 3" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        on_images(4, 3, tmp_path / "epoch.pt", kill)
+    resumed, _ = on_images(4, 3, tmp_path / "epoch.pt", outer=9)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_views_are_of_single_examples():

@@ -38,9 +38,10 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
     A model without batch norm is returned as it is.
 
     Exact means, backward: the convolution or linear layer in front feeds nothing but this batch norm, each of the two
-    runs once, and the weight is free to be scaled: not quantized, or to integers with scales for each output, which
-    take the factor. Forward: the batch norm feeds nothing but such a layer, not quantized, which pads nothing (padding
-    comes after the shift). Masked weights keep their zeros.
+    runs once, and the weight is free to be scaled: nothing else reads it, and it is not quantized, or to integers with
+    scales for each output, which take the factor (but for transposed convolutions). Forward: the batch norm feeds
+    nothing but such a layer, not quantized, which pads nothing (padding comes after the shift). Masked weights keep
+    their zeros.
     """
     if not any(is_norm(m) for m in model.modules()):
         return model
@@ -124,6 +125,7 @@ def _mergeable(
     users = recorded.users
     times = {op: time for time, op in enumerate(recorded.ops)}
     reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
+    owners = Counter(modules.values())  # of a module, a parametrization among them
     for op in recorded.ops:
         norm = modules.get(op.module) if "batch_norm" in op.name else None
         if norm is None or not is_norm(norm):
@@ -137,8 +139,8 @@ def _mergeable(
             if direction == "forward" and _is_overwritten(op.args[0], recorded, times[op], times[layer]):
                 continue
             weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
-            alone = parametrize.is_parametrized(own) or (weight.producer is None and reads[weight] == 1)
-            if alone and _can_scale(own, norm, direction):
+            free = reads[weight] == 1 and (parametrize.is_parametrized(own) or weight.producer is None)
+            if free and all(owners[p] == 1 for p in own.modules() if p is not own) and _can_scale(own, norm, direction):
                 yield op.module, layer.module, direction
                 break
 
@@ -184,7 +186,7 @@ def _can_scale(layer: nn.Module, norm: _BatchNorm, direction: Direction) -> bool
     if list(layer.parametrizations) != ["weight"]:  # type: ignore[arg-type]
         return False
     masks, quantizer = _parametrizations(layer)
-    if quantizer is not None and (direction == "forward" or _scaled_codes(layer, quantizer, norm) is None):
+    if quantizer is not None and (direction == "forward" or _scaled(layer, quantizer, norm) is None):
         return False
     return all(isinstance(p, Mask) for p in masks)
 
@@ -196,26 +198,26 @@ def _parametrizations(layer: nn.Module) -> tuple[list[nn.Module], AffineQuantize
     return (on_it[:-1], last) if isinstance(last, AffineQuantizer) else (on_it, None)
 
 
-def _scaled_codes(layer: nn.Module, quantizer: AffineQuantizer, norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
-    """The integers and scales of s W: those of W with other signs, times |s|. Both in float64.
+def _scaled(layer: nn.Module, quantizer: AffineQuantizer, norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
+    """The scales of s W, those of W times |s|, and what its integers, those of W with the sign of s, come to.
 
     None where there are no such: outputs share a scale, there are zero points, the scales are bound to be powers of two
-    or come out below the smallest, or an integer has no counterpart of the other sign.
+    or come out below the smallest, an integer has no counterpart of the other sign, or values are not known.
     """
     weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     blocks = quantizer.blocks or tuple(weight.shape)
     bound = quantizer.zero_point is not None or parametrize.is_parametrized(quantizer)
-    if bound or blocks[0] != 1 or isinstance(layer, _TRANSPOSED):
+    if bound or blocks[0] != 1 or isinstance(layer, _TRANSPOSED) or weight.is_meta:
         return None
-    scale, _ = _scale_and_shift(norm)
-    steps = quantizer.scale.detach().double()
-    codes = (weight.double() / steps[block_indices(weight.shape, blocks)]).round()
-    codes = codes * scale.sign().view(-1, *[1] * (weight.dim() - 1))
-    scaled = (steps.view(len(scale), -1) * scale.abs()[:, None]).flatten()
-    scaled = torch.where(scaled > 0, scaled, 1.0)  # beside integers that are all 0
+    where = block_indices(weight.shape, blocks)
+    factor, _ = _scale_and_shift(norm)
+    scales = quantizer.scale.detach()
+    codes = (weight.double() / scales.double()[where]).round() * factor.sign().view(-1, *[1] * (weight.dim() - 1))
+    scaled = (scales.double().view(len(factor), -1) * factor.abs()[:, None]).flatten()
+    scaled = torch.where(scaled > 0, scaled, 1.0).to(scales.dtype)  # 1 beside integers that are all 0
     low, high = quantizer.range
-    fit = bool((scaled >= SMALLEST_SCALE).all()) and low <= int(codes.min()) and int(codes.max()) <= high
-    return (codes, scaled) if fit else None
+    fit = (codes >= low) & (codes <= high)  # not where they are NaN
+    return (scaled, codes * scaled.double()[where]) if bool(fit.all() & (scaled >= SMALLEST_SCALE).all()) else None
 
 
 def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -238,11 +240,10 @@ def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
     quantizer = _parametrizations(layer)[1] if parametrize.is_parametrized(layer) else None
     with torch.no_grad():
         if quantizer is not None:
-            found = _scaled_codes(layer, quantizer, norm)
+            found = _scaled(layer, quantizer, norm)
             assert found is not None
-            codes, steps = found
-            quantizer.scale.copy_(steps)
-            scaled = codes * quantizer.scale.double()[block_indices(weight.shape, quantizer.blocks)]
+            scales, scaled = found
+            quantizer.scale.copy_(scales)
         elif isinstance(layer, _TRANSPOSED):  # inputs x outputs of each group
             channels = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
             scaled = (_by_group(weight, layer) * channels).flatten(0, 1)

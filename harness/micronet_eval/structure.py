@@ -21,7 +21,7 @@ from micronet_eval.conditional import conditional_of
 from micronet_eval.formats import ActivationQuantizer, AffineQuantizer, FixedPointQuantizer, SignQuantizer, accumulator
 
 QUANTIZERS = "quantizers"
-"""The submodule that holds a model's activation quantizers, each under the name of the graph node that it follows."""
+"""The submodule that holds a model's activation quantizers, each under the name of its place in the graph."""
 
 OF_INPUT = ":input"
 """Behind the name of a node: the quantizer stands in front of it, for what this node alone reads."""
@@ -259,11 +259,16 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, Activa
         if node is None:
             raise StructureError(f"the graph has no node {name!r} to quantize")
         if name.endswith(OF_INPUT):
-            if not node.args or not isinstance(node.args[0], fx.Node):
+            source = node.args[0] if node.args else node.kwargs.get("input")
+            if not isinstance(source, fx.Node):
                 raise StructureError(f"the graph's node {node.name!r} has no first argument to quantize")
             graph_module.add_submodule(path, quantizer)
             with graph_module.graph.inserting_before(node):
-                node.update_arg(0, graph_module.graph.call_module(path, (node.args[0],)))
+                quantized = graph_module.graph.call_module(path, (source,))
+            if node.args:
+                node.update_arg(0, quantized)
+            else:
+                node.update_kwarg("input", quantized)
             continue
         graph_module.add_submodule(path, quantizer)
         with graph_module.graph.inserting_after(node):

@@ -43,7 +43,8 @@ class Distillation(Table):
     loss = (1 - weight) * loss + weight * temperature^2 * KL(teacher's softmax || own softmax), both at `temperature`.
     The teacher is the submission in a folder, or several, whose logits are averaged, or else the uncompressed model.
     `views`: each example is augmented only so many times, and what the teacher says to that is kept; epochs take turns.
-    Large teachers cost less so, and memory more: as many times the training data in float32. 0 asks it at every step.
+    Large teachers cost less so, and memory more: for each view the training data in float32, and the logits. 0 asks the
+    teacher at every step.
     """
 
     weight: float = Field(0.5, gt=0, le=1)
@@ -165,7 +166,9 @@ def train(
     fit = _Fit(model, training, context, len(batches), teacher, group)
     views = None
     if teacher is not None and training.distill is not None and training.distill.views:
-        views = fit.views(dataset, training.distill.views, context.seed)
+        times = min(training.distill.views, training.epochs)
+        log(f"  the teacher looks at {times} views of {len(dataset):,} examples")  # type: ignore[arg-type]
+        views = fit.views(dataset, times, context.seed)
         batches = loader(views, training.batch_size, context.seed, group)
     done = fit.resume(checkpoint, batches) if checkpoint is not None and checkpoint.exists() else 0
     fit.join(context.seed, drawn=done > 0)
@@ -218,7 +221,7 @@ class _Fit:
         """
         in_order = DataLoader(dataset, self.training.batch_size)
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.team.device] if self.team.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for _ in range(times):
                 parts = []

@@ -19,6 +19,7 @@ from micronet_plugins.layerwise import (
     WeightQuantizer,
     blocks_of,
     input_places,
+    original_of,
     quantize_each,
     weights_of,
 )
@@ -37,10 +38,11 @@ class ScaledQuantizer(WeightQuantizer):
     )
 
     def quantize_weights(self, model: nn.Module, context: Context) -> None:
-        first_last, other = self._first_last(model, context), self._of_first_last()
+        tied = {id(original_of(layer, "weight")) for layer in self._first_last(model, context)}
+        other = self._of_first_last()
         quantize_each(
             weights_of(model),
-            lambda layer, name: (other if layer in first_last else self).quantizer(layer, name),
+            lambda layer, name: (other if id(original_of(layer, name)) in tied else self).quantizer(layer, name),
         )
 
     def quantize_activations(self, model: nn.Module, context: Context) -> None:
@@ -59,12 +61,12 @@ class ScaledQuantizer(WeightQuantizer):
                 replace(graph, f"{QUANTIZERS}.{place}", quantizer)
 
     def _first_last(self, model: nn.Module, context: Context) -> set[nn.Module]:
-        """The layers that run first and last, if they have bits of their own."""
-        if self.first_last_bits is None:
-            return set()
-        paths = [op.module for op in trace(model, context.example_input).ops]
-        layers = [layer for layer in map(model.get_submodule, paths) if isinstance(layer, DOT_PRODUCTS)]
-        return {*layers[:1], *layers[-1:]}
+        """The layers that run first and last, on each path of a conditional model, if they have bits of their own."""
+        found: set[nn.Module] = set()
+        for part in trace(model, context.example_input).by_path().values() if self.first_last_bits else ():
+            layers = [layer for op in part.ops if isinstance(layer := model.get_submodule(op.module), DOT_PRODUCTS)]
+            found |= {*layers[:1], *layers[-1:]}
+        return found
 
     def _of_first_last(self) -> ScaledQuantizer:
         bits = self.first_last_bits

@@ -52,6 +52,7 @@ class WeightQuantizer(Quantizer):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         try:
+            unmerged = _unmerged(model, context) if self.keep_batch_norm else set()
             model = copied(model).eval()
             if not self.keep_batch_norm:
                 model = without_batch_norm(model)
@@ -62,6 +63,11 @@ class WeightQuantizer(Quantizer):
                 quantize_rest(model, self.rest_bits)
             if self.activation_bits:
                 self.quantize_activations(model, context)
+            if self.keep_batch_norm and (more := _unmerged(model, context) - unmerged):
+                raise InputError(
+                    f"quantizer: keep_batch_norm: batch norm {sorted(more)[0]!r} could not be merged into weights that "
+                    "are quantized so; take lsq, affine or gptq, a scale for each channel, symmetric, no powers of two"
+                )
         except StructureError as error:
             raise InputError(f"quantizer: {error}; activation_bits = 0 leaves activations as they are") from error
         return model.eval()
@@ -78,7 +84,9 @@ class WeightQuantizer(Quantizer):
         """Where activations are quantized."""
         if self.activations == "all":
             return nodes_to_quantize(graph, context, self.activation_bits)
-        return list(input_places(graph))
+        if not (places := list(input_places(graph))):
+            raise InputError('quantizer: activations = "layers": the model has no convolution and no linear layer')
+        return places
 
     def quantize_activations(self, model: nn.Module, context: Context) -> None:
         """Fixed point with the exponent of the smallest squared error."""
@@ -117,6 +125,15 @@ class ToolkitQuantizer(WeightQuantizer):
         return AffineQuantizer(affine_format(weight, 8, (1, *weight.shape[1:])))
 
 
+def _unmerged(model: nn.Module, context: Context) -> set[str]:
+    """The paths of batch norms that do not merge. Raises InputError where there is no batch norm."""
+    norms = {path for path, module in model.named_modules() if is_norm(module)}
+    if not norms:
+        raise InputError("quantizer: keep_batch_norm: the model has no batch norm, or it is merged already")
+    later = merged(model, context.example_input)
+    return {path for path in norms if not isinstance(later.get_submodule(path), nn.Identity)}
+
+
 def set_fixed_point(model: nn.Module, context: Context, bits: int) -> None:
     """Sets fixed-point quantizers, not yet calibrated, behind every node that feeds a multiplication."""
     model = traced(model)
@@ -124,10 +141,14 @@ def set_fixed_point(model: nn.Module, context: Context, bits: int) -> None:
 
 
 def nodes_to_quantize(graph: fx.GraphModule, context: Context, bits: int) -> list[str]:
-    """The nodes that feed a multiplication of more than `bits` bits once batch norm is merged, which is in front."""
+    """The nodes that feed a multiplication of more than `bits` bits once batch norm is merged.
+
+    Behind batch norm, where it merges: what goes into it will not be there any more.
+    """
     example = context.example_input
-    wanted = set(multiplied_nodes(traced(merged(graph, example)), example, bits, context.formulas))
-    return [_behind_batch_norm(graph, node).name for node in graph.graph.nodes if node.name in wanted]
+    later = traced(merged(graph, example))
+    wanted = set(multiplied_nodes(later, example, bits, context.formulas))
+    return [_behind_batch_norm(graph, later, node).name for node in graph.graph.nodes if node.name in wanted]
 
 
 def input_places(graph: fx.GraphModule) -> dict[str, nn.Module]:
@@ -136,11 +157,18 @@ def input_places(graph: fx.GraphModule) -> dict[str, nn.Module]:
     return {f"{node.name}{OF_INPUT}": layer for node, layer in calls if isinstance(layer, DOT_PRODUCTS)}
 
 
-def _behind_batch_norm(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The batch norm that alone reads a node, or else the node."""
-    readers = list(node.users)
-    if len(readers) == 1 and readers[0].op == "call_module" and is_norm(graph.get_submodule(str(readers[0].target))):
-        return readers[0]
+def _behind_batch_norm(graph: fx.GraphModule, merged_graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The batch norm that alone reads a node and is merged, or else the node."""
+    last = node
+    while len(last.users) == 1:
+        (last,) = last.users
+        if last.op != "call_module":
+            break
+        module = graph.get_submodule(str(last.target))
+        if is_norm(module):
+            return last if isinstance(merged_graph.get_submodule(str(last.target)), nn.Identity) else node
+        if not isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+            break
     return node
 
 
