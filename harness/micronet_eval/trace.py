@@ -29,6 +29,7 @@ from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.formats import CONVERSIONS
 from micronet_eval.nonzeros import Seen, is_nonzero, seen, seen_closely
+from micronet_eval.shortcuts import Shortcuts
 from micronet_eval.unfused import unfused
 
 
@@ -249,7 +250,7 @@ def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(_evaluation(modules))
         stack.enter_context(_swapped(modules, recorder))
-        stack.enter_context(_module_paths(modules, recorder.path))
+        stack.enter_context(_module_paths(modules, recorder))
         stack.enter_context(unfused())
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
@@ -305,6 +306,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.made: dict[Any, list[Value]] = {}  # what was folded, so that each layer's mask is made, and held, once
         self.returned: dict[Any, tuple[Any, ...]] = {}  # shape, strides, dtype that torch's slow kernels gave
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
+        self.last: tuple[Any, tuple[Any, ...], dict[str, Any], Any] = (
+            None,
+            (),
+            {},
+            None,
+        )  # the last of `ops`, on tensors
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -354,16 +361,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = changed(args, Tensor, self._to_meta), changed(kwargs, Tensor, self._to_meta)
         if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
+        return self.record(func, args, kwargs, changed(args, Tensor, self.value), changed(kwargs, Tensor, self.value))
+
+    def record(self, func: Any, args: Any, kwargs: Any, read: tuple[Any, ...], read_by_name: dict[str, Any]) -> Any:
+        """Runs an operation on tensors that are known, in whose places it reads these values, and records it."""
         written = _written(func, args, kwargs)
         constants = [v for v in map(self.value, written) if v.is_constant]
         self.rewritten |= {v.name or f"a constant of {self.path[-1] if self.path else ''!r}": None for v in constants}
-        read = changed(args, Tensor, self.value), changed(kwargs, Tensor, self.value)
-        op = Op(_name(func), self.path[-1] if self.path else "", *read, func=func, path=self.branch)
+        op = Op(_name(func), self.path[-1] if self.path else "", read, read_by_name, func=func, path=self.branch)
         result = self._execute(func, op, args, kwargs)
         outputs = _leaves((result,), Tensor)
         if op.name not in FILLS and not all(v.is_constant for v in op.inputs):
             op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
             self.ops.append(op)
+            self.last = func, args, kwargs, result
             for tensor in written:
                 self._write(tensor, op)
             for tensor, value in zip(outputs, op.outputs, strict=True):
@@ -605,13 +616,14 @@ def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None
 
 
 @contextmanager
-def _module_paths(names: Mapping[nn.Module, str], path: list[str]) -> Iterator[None]:
-    """Keeps the path of the module that runs on top of `path`. Global hooks would cost more than many modules."""
-    call = nn.Module.__call__
+def _module_paths(names: Mapping[nn.Module, str], recorder: _Recorder) -> Iterator[None]:
+    """Keeps the path of the module that runs on top of those before. Global hooks would cost more than many modules."""
+    call, path = nn.Module.__call__, recorder.path
+    shortcuts = Shortcuts(recorder, call)
 
     def named_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         path.append(names.get(module, path[-1] if path else ""))
-        result = call(module, *args, **kwargs)
+        result = shortcuts.call(module, args, kwargs)
         path.pop()
         return result
 

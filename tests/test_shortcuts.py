@@ -1,0 +1,289 @@
+"""Layers that are called by what a layer of their kind called before: every trace is the same as the long way."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import get_model
+
+from micronet_eval import shortcuts
+from micronet_eval.errors import InputError
+from micronet_eval.structure import Mask
+from micronet_eval.trace import Value, trace
+
+
+@pytest.fixture
+def long_ways(monkeypatch):
+    """The modules that are called the long way, as they are called."""
+    called = []
+    start = shortcuts.Shortcuts.__init__
+
+    def watched(self, recorder, call):
+        def noting(module, *args, **kwargs):
+            called.append(module)
+            return call(module, *args, **kwargs)
+
+        start(self, recorder, noting)
+
+    monkeypatch.setattr(shortcuts.Shortcuts, "__init__", watched)
+    return called
+
+
+def told(recorded):
+    """All that a trace says, values by the order in which they are met."""
+    numbers = {}
+
+    def show(item):
+        if isinstance(item, Value):
+            return numbers.setdefault(item, len(numbers)), item.shape, item.dtype, item.name
+        if isinstance(item, list | tuple):
+            return [type(item).__name__, *map(show, item)]
+        return item
+
+    operations = [
+        (op.name, op.module, op.path, str(op.func), show(op.args), sorted(op.kwargs.items()), show(op.outputs))
+        for op in recorded.ops
+    ]
+    memory = {}
+    places = [(show(v), memory.setdefault(id(b), len(memory)), b.bytes) for v, b in recorded.buffers.items()]
+    rest = (show(recorded.inputs), show(recorded.outputs), recorded.folded, recorded.rewritten)
+    return operations, sorted(places), rest
+
+
+def both_ways(model, *shape):
+    """The trace, if it is the same the long way."""
+    x = torch.zeros(shape)
+    recorded = trace(model, x)
+    kinds = shortcuts.KINDS
+    shortcuts.KINDS = {}
+    try:
+        assert told(recorded) == told(trace(model, x))
+    finally:
+        shortcuts.KINDS = kinds
+    return recorded
+
+
+LAYERS = [
+    (lambda: nn.Conv1d(4, 4, 3, padding=1), (2, 4, 9)),
+    (lambda: nn.Conv2d(4, 4, 3, padding=1, bias=False), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 4, 3, padding="same", groups=2), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 4, 2, padding="same"), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 4, 3, padding=1), (4, 9, 9)),
+    (lambda: nn.BatchNorm2d(4), (2, 4, 9, 9)),
+    (lambda: nn.BatchNorm2d(4, affine=False, momentum=None), (2, 4, 9, 9)),
+    (lambda: nn.BatchNorm2d(4, track_running_stats=False), (2, 4, 9, 9)),
+    (lambda: nn.LayerNorm(9), (2, 4, 9)),
+    (lambda: nn.LayerNorm((4, 9), elementwise_affine=False), (2, 4, 9)),
+    (lambda: nn.ReLU(), (2, 4)),
+    (lambda: nn.ReLU(inplace=True), (2, 4)),
+    (lambda: nn.ReLU6(), (2, 4)),
+    (lambda: nn.ReLU6(inplace=True), (2, 4)),
+    (lambda: nn.SiLU(), (2, 4)),
+    (lambda: nn.SiLU(inplace=True), (2, 4)),
+    (lambda: nn.GELU(), (2, 4)),
+    (lambda: nn.GELU("tanh"), (2, 4)),
+    (lambda: nn.Hardswish(), (2, 4)),
+    (lambda: nn.Hardswish(inplace=True), (2, 4)),
+    (lambda: nn.Sigmoid(), (2, 4)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=[repr(layer()) for layer, _ in LAYERS])
+def test_each_kind_of_layer(layer, shape):
+    both_ways(nn.Sequential(layer(), layer(), nn.Sequential(layer(), layer())).eval(), *shape)
+
+
+def test_every_kind_is_tested():
+    assert {type(layer()) for layer, _ in LAYERS} == set(shortcuts.KINDS)
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "mobilenet_v3_small", "shufflenet_v2_x0_5", "convnext_tiny", "vit_b_16"]
+)
+def test_networks(name):
+    both_ways(get_model(name), 1, 3, 224, 224)
+
+
+def test_the_second_of_a_kind_is_called_the_short_way(long_ways):
+    """Channels and groups may differ."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8), nn.ReLU(),
+    ).eval()  # fmt: skip
+    recorded = both_ways(model, 1, 4, 8, 8)
+    assert long_ways[:4] == [model, *model[:3]]  # and then the trace without shortcuts
+    assert long_ways[4:8] == [model, *model[:3]]
+    assert [op.args[8] for op in recorded.ops if op.name == "aten.convolution"] == [1, 4]
+    assert [op.module for op in recorded.ops] == list("012345")
+
+
+class Own(nn.ReLU):
+    def forward(self, x):
+        return x + 1
+
+
+class Ours(nn.ReLU):
+    pass
+
+
+def with_hook(layer):
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+    return layer
+
+
+def with_pre_hook(layer):
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    return layer
+
+
+def with_forward(layer):
+    layer.forward = lambda x: x * 3
+    return layer
+
+
+def masked(layer):
+    parametrize.register_parametrization(layer, "weight", Mask(torch.ones_like(layer.weight)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Own(),
+        lambda: Ours(),
+        lambda: with_hook(nn.ReLU()),
+        lambda: with_pre_hook(nn.ReLU()),
+        lambda: with_forward(nn.ReLU()),
+        lambda: masked(nn.Conv2d(4, 4, 1)),
+        lambda: with_hook(nn.Conv2d(4, 4, 1)),
+        lambda: nn.Conv2d(4, 4, 1, bias=False),
+        lambda: nn.Conv2d(4, 4, 1, stride=2),
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 5, padding="same")),
+        lambda: nn.Conv2d(4, 4, 3, dilation=2, padding=2),
+        lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        lambda: nn.ReLU(inplace=True),
+        lambda: nn.BatchNorm2d(4, eps=0.1),
+        lambda: nn.BatchNorm2d(4, affine=False),
+    ],
+)
+def test_a_layer_that_does_something_else_than_those_before(other):
+    first = [nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+    both_ways(nn.Sequential(*first, *copy.deepcopy(first), other(), *copy.deepcopy(first)).eval(), 1, 4, 8, 8)
+
+
+def test_global_hooks_run(long_ways):
+    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    handle = register_module_forward_hook(lambda module, args, out: out)
+    try:
+        both_ways(model, 1, 4)
+    finally:
+        handle.remove()
+    assert long_ways[:3] == [model, *model]
+
+
+class InForward(nn.Module):
+    """Runs four like layers, the last two of them within something."""
+
+    def __init__(self, within):
+        super().__init__()
+        self.within, self.layers = within, nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(4))
+
+    def forward(self, x):
+        x = self.layers[1](self.layers[0](x))
+        return self.within(lambda x: self.layers[3](self.layers[2](x)), x)
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result + result if func is F.conv2d or getattr(func, "__name__", "") == "conv2d" else result
+
+
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.ops.aten.convolution.default else result
+
+
+def doubled(run, x):
+    with Doubling():
+        return run(x)
+
+
+def counted(run, x):
+    with Counting():
+        return run(x)
+
+
+def narrowed(run, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return run(x)
+
+
+def mapped(run, x):
+    return torch.vmap(run, in_dims=0)(x[:, None])
+
+
+def empty(run, x):
+    return run(x[:, :, :0])
+
+
+def keyword(run, x):
+    return run(x) if x is None else nn.ReLU()(input=x)
+
+
+@pytest.mark.parametrize("within", [doubled, counted, narrowed, mapped, empty, keyword])
+def test_what_a_forward_sets_up_around_layers(within):
+    model = InForward(within)
+    try:
+        recorded = both_ways(model, 2, 3, 4, 4)
+    except InputError:
+        kinds, shortcuts.KINDS = shortcuts.KINDS, {}
+        try:
+            with pytest.raises(InputError):  # the long way does not run, either
+                trace(model, torch.zeros(2, 3, 4, 4))
+        finally:
+            shortcuts.KINDS = kinds
+        return
+    assert recorded.ops
+
+
+def test_weights_that_a_forward_puts_in(long_ways):
+    class Fast(nn.Module):
+        """A layer's weight is what another makes of the input."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+
+        def forward(self, x):
+            y = self.first(x)
+            del self.second.weight
+            self.second.weight = y.mean((0, 2, 3)).view(3, 1, 1, 1).expand(3, 3, 1, 1)
+            return self.second(y)
+
+    recorded = both_ways(Fast(), 1, 3, 4, 4)
+    assert not recorded.ops[-1].args[1].is_constant
+
+
+def test_a_layer_with_one_tensor_twice_teaches_nothing():
+    norms = [nn.BatchNorm2d(4) for _ in range(3)]
+    norms[0].bias = norms[0].weight
+    recorded = both_ways(nn.Sequential(*norms).eval(), 1, 4, 3, 3)
+    assert [[v.name for v in op.args[1:3]] for op in recorded.ops] == [
+        ["0.weight", "0.weight"], ["1.weight", "1.bias"], ["2.weight", "2.bias"],
+    ]  # fmt: skip
+
+
+def test_what_does_not_fit_is_told_as_before():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1))
+    with pytest.raises(InputError, match="in module '1'"):
+        trace(model, torch.zeros(1, 3, 4, 4))
