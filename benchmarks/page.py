@@ -49,7 +49,8 @@ tensor rules out, checks that each value is on its grid, and writes codes of 16 
     "quality": """
 The network and the test set are small: rounding each activation, which reads and writes it three times, and each of 166
 weights once, is a large part beside its convolutions. Weights are quantized once for all batches
-(`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted.
+(`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted. From one process to the next the ratio
+lies between 1.17 and 1.52 (six of them, on 2026-11-29).
 """,
     "compare": """
 Two processes start, and each imports torch before its first job; no job's own time has that in it. Beside jobs that

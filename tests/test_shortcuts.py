@@ -179,6 +179,12 @@ def test_a_layer_that_does_something_else_than_those_before(other):
     both_ways(nn.Sequential(*first, *copy.deepcopy(first), other(), *copy.deepcopy(first)).eval(), 1, 4, 8, 8)
 
 
+def test_attributes_that_are_lists():
+    layers = [nn.Conv2d(4, 4, 1) for _ in range(3)]
+    layers[1].stride, layers[2].padding = [2, 2], [1, 1]
+    both_ways(nn.Sequential(*layers), 1, 4, 8, 8)
+
+
 def test_global_hooks_run(long_ways):
     model = nn.Sequential(nn.ReLU(), nn.ReLU())
     handle = register_module_forward_hook(lambda module, args, out: out)
