@@ -1,6 +1,7 @@
 """Layers that are called by what a layer of their kind called before: every trace is the same as the long way."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -56,16 +57,21 @@ def told(recorded):
     return operations, sorted(places), rest
 
 
+@contextmanager
+def without_shortcuts():
+    kinds, shortcuts.KINDS = shortcuts.KINDS, {}
+    try:
+        yield
+    finally:
+        shortcuts.KINDS = kinds
+
+
 def both_ways(model, *shape):
     """The trace, if it is the same the long way."""
     x = torch.zeros(shape)
     recorded = trace(model, x)
-    kinds = shortcuts.KINDS
-    shortcuts.KINDS = {}
-    try:
+    with without_shortcuts():
         assert told(recorded) == told(trace(model, x))
-    finally:
-        shortcuts.KINDS = kinds
     return recorded
 
 
@@ -243,7 +249,7 @@ def empty(run, x):
 
 
 def keyword(run, x):
-    return run(x) if x is None else nn.ReLU()(input=x)
+    return run(nn.ReLU()(input=x))
 
 
 @pytest.mark.parametrize("within", [doubled, counted, narrowed, mapped, empty, keyword])
@@ -252,12 +258,8 @@ def test_what_a_forward_sets_up_around_layers(within):
     try:
         recorded = both_ways(model, 2, 3, 4, 4)
     except InputError:
-        kinds, shortcuts.KINDS = shortcuts.KINDS, {}
-        try:
-            with pytest.raises(InputError):  # the long way does not run, either
-                trace(model, torch.zeros(2, 3, 4, 4))
-        finally:
-            shortcuts.KINDS = kinds
+        with without_shortcuts(), pytest.raises(InputError):  # the long way does not run, either
+            trace(model, torch.zeros(2, 3, 4, 4))
         return
     assert recorded.ops
 

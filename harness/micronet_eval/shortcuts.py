@@ -41,7 +41,7 @@ class Recorder(Protocol):
     values: dict[int, Any]
     ops: list[Any]
     folded: int
-    last: tuple[Any, tuple[Any, ...], dict[str, Any], Any]
+    last: Any
 
     def value(self, tensor: Tensor) -> Any:
         """The value that a tensor holds now."""
@@ -64,15 +64,12 @@ class Shortcuts:
             return self.call_module(module, *args, **kwargs)
         x, attributes, known = args[0], module.__dict__, self.recorder.values
         tensors = {**attributes["_parameters"], **attributes["_buffers"], _INPUT: x}
-        for tensor in tensors.values():
-            if tensor is not None and (type(tensor) is not Tensor or id(tensor) not in known):
-                return self.call_module(module, x)
-        if 0 in x.shape:
+        chosen = [attributes[option] for option in options]
+        plain = all(t is None or (type(t) is Tensor and id(t) in known) for t in tensors.values())
+        # A stride or a shape that was set from outside may be a list.
+        if not plain or 0 in x.shape or list in map(type, chosen):
             return self.call_module(module, x)
         alike = [tensor if tensor is None else tensor.dtype for tensor in tensors.values()]
-        chosen = [attributes[option] for option in options]
-        if list in map(type, chosen):  # a stride or a shape that was set from outside
-            return self.call_module(module, x)
         key = (type(module), len(x.shape), *chosen, *alike)
         if key not in self.called:
             return self._learned(key, module, tensors)

@@ -258,24 +258,26 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, Activa
         node, path = nodes.get(name.removesuffix(OF_INPUT)), f"{QUANTIZERS}.{name}"
         if node is None:
             raise StructureError(f"the graph has no node {name!r} to quantize")
-        if name.endswith(OF_INPUT):
-            source = node.args[0] if node.args else node.kwargs.get("input")
-            if not isinstance(source, fx.Node):
-                raise StructureError(f"the graph's node {node.name!r} has no first argument to quantize")
-            graph_module.add_submodule(path, quantizer)
-            with graph_module.graph.inserting_before(node):
-                quantized = graph_module.graph.call_module(path, (source,))
-            if node.args:
-                node.update_arg(0, quantized)
-            else:
-                node.update_kwarg("input", quantized)
-            continue
+        in_front, graph = name.endswith(OF_INPUT), graph_module.graph
+        source = _first_argument(node) if in_front else node
+        if not isinstance(source, fx.Node):
+            raise StructureError(f"the graph's node {node.name!r} has no first argument to quantize")
         graph_module.add_submodule(path, quantizer)
-        with graph_module.graph.inserting_after(node):
-            quantized = graph_module.graph.call_module(path, (node,))
-        node.replace_all_uses_with(quantized, lambda user, q=quantized: user is not q)
+        with graph.inserting_before(node) if in_front else graph.inserting_after(node):
+            quantized = graph.call_module(path, (source,))
+        if not in_front:
+            node.replace_all_uses_with(quantized, lambda user, q=quantized: user is not q)
+        elif node.args:
+            node.update_arg(0, quantized)
+        else:
+            node.update_kwarg("input", quantized)
     graph_module.recompile()
     quiet(graph_module)
+
+
+def _first_argument(node: fx.Node) -> object:
+    """What a layer reads, whether it is called with it by position or by name."""
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -370,7 +372,7 @@ def _outputs_dim(path: str, layer: nn.Module) -> int:
 
 def _input_step(path: str, graph_module: fx.GraphModule, node: fx.Node) -> str:
     """The step of the quantizer that the input of a layer comes from, through moves and selections."""
-    source = node.args[0] if node.args else node.kwargs.get("input")
+    source = _first_argument(node)
     while isinstance(source, fx.Node):
         target = source.target
         if source.op == "call_module":

@@ -306,12 +306,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.made: dict[Any, list[Value]] = {}  # what was folded, so that each layer's mask is made, and held, once
         self.returned: dict[Any, tuple[Any, ...]] = {}  # shape, strides, dtype that torch's slow kernels gave
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # the model's tensors with their stand-ins
-        self.last: tuple[Any, tuple[Any, ...], dict[str, Any], Any] = (
-            None,
-            (),
-            {},
-            None,
-        )  # the last of `ops`, on tensors
+        self.last: Any = None  # function, arguments and result of the last of `ops`, in tensors
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

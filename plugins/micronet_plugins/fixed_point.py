@@ -11,7 +11,7 @@ from micronet_eval.merge import without_batch_norm
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import StructureError, copied, quantizers_of, traced
 from micronet_plugins.calibration import Calibration, Observed, exponent_for, exponent_of, observe, sigma_bound
-from micronet_plugins.layerwise import parameters_of, quantize_each, set_fixed_point
+from micronet_plugins.layerwise import nodes_to_quantize, parameters_of, quantize_each, set_fixed_point
 
 
 class FixedPointStrategy(Quantizer):
@@ -42,7 +42,7 @@ class FixedPointStrategy(Quantizer):
         try:
             graph = traced(model)
             quantize_each(parameters_of(graph), self._quantizer)
-            set_fixed_point(graph, context, self.activation_bits)
+            set_fixed_point(graph, nodes_to_quantize(graph, context, self.activation_bits), self.activation_bits)
         except StructureError as error:
             hint = "weights_only = true quantizes the weights and leaves activations as they are"
             raise InputError(f"fixed-point: {error}; {hint}") from error

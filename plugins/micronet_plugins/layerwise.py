@@ -91,9 +91,7 @@ class WeightQuantizer(Quantizer):
     def quantize_activations(self, model: nn.Module, context: Context) -> None:
         """Fixed point with the exponent of the smallest squared error."""
         graph = traced(model)
-        set_quantizers(
-            graph, {place: FixedPointQuantizer(self.activation_bits) for place in self.places(graph, context)}
-        )
+        set_fixed_point(graph, self.places(graph, context), self.activation_bits)
         for name, seen in observe(model, context, self.batches).items():
             quantizer = quantizers_of(model)[name]
             if isinstance(quantizer, FixedPointQuantizer):
@@ -134,10 +132,9 @@ def _unmerged(model: nn.Module, context: Context) -> set[str]:
     return {path for path in norms if not isinstance(later.get_submodule(path), nn.Identity)}
 
 
-def set_fixed_point(model: nn.Module, context: Context, bits: int) -> None:
-    """Sets fixed-point quantizers, not yet calibrated, behind every node that feeds a multiplication."""
-    model = traced(model)
-    set_quantizers(model, {name: FixedPointQuantizer(bits) for name in nodes_to_quantize(model, context, bits)})
+def set_fixed_point(graph: fx.GraphModule, places: Iterable[str], bits: int) -> None:
+    """Sets fixed-point quantizers, not yet calibrated."""
+    set_quantizers(graph, {place: FixedPointQuantizer(bits) for place in places})
 
 
 def nodes_to_quantize(graph: fx.GraphModule, context: Context, bits: int) -> list[str]:

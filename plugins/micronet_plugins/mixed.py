@@ -19,10 +19,10 @@ from micronet_eval.merge import without_batch_norm
 from micronet_eval.placement import readers
 from micronet_eval.precision import LINEAR
 from micronet_eval.strategy import Context, Quantizer
-from micronet_eval.structure import StructureError, copied, quantizers_of, set_quantizers, traced
+from micronet_eval.structure import StructureError, copied, quantizers_of, traced
 from micronet_eval.trace import trace
 from micronet_plugins.calibration import Observed, exponent_of, observe
-from micronet_plugins.layerwise import least_error, original_of, quantize_rest, weights_of
+from micronet_plugins.layerwise import least_error, original_of, quantize_rest, set_fixed_point, weights_of
 
 
 class Mixed(Quantizer):
@@ -88,7 +88,7 @@ class Mixed(Quantizer):
                 groups[path].weight += mults.get(path, 0)
         quantize_rest(graph, self.rest_bits)
         found = readers(graph, context.example_input, self.activation_bits, context.formulas)
-        set_quantizers(graph, {node: FixedPointQuantizer(self.activation_bits) for node in found})
+        set_fixed_point(graph, found, self.activation_bits)
         for node, seen in observe(graph, context, self.batches).items():
             of_node = quantizers_of(graph)[node]
             if node in found and isinstance(of_node, FixedPointQuantizer):
