@@ -533,6 +533,27 @@ def test_an_end_that_got_lost_comes_again(monkeypatch):
         time.sleep(30)
 
 
+@pytest.mark.parametrize("slow", ["in", "out"])
+def test_no_end_comes_on_the_way_into_a_context_or_out_of_it(slow):
+    """It would leave gradients off, as `torch.no_grad` does when it is ended there."""
+    came = []
+
+    @contextlib.contextmanager
+    def context():
+        time.sleep(1.2 if slow == "in" else 0)
+        came.append("in")
+        yield
+        time.sleep(1.2 if slow == "out" else 0)
+        came.append("out")
+
+    with pytest.raises(SubmissionError, match="more than 1 seconds"), bounds.bounded(1, "it"):
+        with context():
+            pass
+        for _ in range(100):
+            time.sleep(0.1)
+    assert came == ["in", "out"]
+
+
 @pytest.mark.attack("a model whose activations take more memory than there is", "one message, exit status 3")
 def test_a_model_that_needs_more_memory_than_there_is(own, run, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_AS)
