@@ -4,11 +4,11 @@ python -m benchmarks.against_toolkits FOLDER          writes results/against_too
 python -m benchmarks.against_toolkits FOLDER 0.2 0.25 with these shares of channels in the place of those below
 
 Both start from the trained network that the recipe of submissions/fashion-best names, and learn from the same teachers,
-in the folders that it names, as that submission does: the epochs of its recipe before the quantizer follow the pruner
-here, those behind it torchao. The rest is torch-pruning's and torchao's own default way: the same share of the channels
+in the folders that it names, for as many epochs as that submission does: a few of them follow torchao, which loses
+little, all others the pruner. The rest is torch-pruning's and torchao's own default way: the same share of the channels
 of each layer, by the norm of groups; linear layers int8 by torchao, convolutions int8 per channel, 8-bit activations.
 Several shares of channels are tried. Every result is that of `micronet-eval` on the 10,000 test images; what is there
-in FOLDER is not run again.
+in FOLDER is not run again, what is there in part goes on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import tomllib
 
 from benchmarks.__main__ import ROOT, environment
 from benchmarks.fashion import measured
-from micronet_eval.recipe import compress
+from micronet_eval.recipe import KEPT, compress
 
 OURS = ROOT / "submissions" / "fashion-best"
 RESULTS = ROOT / "benchmarks" / "results" / "against_toolkits.json"
-RATIOS = (0.15, 0.3, 0.45)
+RATIOS = (0.45, 0.55, 0.6)
+TORCHAO: dict[str, Any] = {"epochs": 5, "learning_rate": 0.0005, "weight_decay": 1e-4}
+"""What follows torchao: batch norm is merged by then, and the rate of the training before would undo the network."""
 TOLD = ("date", "commit", "processor", "python", "torch", "torchao", "torch-pruning")
 
 
@@ -36,19 +38,19 @@ def recipe(ratio: float) -> str:
     """Our recipe with one pruner in the place of its sparsifiers, and torchao in that of its quantizer."""
     ours: dict[str, Any] = tomllib.loads((OURS / "recipe.toml").read_text(encoding="utf-8"))
     stages: list[dict[str, Any]] = ours["stages"]
-    here = next(i for i, stage in enumerate(stages) if "quantizer" in stage)
-    before, (behind,) = ([s["train"] for s in part if "train" in s] for part in (stages[:here], stages[here:]))
-    epochs = sum(training["epochs"] for training in before)
+    trainings = [stage["train"] for stage in stages if "train" in stage]
+    longest = max(trainings[:-1], key=lambda training: training["epochs"])
+    epochs, distill = sum(training["epochs"] for training in trainings) - TORCHAO["epochs"], longest["distill"]
     return tomli_w.dumps(
         {
             **ours,
             "submission": {"name": f"torch-pruning {ratio:.0%}, torchao int8", "authors": ["micronet-eval"]},
             "stages": [
                 {"pruner": "torch-pruning", "ratio": ratio},
-                {"train": {**before[-1], "epochs": epochs}},
+                {"train": {**longest, "epochs": epochs, "distill": {**distill, "views": 16}}},
                 {"merge": "batch-norm"},
                 {"quantizer": "torchao", "config": "int8", "activation_bits": 8},
-                {"train": behind},
+                {"train": {**longest, **TORCHAO, "distill": distill}},
             ],
         }
     )
@@ -70,7 +72,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"torch-pruning-{ratio}.toml"
             path.write_text(recipe(ratio), encoding="utf-8")
-            compress(path, made, log=lambda line: print(line, flush=True))
+            compress(path, made, log=lambda line: print(line, flush=True), resume=(made / KEPT).exists())
         theirs.append(told(made))
         print(theirs[-1], flush=True)
     where = {**environment(), "torchao": version("torchao"), "torch-pruning": version("torch-pruning")}
