@@ -14,7 +14,7 @@ TITLES = {
     "llama": "70 billion parameters, context 4,096, on the meta device",
     "packing": "100 MB of 9-bit weights, 45 % zeros: pack and unpack",
     "nonzeros": "Non-zero count and storage of 1 GB of float32",
-    "quality": "Quality of a fake-quantized network on a test set",
+    "quality": "Quality of fake-quantized networks on test sets",
     "compare": "64 jobs of `compare` on 2 processes",
     "eigendamage": "A round of eigendamage",
 }
@@ -47,10 +47,10 @@ stored, at three passes over 25 million values each; it finds the smallest of 14
 tensor rules out, checks that each value is on its grid, and writes codes of 16 bits a piece at a time.
 """,
     "quality": """
-The network and the test set are small: rounding each activation, which reads and writes it three times, and each of 166
-weights once, is a large part beside its convolutions. Weights are quantized once for all batches
-(`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted. From one process to the next the ratio
-lies between 1.17 and 1.52 (six of them, on 2026-11-29).
+Digits are few and their network is small: rounding each activation, which reads and writes it three times, and each
+weight once, is a large part beside its convolutions. Weights are quantized once for all batches
+(`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted. For digits the ratio is the median of
+5 processes: from one to the next it lies between 1.15 and 1.4, as it does when nothing else runs, by where memory lies.
 """,
     "compare": """
 Two processes start, and each imports torch before its first job; no job's own time has that in it. Beside jobs that

@@ -1,5 +1,6 @@
 """Strategies side by side: the grid, the same numbers as a submission's, results that last, the table."""
 
+import gc
 import io
 import json
 import os
@@ -223,6 +224,22 @@ def test_processes_print_nothing_into_the_live_view(capfd):
 
     assert [result.name for _, result in local(shout, [Job("a")], 1)] == ["a"]
     assert capfd.readouterr() == ("", "")
+
+
+def garbage(job):
+    return Result(job.name, job.seed, error=str(gc.get_threshold()))
+
+
+def test_processes_search_for_garbage_as_seldom_as_the_one_that_starts_them():
+    from micronet_plugins.executors import local
+
+    before = gc.get_threshold()
+    gc.set_threshold(12_345, 6, 7)
+    try:
+        found = [result.error for _, result in local(garbage, [Job("a")], 1)]
+    finally:
+        gc.set_threshold(*before)
+    assert found == ["(12345, 6, 7)"]
 
 
 def dies(job):

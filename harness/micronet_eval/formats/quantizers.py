@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,16 @@ def _operation(function: Callable[..., Tensor]) -> Any:
     return getattr(torch.ops.micronet, function.__name__)
 
 
+@cache
+def _shift(step: float) -> Tensor:
+    """1.5 * 2**23 steps, kept: to make a tensor of a number takes longer than to add it to an activation of an image.
+
+    From numpy, so that it is an ordinary tensor of the CPU whatever torch's modes are when it is first made.
+    """
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.array(1.5 * 2**23 * step, np.float32))
+
+
 @_operation
 def fixed_point(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
     """`x` rounded to the nearest multiple of 2**exponent (ties to even), saturated to `bits` bits two's complement."""
@@ -62,8 +74,7 @@ def fixed_point(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
     if x.dtype == torch.float32 and bits <= 23:
         # Beside 1.5 * 2**23 steps, and so in the sum, neighbours of float32 are one step apart: adding rounds, and
         # leaves no negative zero, which fixed point does not have. Three passes over memory in the place of five.
-        shift = 1.5 * 2**23 * step
-        return x.clamp(low * step, high * step).add_(shift).sub_(shift)
+        return x.clamp(low * step, high * step).add_(_shift(step)).sub_(_shift(step))
     return (x / step).round_().clamp_(low, high).add_(0.0).mul_(step)
 
 
