@@ -1,44 +1,98 @@
 """The commonest layers without the way to their operation: calls of modules, modes and torch's dispatcher.
 
-That way is half of what tracing costs. What a layer called is kept, and called again for the next layer of its kind,
-with that layer's tensors; so nothing here says what a layer does, and another version of torch may call something else.
+That way is a large part of what tracing costs. What a layer called is kept, and called again for the next layer of its
+kind with like options, with that layer's tensors; so nothing here says which operation it is, and another version of
+torch may call something else. What does say something is what has to hold: that the layer, its options, its tensors and
+torch's modes are as usual, so that there is nothing else on the way. Everything else goes the long way.
 """
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 
-KINDS: Mapping[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv1d: ("kernel_size", "stride", "padding", "dilation", "padding_mode"),
-    nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "padding_mode"),
-    nn.BatchNorm2d: ("training", "momentum", "eps", "track_running_stats"),
-    nn.LayerNorm: ("normalized_shape", "eps"),
-    nn.ReLU: ("inplace",),
-    nn.ReLU6: ("inplace", "min_val", "max_val"),
-    nn.SiLU: ("inplace",),
-    nn.GELU: ("approximate",),
-    nn.Hardswish: ("inplace",),
-    nn.Sigmoid: (),
+
+class Layout(NamedTuple):
+    """The type and the size of a tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+Layouts = Mapping[str, Layout | None]
+"""Those of the parameters and buffers of a layer."""
+
+INPUT = ""
+"""The name of a layer's input among its tensors."""
+
+GROUPS = "groups"
+"""Is an argument of the operation, under the same name, and changes nothing else."""
+
+
+def _is_usual_convolution(attributes: Mapping[str, Any], tensors: Layouts, shape: torch.Size) -> bool:
+    """Others pad by the size of the weight, or by an operation of its own."""
+    padding, groups = attributes["padding"], attributes[GROUPS]
+    return attributes["padding_mode"] == "zeros" and type(padding) is tuple and type(groups) is int
+
+
+def _is_usual_norm(attributes: Mapping[str, Any], tensors: Layouts, shape: torch.Size) -> bool:
+    """It normalizes by statistics, and all it has fits the channels; torch checks that before it is one operation."""
+    mean, variance, weight, bias = map(tensors.__getitem__, ("running_mean", "running_var", "weight", "bias"))
+    if attributes["training"] or mean is None or variance is None:
+        return False
+    channels = shape[1:2]
+    others_fit = all(tensor is None or tensor.shape == channels for tensor in (weight, bias))
+    return mean.shape == variance.shape == channels and others_fit
+
+
+def _is_usual(attributes: Mapping[str, Any], tensors: Layouts, shape: torch.Size) -> bool:
+    return True
+
+
+class Kind(NamedTuple):
+    """The attributes that the operation depends on, beside tensors, and what has to hold for it to be just that."""
+
+    options: tuple[str, ...]
+    is_usual: Callable[[Mapping[str, Any], Layouts, torch.Size], bool] = _is_usual
+
+
+KINDS: Mapping[type[nn.Module], Kind] = {
+    nn.Conv1d: Kind(("stride", "padding", "dilation"), _is_usual_convolution),
+    nn.Conv2d: Kind(("stride", "padding", "dilation"), _is_usual_convolution),
+    nn.BatchNorm2d: Kind(("momentum", "eps"), _is_usual_norm),
+    nn.LayerNorm: Kind(("normalized_shape", "eps")),
+    nn.ReLU: Kind(("inplace",)),
+    nn.ReLU6: Kind(("inplace", "min_val", "max_val")),
+    nn.SiLU: Kind(("inplace",)),
+    nn.GELU: Kind(("approximate",)),
+    nn.Hardswish: Kind(("inplace",)),
+    nn.Sigmoid: Kind(()),
 }
-"""Layers of one input and one operation, with the attributes that the operation depends on, beside tensors."""
+"""Layers of one input and one operation."""
 
-_PASSED = {"groups"}
-"""Attributes that are arguments of the operation, under the same name, and change nothing else."""
+_STEPS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
+"""What a call of a layer may go through; a layer or a class may have one of somebody else's."""
 
-_FORWARDS = {kind: kind.forward for kind in KINDS}
-_INPUT = ""
-"""Stands for the input among the names of a layer's tensors."""
+_FOREIGN = object()
+
+# Looked up once: they are asked before each layer.
+_keeps_gradients = torch.is_grad_enabled
+_casts = torch._C._is_any_autocast_enabled
+_function_modes, _modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_mode_at, _transform = torch._C._get_dispatch_stack_at, torch._C._functorch.peek_interpreter_stack
 
 
 class Recorder(Protocol):
     """What the recorder of a trace has to tell: the tensors that it knows, and the last operation that it recorded."""
 
     values: dict[int, Any]
+    kept: dict[int, tuple[Tensor, Tensor]]
     ops: list[Any]
     folded: int
     last: Any
@@ -50,76 +104,128 @@ class Recorder(Protocol):
         """Runs an operation on tensors that are known, in whose places it reads these values, and records it."""
 
 
+class _Called(NamedTuple):
+    """What a layer called: for each argument the name of the tensor or attribute that it was, else None."""
+
+    function: Any
+    names: tuple[str | None, ...]
+    constants: tuple[Any, ...]
+    folded: int
+
+
 class Shortcuts:
     """Calls modules for a recorder; those of KINDS by what such a layer called before."""
 
     def __init__(self, recorder: Recorder, call: Callable[..., Any]) -> None:
         self.recorder, self.call_module = recorder, call
-        self.called: dict[Any, tuple[Any, tuple[str | None, ...], tuple[Any, ...], int]] = {}
+        self.called: dict[Any, _Called] = {}
+        self.forwards = {kind: kind.forward for kind in KINDS if _is_torchs(kind)}
+        self.whole: dict[Any, bool] = {}  # by the names of what a layer has: whether nothing else stands in its way
+        stand_ins = (stand_in for _, stand_in in recorder.kept.values())
+        self.own = {id(t): Layout(t.dtype, t.shape) for t in stand_ins if type(t) is Tensor and not t.is_complex()}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns."""
-        options = KINDS.get(type(module))
-        if options is None or kwargs or len(args) != 1 or not _runs_its_own_forward(module):
+        kind = type(module)
+        if kind.forward is not self.forwards.get(kind) or kwargs or len(args) != 1 or not self._nothing_is_set():
             return self.call_module(module, *args, **kwargs)
-        x, attributes, known = args[0], module.__dict__, self.recorder.values
-        tensors = {**attributes["_parameters"], **attributes["_buffers"], _INPUT: x}
-        chosen = [attributes[option] for option in options]
-        plain = all(t is None or (type(t) is Tensor and id(t) in known) for t in tensors.values())
-        # A stride or a shape that was set from outside may be a list.
-        if not plain or 0 in x.shape or list in map(type, chosen):
+        x, attributes = args[0], module.__dict__
+        key = self._key(kind, attributes, x)
+        if key is None:
             return self.call_module(module, x)
-        alike = [tensor if tensor is None else tensor.dtype for tensor in tensors.values()]
-        key = (type(module), len(x.shape), *chosen, *alike)
-        if key not in self.called:
+        tensors = {**attributes["_parameters"], **attributes["_buffers"], INPUT: x}
+        called = self.called.get(key)
+        if called is None:
             return self._learned(key, module, tensors)
-        func, names, constants, folded = self.called[key]
-        tensors.update({name: attributes[name] for name in _PASSED & attributes.keys()})
-        given = [c if name is None else tensors[name] for name, c in zip(names, constants, strict=True)]
+        if GROUPS in called.names:
+            tensors[GROUPS] = attributes[GROUPS]
+        given = [c if name is None else tensors[name] for name, c in zip(called.names, called.constants, strict=True)]
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # as torch does around a dispatch
             read = [self.recorder.value(arg) if isinstance(arg, Tensor) else arg for arg in given]
-            result = self.recorder.record(func, tuple(given), {}, tuple(read), {})
-        self.recorder.folded += folded
+            result = self.recorder.record(called.function, tuple(given), {}, tuple(read), {})
+        self.recorder.folded += called.folded
         return result[0] if isinstance(result, tuple) else result
 
-    def _learned(self, key: Any, module: nn.Module, tensors: dict[str, Tensor | None]) -> Any:
+    def _nothing_is_set(self) -> bool:
+        """Whether the recorder is all that comes between layers and operations."""
+        return not (
+            _keeps_gradients()
+            or _casts()
+            or _function_modes() != 1
+            or _modes() != 1
+            or _mode_at(0) is not self.recorder
+            or _transform() is not None
+            or forward_ad._current_level >= 0
+            or hooks._global_forward_hooks
+            or hooks._global_forward_pre_hooks
+        )
+
+    def _key(self, kind: type[nn.Module], attributes: Mapping[str, Any], x: Any) -> Any:
+        """What the operation depends on beside values and sizes; None if the layer or its input is not as usual."""
+        # A conjugate or a negative that torch has put off comes first.
+        if type(x) is not Tensor or id(x) not in self.recorder.values or x.is_complex() or x.is_neg():
+            return None
+        shape, parameters, buffers = x.shape, attributes["_parameters"], attributes["_buffers"]
+        names = kind, *attributes, *parameters, *buffers
+        whole = self.whole.get(names)
+        if whole is None:
+            others = {*_STEPS, *parameters, *buffers}
+            whole = self.whole[names] = attributes.keys().isdisjoint(others) and attributes.keys() >= {
+                *KINDS[kind].options
+            }
+        if not whole or 0 in shape or _has_hooks(attributes):
+            return None
+        own = self.own
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else own.get(id(tensor), _FOREIGN)
+            for table in (parameters, buffers)
+            for name, tensor in table.items()
+        }
+        if _FOREIGN in tensors.values() or not KINDS[kind].is_usual(attributes, tensors, shape):
+            return None
+        try:
+            # With types, for 1 == 1.0 == True, not all of which torch takes.
+            chosen = marshal.dumps([attributes[option] for option in KINDS[kind].options], 2)
+        except ValueError:  # more than numbers, text, tuples and lists
+            return None
+        alike = [None if layout is None else layout.dtype for layout in tensors.values()]
+        return names, len(shape), x.dtype, chosen, *alike
+
+    def _learned(self, key: Any, module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Any:
         """Calls the module the long way; keeps what it called if that was one operation, whose result it returns.
 
-        What torch runs beside it on no input, as the memory that it reserves for a batch norm, is only counted.
+        What torch runs beside it on no input, as for the memory that it reserves for a batch norm, is only counted.
         """
         recorder = self.recorder
         operations, folded = len(recorder.ops), recorder.folded
-        returned = self.call_module(module, tensors[_INPUT])
+        returned = self.call_module(module, tensors[INPUT])
         if len(recorder.ops) != operations + 1:
             return returned
-        func, args, kwargs, result = recorder.last
+        function, args, kwargs, result = recorder.last
         held = {id(tensor): name for name, tensor in tensors.items() if tensor is not None}
-        names = tuple([
-            held.get(id(arg)) if isinstance(arg, Tensor) else (told.name if told.name in _PASSED else None)
-            for arg, told in zip(args, func._schema.arguments, strict=False)
-        ])  # fmt: skip
-        all_held = all(name is not None for arg, name in zip(args, names, strict=True) if isinstance(arg, Tensor))
-        each_once = len(held) == sum(tensor is not None for tensor in tensors.values())
-        if all_held and each_once and not kwargs and returned is (result[0] if isinstance(result, tuple) else result):
-            constants = tuple([None if isinstance(arg, Tensor) else arg for arg in args])
-            self.called[key] = func, names, constants, recorder.folded - folded
+        is_all = returned is (result[0] if isinstance(result, tuple) else result) and not kwargs
+        if not is_all or len(held) != sum(tensor is not None for tensor in tensors.values()):  # one has two names
+            return returned
+        names: list[str | None] = []
+        for arg, told in zip(args, function._schema.arguments, strict=False):
+            if isinstance(arg, Tensor) and id(arg) not in held:
+                return returned
+            names.append(held[id(arg)] if isinstance(arg, Tensor) else GROUPS if told.name == GROUPS else None)
+        constants = tuple([None if isinstance(arg, Tensor) else arg for arg in args])
+        self.called[key] = _Called(function, tuple(names), constants, recorder.folded - folded)
         return returned
 
 
-def _runs_its_own_forward(module: nn.Module) -> bool:
-    """Whether a call of a layer of KINDS is nothing but its forward, and that is torch's own; nor are there modes."""
-    attributes = module.__dict__
-    return not (
+def _has_hooks(attributes: Mapping[str, Any]) -> bool:
+    return bool(
         attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or "forward" in attributes
-        or type(module).forward is not _FORWARDS[type(module)]
-        or attributes.get("_compiled_call_impl") is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack() != 1
-        or torch._C._len_torch_function_stack() != 1
     )
+
+
+def _is_torchs(kind: type[nn.Module]) -> bool:
+    """Whether all that a call of such a layer goes through is torch's own."""
+    steps = [step for name in _STEPS if (step := getattr(kind, name, None)) is not None]
+    return all(getattr(step, "__globals__", {}).get("__name__", "").startswith("torch.nn.modules.") for step in steps)
