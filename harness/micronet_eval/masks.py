@@ -81,6 +81,12 @@ def mask_bits(shape: tuple[int, ...], block: Block) -> int:
     return math.prod(mask_shape(shape, block))
 
 
+@cache
+def fewest(shape: tuple[int, ...]) -> Block:
+    """The blocks of the smallest mask, whatever it keeps."""
+    return min((ELEMENT, *candidates(shape)), key=lambda block: mask_bits(shape, block))
+
+
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     if not shape:
         return 1, 1

@@ -46,7 +46,7 @@ from micronet_eval.grids import (
     through_views,
     values_of,
 )
-from micronet_eval.masks import ELEMENT, Block, candidates, kept_elements, mask_bits
+from micronet_eval.masks import ELEMENT, Block, candidates, fewest, kept_elements, mask_bits
 from micronet_eval.nonzeros import count_true, is_nonzero
 from micronet_eval.precision import number_width, numbers
 from micronet_eval.shapes import hashable
@@ -131,6 +131,9 @@ class Stored:
     def _smallest_mask(self, width: int) -> Block | None:
         best: Block | None = None
         smallest = self.elements * width
+        if not self.nonzeros:
+            block = fewest(self.value.shape)
+            return block if mask_bits(self.value.shape, block) < smallest else None
         if self.nonzeros * width + self.elements < smallest:
             best, smallest = ELEMENT, self.nonzeros * width + self.elements
         for block in candidates(self.value.shape):
