@@ -213,6 +213,16 @@ def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
         assert store.execute("SELECT count(*) FROM results").fetchone() == (2,)
 
 
+def test_a_quantizer_that_keeps_batch_norm_finds_it(base, tmp_path):
+    words = "lsq:weight_bits=4,granularity=channel,keep_batch_norm=false,true"
+    jobs = jobs_of(parse("quantizer", words), base, 1, {"epochs": 1, "learning_rate": 0.01}, None, tmp_path / "kept")
+    assert ['merge = "batch-norm"' in job.recipe for job in jobs] == [True, False]
+    merged, kept = results_of(jobs, tmp_path / "results.sqlite", "here")
+    assert not merged.error
+    assert not kept.error
+    assert kept.quality is not None
+
+
 def shout(job):
     os.write(2, b"loud")
     print("loud", flush=True)

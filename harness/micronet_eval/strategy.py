@@ -68,3 +68,8 @@ class Quantizer(Strategy, ABC):
     """Gives weights and activations a number format."""
 
     kind: ClassVar[str] = "quantizer"
+
+    @property
+    def wants_batch_norm(self) -> bool:
+        """Whether batch norm has to be there still, so that `compare` must not merge it first."""
+        return False

@@ -50,6 +50,10 @@ class WeightQuantizer(Quantizer):
         False, description="batch norm and biases stay as they are, for training; quantizer `biases` goes behind it"
     )
 
+    @property
+    def wants_batch_norm(self) -> bool:
+        return self.keep_batch_norm
+
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         try:
             unmerged = _unmerged(model, context) if self.keep_batch_norm else set()

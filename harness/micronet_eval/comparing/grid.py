@@ -16,6 +16,7 @@ from micronet_eval.comparing.jobs import Job
 from micronet_eval.errors import InputError, printable
 from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.recipe import Recipe, configured
+from micronet_eval.strategy import Quantizer
 from micronet_eval.submission import bounded, checked, read_table
 from micronet_eval.training import Training
 
@@ -94,8 +95,8 @@ def jobs_of(
 ) -> list[Job]:
     """A job for each cell and seed, on the network that the recipe `base` trains.
 
-    Behind each strategy comes `fine_tune`, the options of a training stage; quantizers come behind merged batch norm.
-    Raises InputError where the recipe or the options of training are wrong.
+    Behind each strategy comes `fine_tune`, the options of a training stage; quantizers come behind merged batch norm,
+    unless they want it as it is. Raises InputError where the recipe or the options of training are wrong.
     """
     found: list[Job] = []
     recipe = read_table(base)
@@ -106,7 +107,9 @@ def jobs_of(
     for cell, seed in itertools.product(cells, range(seeds)):
         more: list[dict[str, Any]] = []
         for kind, name, options in cell:
-            more += [{"merge": "batch-norm"}] if kind == "quantizer" else []
+            strategy = configured(kind, name, options, f"{kind} {name}")
+            if isinstance(strategy, Quantizer) and not strategy.wants_batch_norm:
+                more.append({"merge": "batch-norm"})
             more += [{kind: name, **options}] + ([{"train": dict(fine_tune)}] if fine_tune else [])
         seeded = _seeded(recipe, seed)
         seeded["submission"] = {"name": title(cell), "authors": ["micronet-eval compare"]}
