@@ -100,11 +100,11 @@ SETTINGS = (DIGITS, FASHION)
 
 
 def cells(setting: Setting) -> dict[tuple[str, str, int], Cell]:
-    """Kind, name and factor of a strategy -> the strategy with its options. Bits are those of 32-bit weights."""
+    """Kind, row and factor of a strategy -> the strategy with its options. Bits are those of 32-bit weights."""
     found: dict[tuple[str, str, int], Cell] = {}
 
-    def add(kind: Any, name: str, factor: int, **options: Any) -> None:
-        found[kind, name, factor] = ((kind, name, options),)
+    def add(kind: Any, name: str, factor: int, row: str = "", **options: Any) -> None:
+        found[kind, row or name, factor] = ((kind, name, options),)
 
     for x in FACTORS:
         share, bits = 1 - 1 / x, 32 // x
@@ -123,6 +123,8 @@ def cells(setting: Setting) -> dict[tuple[str, str, int], Cell]:
             if bits <= (8 if name == "lsq" else 16):
                 add("quantizer", name, x, weight_bits=bits, activation_bits=max(bits, 4))
         if bits <= 8:
+            kept = {"granularity": "channel", "keep_batch_norm": True}
+            add("quantizer", "lsq", x, "lsq, batch norm kept", weight_bits=bits, activation_bits=max(bits, 4), **kept)
             add("quantizer", "mixed", x, bits=max(bits, 2.5), activation_bits=8)
             add("quantizer", "codebook", x, values=2**bits)
         add("pruner", "torch-pruning", x, ratio=1 - x**-0.5, limit=0.99)  # its ratio is one of channels
