@@ -28,7 +28,7 @@ from micronet_eval.recipe import KEPT, compress
 
 OURS = ROOT / "submissions" / "fashion-best"
 RESULTS = ROOT / "benchmarks" / "results" / "against_toolkits.json"
-RATIOS = (0.45, 0.55, 0.6)
+RATIOS = (0.45, 0.6, 0.65)
 TORCHAO: dict[str, Any] = {"epochs": 5, "learning_rate": 0.0005, "weight_decay": 1e-4}
 """What follows torchao: batch norm is merged by then, and the rate of the training before would undo the network."""
 TOLD = ("date", "commit", "processor", "python", "torch", "torchao", "torch-pruning")
