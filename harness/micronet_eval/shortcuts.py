@@ -82,7 +82,7 @@ _STEPS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrappe
 _FOREIGN = object()
 
 # Looked up once: they are asked before each layer.
-_keeps_gradients = torch.is_grad_enabled
+_tracks_gradients = torch.is_grad_enabled
 _casts = torch._C._is_any_autocast_enabled
 _function_modes, _modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 _mode_at, _transform = torch._C._get_dispatch_stack_at, torch._C._functorch.peek_interpreter_stack
@@ -149,7 +149,7 @@ class Shortcuts:
     def _nothing_is_set(self) -> bool:
         """Whether the recorder is all that comes between layers and operations."""
         return not (
-            _keeps_gradients()
+            _tracks_gradients()
             or _casts()
             or _function_modes() != 1
             or _modes() != 1
