@@ -27,9 +27,9 @@ the commonest operations itself (`micronet_eval.shapes`): torch's kernels on the
 norm is merged in the trace. A kernel of torch is asked once for each layout of its tensors. And the commonest layers go
 the long way, through the calls of modules, torch's modes and its dispatcher, only once for each kind, where nothing
 else comes between a layer and its operation (`micronet_eval.shortcuts`): an eighth of a trace of EfficientNet-B0, a
-sixth of one of ResNet-50. What is left, by the profile: reading all weights once, at
-0.4 ms a million, 0.6 where a batch norm scales them; and Python, less than 0.1 ms an operation, two fifths of it the
-trace. The counters by hooks on modules run a real forward, and look at no weight.
+sixth of one of ResNet-50. What is left, by the profile: reading all weights once, at 0.4 ms a million, 0.6 where a
+batch norm scales them; and Python, less than 0.1 ms an operation, two fifths of it the trace. The counters by hooks on
+modules run a real forward, and look at no weight.
 """,
     "process": """
 Submission 3 is unpacked into 1,756 tensors and a graph of 1,937 modules, which runs once. By the profile: a third of
@@ -51,7 +51,7 @@ tensor rules out, checks that each value is on its grid, and writes codes of 16 
 Digits are few and their network is small: rounding each activation, which reads and writes it three times, and each
 weight once, is a large part beside its convolutions. Weights are quantized once for all batches
 (`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted. For digits the ratio is the median of
-5 processes: from one to the next it lies between 1.15 and 1.4, as it does when nothing else runs, by where memory lies.
+5 processes: by where memory happens to lie it is between 1.15 and 1.4, whether or not something else runs.
 """,
     "compare": """
 Two processes start, and each imports torch before its first job; no job's own time has that in it. Beside jobs that

@@ -23,6 +23,12 @@ Target = tuple[str, float, float, str]
 """What is compared, what was measured, the target, and "at most" or "at least"."""
 
 
+def from_a_process(*arguments: str) -> Any:
+    """What Python prints last when it is run with these arguments, in JSON."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def count() -> dict[str, Any]:
     """Full score of four models against every counter, a forward, and a forward on the meta device."""
     found: dict[str, Any] = {"models": {}, "targets": []}
@@ -116,8 +122,7 @@ print(json.dumps({"seconds": seconds, "GiB": memory, "parameters": report.storag
 
 def llama() -> dict[str, Any]:
     """A transformer of 70 billion parameters on the meta device, context 4,096, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LLAMA], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = from_a_process("-c", LLAMA)
     targets = [
         ("seconds, 70 billion parameters", found["seconds"], 20.0, "at most"),
         ("GiB resident, 70 billion parameters", found["GiB"], 1.5, "at most"),
@@ -226,8 +231,7 @@ def quality() -> dict[str, Any]:
         ratios = []
         for _ in range(many):  # where memory happens to lie makes up to a fifth, the same in all rounds of a process
             command = f"from benchmarks.rows import quality_of; print(quality_of({name!r}, {task!r}))"
-            done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout)
+            found = from_a_process("-c", command)
             ratios.append(ratio(found, "fake-quantized", "float"))
             for which, each in found.items():
                 seconds.setdefault(which, []).extend(each)
@@ -303,13 +307,11 @@ def compare() -> dict[str, Any]:
 
 def eigendamage() -> dict[str, Any]:
     """One round of eigendamage, against a plain forward and backward over the same batches, each in its own process."""
-    command = [sys.executable, "-m", "benchmarks.eigendamage_round"]
     found: dict[str, Any] = {}
     targets: list[Target] = []
     for name in ("resnet-50", "pyramidnet-272"):
         for what in ("round", "plain"):
-            done = subprocess.run([*command, name, what], cwd=ROOT, capture_output=True, text=True, check=True)
-            found[f"{name}, {what}"] = json.loads(done.stdout.splitlines()[-1])
+            found[f"{name}, {what}"] = from_a_process("-m", "benchmarks.eigendamage_round", name, what)
             print(name, what, found[f"{name}, {what}"], flush=True)
         one, other = found[f"{name}, round"], found[f"{name}, plain"]
         targets.append((f"{name}: time of a forward and backward", one["seconds"] / other["seconds"], 4.0, "at most"))

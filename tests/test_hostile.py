@@ -549,8 +549,7 @@ def test_no_end_comes_on_the_way_into_a_context_or_out_of_it(slow):
     with pytest.raises(SubmissionError, match="more than 1 seconds"), bounds.bounded(1, "it"):
         with context():
             pass
-        for _ in range(100):
-            time.sleep(0.1)
+        time.sleep(30)
     assert came == ["in", "out"]
 
 

@@ -40,7 +40,7 @@ def bounded(seconds: int, what: str) -> Iterator[None]:
         yield
         return
 
-    block = sys._getframe(2)
+    block = sys._getframe(2)  # that of the `with`: behind this one comes contextlib's
 
     def end(_: int, here: FrameType | None) -> None:
         # Ended on its way into a context or out of one, it would leave gradients off, or a model as it was taken apart.

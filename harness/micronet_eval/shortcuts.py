@@ -120,7 +120,9 @@ class Shortcuts:
         self.recorder, self.call_module = recorder, call
         self.called: dict[Any, _Called] = {}
         self.forwards = {kind: kind.forward for kind in KINDS if _is_torchs(kind)}
-        self.whole: dict[Any, bool] = {}  # by the names of what a layer has: whether nothing else stands in its way
+        self.whole: dict[
+            Any, bool
+        ] = {}  # names of all a layer has -> whether it has its options and no step of its own
         stand_ins = (stand_in for _, stand_in in recorder.kept.values())
         self.own = {id(t): Layout(t.dtype, t.shape) for t in stand_ins if type(t) is Tensor and not t.is_complex()}
 
@@ -166,14 +168,12 @@ class Shortcuts:
         if type(x) is not Tensor or id(x) not in self.recorder.values or x.is_complex() or x.is_neg():
             return None
         shape, parameters, buffers = x.shape, attributes["_parameters"], attributes["_buffers"]
+        options, is_usual = KINDS[kind]
         names = kind, *attributes, *parameters, *buffers
-        whole = self.whole.get(names)
-        if whole is None:
+        if names not in self.whole:
             others = {*_STEPS, *parameters, *buffers}
-            whole = self.whole[names] = attributes.keys().isdisjoint(others) and attributes.keys() >= {
-                *KINDS[kind].options
-            }
-        if not whole or 0 in shape or _has_hooks(attributes):
+            self.whole[names] = attributes.keys() >= {*options} and attributes.keys().isdisjoint(others)
+        if not self.whole[names] or 0 in shape or _has_hooks(attributes):
             return None
         own = self.own
         tensors: dict[str, Any] = {
@@ -181,11 +181,11 @@ class Shortcuts:
             for table in (parameters, buffers)
             for name, tensor in table.items()
         }
-        if _FOREIGN in tensors.values() or not KINDS[kind].is_usual(attributes, tensors, shape):
+        if _FOREIGN in tensors.values() or not is_usual(attributes, tensors, shape):
             return None
         try:
             # With types, for 1 == 1.0 == True, not all of which torch takes.
-            chosen = marshal.dumps([attributes[option] for option in KINDS[kind].options], 2)
+            chosen = marshal.dumps([attributes[option] for option in options], 2)
         except ValueError:  # more than numbers, text, tuples and lists
             return None
         alike = [None if layout is None else layout.dtype for layout in tensors.values()]

@@ -74,7 +74,8 @@ def fixed_point(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
     if x.dtype == torch.float32 and bits <= 23:
         # Beside 1.5 * 2**23 steps, and so in the sum, neighbours of float32 are one step apart: adding rounds, and
         # leaves no negative zero, which fixed point does not have. Three passes over memory in the place of five.
-        return x.clamp(low * step, high * step).add_(_shift(step)).sub_(_shift(step))
+        shift = _shift(step)
+        return x.clamp(low * step, high * step).add_(shift).sub_(shift)
     return (x / step).round_().clamp_(low, high).add_(0.0).mul_(step)
 
 
