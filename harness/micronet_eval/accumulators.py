@@ -114,11 +114,12 @@ def accumulator_bits(low: int, high: int, bias: float = 0.0, exponent: int = 0) 
     than `high` (at least 0) of those steps; a term that could only raise the sum has a least value of 0, so that no
     partial sum leaves this range. A bias between two steps needs more bits behind the point.
     """
-    numerator, denominator = bias.as_integer_ratio()
-    numerator, denominator = numerator << max(-exponent, 0), denominator << max(exponent, 0)
-    common = math.gcd(numerator, denominator)
-    numerator, denominator = numerator // common, denominator // common
-    low, high = low * denominator + min(numerator, 0), high * denominator + max(numerator, 0)
+    if bias:
+        numerator, denominator = bias.as_integer_ratio()
+        numerator, denominator = numerator << max(-exponent, 0), denominator << max(exponent, 0)
+        common = math.gcd(numerator, denominator)
+        numerator, denominator = numerator // common, denominator // common
+        low, high = low * denominator + min(numerator, 0), high * denominator + max(numerator, 0)
     return 1 + max(high.bit_length(), (-low - 1).bit_length() if low else 0)
 
 
