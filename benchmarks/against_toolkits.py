@@ -14,7 +14,7 @@ in FOLDER is not run again, what is there in part goes on.
 from __future__ import annotations
 
 import json
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,12 @@ def told(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Runs what is missing and writes the results."""
-    folder = Path(sys.argv[1])
-    theirs = []
-    for ratio in map(float, sys.argv[2:] or RATIOS):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("ratios", type=float, nargs="*", default=RATIOS)
+    arguments = parser.parse_args()
+    folder, theirs = arguments.folder, []
+    for ratio in arguments.ratios:
         made = folder / f"torch-pruning-{ratio}"
         if not (made / "submission.toml").exists():
             folder.mkdir(parents=True, exist_ok=True)
