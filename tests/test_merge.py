@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torchvision.models import get_model, resnet18
 
+from micronet_eval.conditional import Conditional
 from micronet_eval.costs import FORMULAS
 from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.merge import merged, without_batch_norm
@@ -392,7 +393,29 @@ def behind_relu(self, x):
     return self.norm(self.layer(x).relu())
 
 
-@pytest.mark.parametrize("forward", [two_users, is_the_output, layer_used_twice, norm_used_twice, behind_relu])
+def weight_read_again(self, x):
+    return self.norm(self.layer(x)) + self.layer.weight.sum()
+
+
+def part_of_the_weight_read_again(self, x):
+    return F.conv2d(self.norm(self.layer(x)), self.layer.weight[:2])
+
+
+def bias_read_again(self, x):
+    return self.norm(self.layer(x)) - self.layer.bias.view(-1, 1, 1)
+
+
+def weight_added_up_in_front(self, x):
+    return self.norm(self.layer(x * self.layer.weight.abs().mean()))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        two_users, is_the_output, layer_used_twice, norm_used_twice, behind_relu, weight_read_again,
+        part_of_the_weight_read_again, bias_read_again, weight_added_up_in_front,
+    ],
+)  # fmt: skip
 def test_where_merging_would_be_wrong_it_becomes_a_scale_and_shift(forward):
     result = same(module(forward, layer=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3)), images())
     assert type(result.norm) is ScaleShift
@@ -425,6 +448,42 @@ def test_a_tied_weight_is_not_scaled():
     first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
     second.weight = first.weight
     same(fill(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second)), images())
+
+
+@pytest.mark.parametrize("masked", ["both", "one"])
+def test_a_tied_weight_with_masks_of_each_layer_is_not_scaled(masked):
+    first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    second.weight = first.weight
+    for i, layer in enumerate((first, second)[: 1 + (masked == "both")]):
+        parametrize.register_parametrization(layer, "weight", Mask(torch.arange(9).view(3, 3, 1, 1) != i), unsafe=True)
+    result = same(fill(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second, nn.BatchNorm2d(3))), images())
+    assert type(result[1]) is type(result[4]) is ScaleShift
+
+
+def test_a_weight_that_the_model_returns_is_not_scaled():
+    model = module(lambda self, x: (self.norm(self.layer(x)), self.layer.weight * 2), layer=nn.Conv2d(3, 3, 1),
+                   norm=nn.BatchNorm2d(3))  # fmt: skip
+    result = merged(model, images())
+    assert type(result.norm) is ScaleShift
+    assert torch.equal(result(images())[1], model(images())[1])
+
+
+class OneWeight(Conditional):
+    """Batch norm behind a layer on one path, and the layer's weight without it on the other."""
+
+    paths = ("normed", "plain")
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.other.weight = self.layer.weight
+
+    def run(self, x):
+        return self.norm(self.layer(x)) if self.takes("normed", x.mean((1, 2, 3)) > 0) else self.other(x)
+
+
+def test_a_weight_that_another_path_reads_is_not_scaled():
+    assert type(same(fill(OneWeight()), images()).norm) is ScaleShift
 
 
 MOVES = {

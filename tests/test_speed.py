@@ -374,6 +374,19 @@ def test_the_trace_without_batch_norm_is_that_of_the_merged_model(padding, seed)
     assert told_of(merged_trace(model, x)) == told_of(trace(merged(model, x), x))
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_layer_that_takes_the_norm_in_front_and_the_norm_behind(seed):
+    """Where the norm behind shifts nothing, a bias is zero or not by what the norm in front shifts."""
+    layers = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+    model, x = wild(nn.Sequential(*layers), seed), torch.zeros(1, 3, 8, 8)
+    for tensor in (layers[0].weight, layers[2].bias, layers[2].running_mean):
+        tensor.data.zero_()
+    assert told_of(merged_trace(model, x)) == told_of(trace(merged(model, x), x))
+    layers[0].weight.data[1:] = 1
+    layers[0].bias.data.zero_()
+    assert told_of(merged_trace(model, x)) == told_of(trace(merged(model, x), x))
+
+
 def test_a_narrow_weight_that_underflows_when_it_is_merged():
     """2**-14 * 2**-12 is 2**-26, which half precision rounds to 0; 3 of 4 weights stay."""
     model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4, eps=0)).half().eval()

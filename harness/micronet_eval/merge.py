@@ -38,7 +38,7 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
     A model without batch norm is returned as it is.
 
     Exact means, backward: the convolution or linear layer in front feeds nothing but this batch norm, each of the two
-    runs once, and the weight is free to be scaled: nothing else reads it, and it is not quantized, or to integers with
+    runs once, nothing else reads weight or bias, and the weight is free to be scaled: not quantized, or to integers with
     scales for each output, which take the factor (but for transposed convolutions). Forward: the batch norm feeds
     nothing but such a layer, not quantized, which pads nothing (padding comes after the shift). Masked weights keep
     their zeros.
@@ -107,9 +107,9 @@ def _mergeable_on_all_paths(
     modules: Mapping[str, nn.Module], recorded: Trace, directions: Sequence[Direction]
 ) -> list[tuple[str, str, Direction]]:
     """What `_mergeable` finds, where it does so on each path of a conditional model on which one of the two runs."""
-    parts = list(recorded.by_path().values())
+    parts, readers = list(recorded.by_path().values()), _readers(recorded)
     ran = [{op.module for op in part.ops} for part in parts]
-    found = [list(_mergeable(modules, part, directions)) for part in parts]
+    found = [list(_mergeable(modules, part, readers, directions)) for part in parts]
     return [
         merge
         for merge in dict.fromkeys(merge for merges in found for merge in merges)
@@ -118,13 +118,12 @@ def _mergeable_on_all_paths(
 
 
 def _mergeable(
-    modules: Mapping[str, nn.Module], recorded: Trace, directions: Sequence[Direction]
+    modules: Mapping[str, nn.Module], recorded: Trace, readers: _Readers, directions: Sequence[Direction]
 ) -> Iterator[tuple[str, str, Direction]]:
     """The paths of each batch norm that can be merged and of the layer that takes it; backward where both can."""
     runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or "batch_norm" in op.name)
     users = recorded.users
     times = {op: time for time, op in enumerate(recorded.ops)}
-    reads = Counter(through_views(v) for op in recorded.ops for v in op.inputs if v.is_constant)
     owners = Counter(modules.values())  # of a module, a parametrization among them
     for op in recorded.ops:
         norm = modules.get(op.module) if "batch_norm" in op.name else None
@@ -139,10 +138,26 @@ def _mergeable(
             if direction == "forward" and _is_overwritten(op.args[0], recorded, times[op], times[layer]):
                 continue
             weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
-            free = reads[weight] == 1 and (parametrize.is_parametrized(own) or weight.producer is None)
-            if free and all(owners[p] == 1 for p in own.modules() if p is not own) and _can_scale(own, norm, direction):
+            itself = parametrize.is_parametrized(own) or weight.producer is None
+            alone = all(readers[leaf] == {layer.module} for v in layer.inputs if v.is_constant for leaf in v.leaves())
+            if itself and alone and all(owners[p] == 1 for p in own.modules() if p is not own) and _can_scale(own, norm, direction):
                 yield op.module, layer.module, direction
                 break
+
+
+_Readers = Mapping[Value, set[str | None]]
+"""What the model keeps -> the modules whose operations read it or what is computed from it; None: it is returned."""
+
+
+def _readers(recorded: Trace) -> _Readers:
+    """On all paths of a conditional model."""
+    read = ((op.module, v) for op in recorded.ops for v in op.inputs)
+    found: dict[Value, set[str | None]] = {}
+    for module, value in (*read, *((None, v) for v in recorded.outputs)):
+        if value.is_constant:
+            for leaf in value.leaves():
+                found.setdefault(leaf, set()).add(module)
+    return found
 
 
 def _only_source(norm: Op, users: Mapping[Value, list[Op]], outputs: tuple[Value, ...]) -> Op | None:
@@ -236,7 +251,7 @@ def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
     """s (W x + b) + t = (s W) x + (s b + t)."""
     scale, shift = _scale_and_shift(norm)
     weight = _weight(layer)
-    bias = _bias_behind(layer, scale, shift)
+    bias = _bias_behind(layer.bias, scale, shift)  # type: ignore[arg-type]
     quantizer = _parametrizations(layer)[1] if parametrize.is_parametrized(layer) else None
     with torch.no_grad():
         if quantizer is not None:
@@ -250,13 +265,12 @@ def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
         else:
             scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
         weight.copy_(scaled)
-        layer.bias = nn.Parameter(bias)
+        layer.bias = nn.Parameter(bias.to(weight.dtype))
 
 
-def _bias_behind(layer: nn.Module, scale: Tensor, shift: Tensor) -> Tensor:
+def _bias_behind(bias: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     """s b + t."""
-    bias = shift if layer.bias is None else shift + layer.bias.detach().double() * scale  # type: ignore[operator]
-    return bias.to(_weight(layer).dtype)
+    return shift if bias is None else shift + bias.detach().double() * scale
 
 
 def _merge_forward(layer: nn.Module, norm: _BatchNorm) -> None:
@@ -266,16 +280,14 @@ def _merge_forward(layer: nn.Module, norm: _BatchNorm) -> None:
     bias = _bias_in_front(layer, shift)
     with torch.no_grad():
         weight.copy_((_by_group(weight, layer) * _by_input(scale, layer)).flatten(0, 1))
-        layer.bias = nn.Parameter(bias)
+        layer.bias = nn.Parameter(bias.to(weight.dtype))
 
 
 def _bias_in_front(layer: nn.Module, shift: Tensor) -> Tensor:
     """W t + b."""
     weight = layer.weight.detach()  # type: ignore[operator]
     bias = (_by_group(weight, layer) * _by_input(shift, layer)).flatten(2).sum(2).flatten()
-    if layer.bias is not None:
-        bias = bias + layer.bias.detach().double()  # type: ignore[operator]
-    return bias.to(_weight(layer).dtype)
+    return bias if layer.bias is None else bias + layer.bias.detach().double()  # type: ignore[operator]
 
 
 def _by_input(channels: Tensor, layer: nn.Module) -> Tensor:
@@ -328,7 +340,9 @@ class _Rewriting:
 
     def without_norms(self, merges: Mapping[str, tuple[str, Direction]]) -> Trace:
         """`merges`: batch norm -> the layer that takes it, and in which direction; all others become ScaleShifts."""
-        takes = {layer: (norm, way) for norm, (layer, way) in merges.items()}
+        takes: dict[str, list[tuple[str, Direction]]] = {}  # in the order of execution: one in front, one behind
+        for norm_path, (layer, way) in merges.items():
+            takes.setdefault(layer, []).append((norm_path, way))
         ops: list[Op] = []
         for op in self.recorded.ops:
             if "batch_norm" in op.name and is_norm(norm := self.modules[op.module]):
@@ -340,7 +354,7 @@ class _Rewriting:
                 continue
             args = op.args
             if op.module in takes and op.name == "aten.convolution":
-                args = (args[0], *self._merged(op, *takes[op.module]), *args[3:])
+                args = (args[0], *self._merged(op, takes[op.module]), *args[3:])
             op.args, op.kwargs = self._current(args), self._current(op.kwargs)
             op.__dict__.pop("inputs", None)
             ops.append(op)
@@ -360,19 +374,29 @@ class _Rewriting:
         self.buffers[value] = Buffer(data.untyped_storage().nbytes())
         return value
 
-    def _merged(self, op: Op, norm_path: str, way: Direction) -> tuple[Value, Value]:
-        """Weight and bias of the layer that runs `op`, behind the merge."""
-        norm, layer, weight = self.modules[norm_path], self.modules[op.module], op.args[1]
-        assert isinstance(norm, _BatchNorm)
-        scale, shift = _scale_and_shift(norm)
-        if weight.known is None or _keeps_zeros(weight, scale):
-            bias = _bias_behind(layer, scale, shift) if way == "backward" else _bias_in_front(layer, shift)
-        else:
+    def _merged(self, op: Op, norms: Sequence[tuple[str, Direction]]) -> tuple[Value, Value]:
+        """Weight and bias of the layer that runs `op`, behind the merges."""
+        layer, weight = self.modules[op.module], op.args[1]
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        scales = []
+        for path, way in norms:
+            scale, shift = _scale_and_shift(self._norm(path))
+            exact = _bias_behind(bias, scale, shift) if way == "backward" else _bias_in_front(layer, shift)
+            bias = exact.to(weight.dtype)
+            scales.append(scale)
+        assert bias is not None
+        if weight.known is not None and not _keeps_zeros(weight, scales):
             layer = copy.deepcopy(layer)
-            (_merge_backward if way == "backward" else _merge_forward)(layer, norm)
+            for path, way in norms:
+                (_merge_backward if way == "backward" else _merge_forward)(layer, self._norm(path))
             assert isinstance(layer.weight, Tensor) and isinstance(layer.bias, Tensor)
-            weight, bias = self._constant(_join(op.module, "weight"), layer.weight.detach()), layer.bias.detach()
-        return weight, self._constant(_join(op.module, "bias"), bias)
+            weight, bias = self._constant(_join(op.module, "weight"), layer.weight.detach()), layer.bias
+        return weight, self._constant(_join(op.module, "bias"), bias.detach())
+
+    def _norm(self, path: str) -> _BatchNorm:
+        norm = self.modules[path]
+        assert isinstance(norm, _BatchNorm)
+        return norm
 
     def _skip(self, op: Op) -> None:
         """What read the result of a merged batch norm reads what went into it, in whose memory it lies."""
@@ -410,9 +434,14 @@ class _Rewriting:
         return view.out
 
 
-def _keeps_zeros(weight: Value, scale: Tensor) -> bool:
+def _keeps_zeros(weight: Value, scales: Sequence[Tensor]) -> bool:
     """Whether nothing in a weight that is not zero becomes so when it is scaled: what is a normal number does not."""
-    return bool(weight.least() * scale.abs().min() > torch.finfo(weight.dtype).tiny)
+    least = weight.least()
+    for scale in scales:
+        least *= float(scale.abs().min())
+        if not least > torch.finfo(weight.dtype).tiny:
+            return False
+    return True
 
 
 @cache

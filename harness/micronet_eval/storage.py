@@ -212,7 +212,7 @@ def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:
 def without_values(trace: Trace) -> set[str]:
     """Names of the parameters that operations use although they have no values (they lie on the meta device)."""
     used = (v for op in trace.ops for v in op.inputs if v.data is not None and v.data.is_meta)
-    return {leaf.name or "" for value in used for leaf in _leaves(value)}
+    return {leaf.name or "" for value in used for leaf in value.leaves()}
 
 
 def freebie_applies(stored: Iterable[Stored], trace: Trace) -> bool:
@@ -360,25 +360,9 @@ class _Alike:
         return self.found[value]
 
 
-def _leaves(value: Value) -> dict[Value, None]:
-    """The parameters, buffers and constants of the model that `value` is computed from, in order."""
-    found: dict[Value, None] = {}
-    seen, waiting = {value}, [value]
-    while waiting:
-        value = waiting.pop()
-        if value.producer is None:
-            found[value] = None
-            continue
-        for source in reversed(value.producer.inputs):
-            if source.is_constant and source not in seen:
-                seen.add(source)
-                waiting.append(source)
-    return found
-
-
 def _names(value: Value) -> list[str]:
     """The names of the parameters, buffers and constants that `value` is computed from."""
-    return [leaf.name for leaf in _leaves(value) if leaf.name]
+    return [leaf.name for leaf in value.leaves() if leaf.name]
 
 
 def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value | None = None) -> Stored:

@@ -91,6 +91,23 @@ class Value:
         """Elements of a constant that are not zero."""
         return self.seen.nonzeros
 
+    def leaves(self) -> dict[Value, None]:
+        """The parameters, buffers and constants of the model that a constant is computed from, in order."""
+        if self.producer is None:
+            return {self: None}
+        found: dict[Value, None] = {}
+        seen, waiting = {self}, [self]
+        while waiting:
+            value = waiting.pop()
+            if value.producer is None:
+                found[value] = None
+                continue
+            for source in reversed(value.producer.inputs):
+                if source.is_constant and source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+        return found
+
     @cached_property
     def is_pattern(self) -> bool:
         """Whether all values of a constant that are not zero are the same, as in the mask of causal attention."""
