@@ -134,6 +134,43 @@ def test_another_seed_makes_other_zeros(name):
     assert not all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight, of which the second runs at fewer positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x.repeat(1, 3, 1, 1)[:, :8]).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_share_a_weight_share_its_mask(name):
+    torch.manual_seed(0)
+    before = Tied().eval()
+    model = strategy(name, sparsity=0.5).apply(before, context()) if name != "n-m" else NofM().apply(before, context())
+    model = strategy(name).apply(model, context())  # and once more on what is masked
+    assert torch.equal(model.first.weight, model.second.weight)
+    assert 0 < int((model.first.weight != 0).sum()) < model.first.weight.numel()
+    example = context().example_input
+    counted = account(trace(model, example), plugins.formulas())
+    assert sorted(s.name for s in counted.stored) == ["first.weight", "head.bias", "head.weight"]
+    again = packing.unpack(packing.pack(model, Tied(), example), Tied())
+    assert again.first.weight is again.second.weight
+    assert torch.equal(again(inputs()), model(inputs()))
+
+
+def test_a_weight_of_two_layers_with_a_mask_of_each_is_not_packed():
+    model = Tied().eval()
+    for i, layer in enumerate((model.first, model.second)):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Mask(torch.rand(8, 8, 3, 3) < 0.5 + i / 4))
+    with pytest.raises(InputError, match=r"cannot pack 'first.weight': layers share it, and each makes something else"):
+        packing.pack(model, Tied(), context().example_input)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sparsifier_comes_before_the_quantizer(name):
     linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
@@ -463,7 +500,7 @@ def test_a_weight_can_come_back_while_the_sparsity_grows():
     layer = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2.0]]))
-    watched = watch(layer)
+    watched = watch(layer, layer)
     watched.mask = torch.tensor([[False, True]])
     layer(torch.tensor([[-3.0, 0.5]])).sum().backward()
     assert watched.scores.tolist() == [[3.0, -1.0]]

@@ -38,8 +38,8 @@ def merged(model: nn.Module, example_input: Example, directions: Sequence[Direct
     A model without batch norm is returned as it is.
 
     Exact means, backward: the convolution or linear layer in front feeds nothing but this batch norm, each of the two
-    runs once, nothing else reads weight or bias, and the weight is free to be scaled: not quantized, or to integers with
-    scales for each output, which take the factor (but for transposed convolutions). Forward: the batch norm feeds
+    runs once, nothing else reads weight or bias, and the weight is free to be scaled: not quantized, or to integers
+    with scales for each output, which take the factor (but for transposed convolutions). Forward: the batch norm feeds
     nothing but such a layer, not quantized, which pads nothing (padding comes after the shift). Masked weights keep
     their zeros.
     """
@@ -139,8 +139,10 @@ def _mergeable(
                 continue
             weight = through_views(layer.args[2 if layer.name == "aten.addmm" else 1])
             itself = parametrize.is_parametrized(own) or weight.producer is None
-            alone = all(readers[leaf] == {layer.module} for v in layer.inputs if v.is_constant for leaf in v.leaves())
-            if itself and alone and all(owners[p] == 1 for p in own.modules() if p is not own) and _can_scale(own, norm, direction):
+            leaves = (leaf for value in layer.inputs if value.is_constant for leaf in value.leaves())
+            alone = all(readers[leaf] == {layer.module} for leaf in leaves)
+            alone &= all(owners[p] == 1 for p in own.modules() if p is not own)
+            if itself and alone and _can_scale(own, norm, direction):
                 yield op.module, layer.module, direction
                 break
 

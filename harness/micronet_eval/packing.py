@@ -237,6 +237,7 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
         raise InputError("cannot pack the model: it has batch norm, whose statistics are no weights; merge it first")
     values, masks, overhead = _BitWriter(), _BitWriter(), _BitWriter()
     tensors: list[tuple[str, str, Layout]] = []
+    names: set[str] = set()
     for stored in stored_tensors(trace(model, example_input)):
         layout: Layout
         if stored.in_code:
@@ -244,6 +245,12 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
         tensor = _tensor(model, stored.name)
         if tensor is None:
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
+        if stored.name in names:
+            raise InputError(
+                f"cannot pack {stored.name!r}: layers share it, and each makes something else of it; let them share "
+                "masks and quantizers, too"
+            )
+        names.add(stored.name)
         if not _same(tensor, stored.tensor):
             raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
         codes = _codes(stored.name, stored.value, stored.format)

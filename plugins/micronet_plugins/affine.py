@@ -19,11 +19,10 @@ from micronet_plugins.layerwise import (
     WeightQuantizer,
     blocks_of,
     input_places,
-    original_of,
     quantize_each,
     weights_of,
 )
-from micronet_plugins.weights import DOT_PRODUCTS
+from micronet_plugins.weights import DOT_PRODUCTS, original_of
 
 
 class ScaledQuantizer(WeightQuantizer):

@@ -65,7 +65,7 @@ class Channels(Pruner):
             parameter.grad = None
         for path in masked:
             layer = model.get_submodule(path)
-            set_mask(layer, weight_of(layer) != 0)
+            set_mask(model, layer, weight_of(layer) != 0)
         return model
 
 

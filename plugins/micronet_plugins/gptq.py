@@ -19,11 +19,11 @@ from micronet_plugins.layerwise import (
     Granularity,
     WeightQuantizer,
     blocks_of,
-    original_of,
     quantize_each,
     set_weight,
     weights_of,
 )
+from micronet_plugins.weights import original_of
 
 _BLOCK = 128  # columns
 

@@ -19,7 +19,7 @@ from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import OF_INPUT, StructureError, copied, layer_type, quantizers_of, set_quantizers, traced
 from micronet_plugins.calibration import Observed, affine_format, exponent_of, observe
-from micronet_plugins.weights import DOT_PRODUCTS
+from micronet_plugins.weights import DOT_PRODUCTS, original_of
 
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -225,16 +225,6 @@ def weights_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def rest_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Those of fewer."""
     return [(m, n) for m, n in parameters_of(model) if getattr(m, n).dim() < 2 and getattr(m, n).numel()]
-
-
-def original_of(layer: nn.Module, name: str) -> Tensor:
-    """The trained tensor behind a parameter's parametrizations."""
-    if parametrize.is_parametrized(layer, name):
-        original = layer.parametrizations[name].original  # type: ignore[index,union-attr]
-        assert isinstance(original, Tensor)
-        return original
-    parameter: Tensor = getattr(layer, name)
-    return parameter
 
 
 def blocks_of(layer: nn.Module, weight: Tensor, granularity: Granularity, group_size: int = 0) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import Mask, copied
-from micronet_plugins.weights import dot_products, grouped, parametrizations_of, weight_of
+from micronet_plugins.weights import dot_products, grouped, parametrizations_of, sharing, weight_of
 
 SPARSITY = Field(0.5, gt=0, lt=1, description="share of all weights of convolutions and linear layers")
 LIMIT = Field(0.95, gt=0, lt=1, description="largest share that one layer may lose")
@@ -50,7 +50,7 @@ class Magnitude(Sparsifier):
         layers = list(dot_products(model).values())
         costs = costs_of(model, layers, self.mac_cost, context)
         for layer, count in zip(layers, allocated(layers, self.scope, self.sparsity, self.limit, costs), strict=True):
-            zero_smallest(layer, weight_of(layer).abs(), count)
+            zero_smallest(model, layer, weight_of(layer).abs(), count)
         return model
 
 
@@ -141,9 +141,9 @@ def zeros_by_layer(scores: Sequence[Tensor], sparsity: float, limit: float) -> l
     return torch.bincount(chosen, minlength=len(scores)).tolist()
 
 
-def zero_smallest(layer: nn.Module, scores: Tensor, count: int) -> None:
+def zero_smallest(model: nn.Module, layer: nn.Module, scores: Tensor, count: int) -> None:
     """Holds the `count` weights with the lowest scores [all weights, flat] at zero; of equals the first."""
-    set_mask(layer, without_lowest(scores, count).view_as(weight_of(layer)))
+    set_mask(model, layer, without_lowest(scores, count).view_as(weight_of(layer)))
 
 
 def without_lowest(scores: Tensor, count: int) -> Tensor:
@@ -153,8 +153,10 @@ def without_lowest(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores)
 
 
-def set_mask(layer: nn.Module, mask: Tensor) -> None:
+def set_mask(model: nn.Module, layer: nn.Module, mask: Tensor) -> None:
     """Holds the weight's zeros at `mask`; a mask that is there already takes the new zeros.
+
+    Layers that share the weight share the mask.
 
     Raises InputError where a quantizer would come before the mask: what a mask makes of codes is no code any more.
     """
@@ -164,4 +166,6 @@ def set_mask(layer: nn.Module, mask: Tensor) -> None:
             return
     if parametrizations_of(layer) is not None:
         raise InputError("the weights are quantized already; put the sparsifier before the quantizer")
-    parametrize.register_parametrization(layer, "weight", Mask(mask))
+    shared = Mask(mask)
+    for other in sharing(model, layer):
+        parametrize.register_parametrization(other, "weight", shared)

@@ -22,7 +22,8 @@ from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import StructureError, copied, quantizers_of, traced
 from micronet_eval.trace import trace
 from micronet_plugins.calibration import Observed, exponent_of, observe
-from micronet_plugins.layerwise import least_error, original_of, quantize_rest, set_fixed_point, weights_of
+from micronet_plugins.layerwise import least_error, quantize_rest, set_fixed_point, weights_of
+from micronet_plugins.weights import original_of
 
 
 class Mixed(Quantizer):

@@ -47,7 +47,7 @@ class NofM(Sparsifier):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         for layer in dot_products(model).values():
-            set_mask(layer, n_of_m(layer, weight_of(layer).abs(), self.n, self.m))
+            set_mask(model, layer, n_of_m(layer, weight_of(layer).abs(), self.n, self.m))
         return model
 
 
@@ -86,7 +86,7 @@ class Block(Sparsifier):
         scores = worths([norm.flatten() for norm in norms], self.scope, costs_of(model, layers, self.mac_cost, context))
         counts = zeros_by_layer(scores, self.sparsity, self.limit)
         for layer, block, norm, count in zip(layers, blocks, norms, counts, strict=True):
-            set_mask(layer, elements(without_lowest(norm, count), block, weight_of(layer).shape))
+            set_mask(model, layer, elements(without_lowest(norm, count), block, weight_of(layer).shape))
         return model
 
 
@@ -118,5 +118,5 @@ class Random(Sparsifier):
         drawn = [torch.rand(weight_of(layer).numel(), generator=generator) for layer in layers]
         scores = [d.masked_fill(weight_of(layer).flatten() == 0, -1) for layer, d in zip(layers, drawn, strict=True)]
         for layer, score, count in zip(layers, scores, zeros_by_layer(scores, self.sparsity, self.limit), strict=True):
-            zero_smallest(layer, score, count)
+            zero_smallest(model, layer, score, count)
         return model

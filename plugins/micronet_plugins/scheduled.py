@@ -14,7 +14,7 @@ from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import Mask, copied
 from micronet_eval.training import loader
 from micronet_plugins.magnitude import LIMIT, SPARSITY, set_mask, zero_smallest, zeros_by_layer
-from micronet_plugins.weights import dot_products, parametrizations_of, weight_of
+from micronet_plugins.weights import dot_products, parametrizations_of, sharing, weight_of
 
 
 class Scheduled(Sparsifier):
@@ -47,7 +47,7 @@ class Gradual(Scheduled):
             magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
             zeros = zeros_by_layer(magnitudes, self.sparsity_at(done), self.limit)
             for layer, magnitude, lost in zip(layers, magnitudes, zeros, strict=True):
-                zero_smallest(layer, magnitude, lost)
+                zero_smallest(model, layer, magnitude, lost)
         return model.eval()
 
 
@@ -62,7 +62,7 @@ class Movement(Scheduled):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         layers = list(dot_products(model).values())
-        moved = [watch(layer) for layer in layers]
+        moved = [watch(model, layer) for layer in layers]
         for done in training(model, self, context):
             scores = [m.scores.flatten() for m in moved]
             zeros = zeros_by_layer(scores, self.sparsity_at(done), self.limit)
@@ -70,7 +70,7 @@ class Movement(Scheduled):
                 movement.mask = movement.scores > -torch.inf  # zeros of another mask stay
                 movement.mask.view(-1)[score.argsort(stable=True)[:lost]] = False
         for layer, movement in zip(layers, moved, strict=True):
-            _exchange(layer, Mask(movement.mask))
+            _exchange(model, layer, Mask(movement.mask))
         return model.eval()
 
 
@@ -94,20 +94,21 @@ class _Moved(Mask):
         self.scores = self.scores - gradient * weight
 
 
-def watch(layer: nn.Module) -> _Moved:
+def watch(model: nn.Module, layer: nn.Module) -> _Moved:
     """Puts a `_Moved` in the place of the layer's mask, or where there was none."""
-    set_mask(layer, torch.ones_like(weight_of(layer), dtype=torch.bool))
+    set_mask(model, layer, torch.ones_like(weight_of(layer), dtype=torch.bool))
     movement = _Moved(next(p.mask for p in parametrizations_of(layer) or () if isinstance(p, Mask)))
-    _exchange(layer, movement)
+    _exchange(model, layer, movement)
     return movement
 
 
-def _exchange(layer: nn.Module, mask: Mask) -> None:
-    """Puts `mask` in the place of the layer's mask."""
-    parametrizations = parametrizations_of(layer)
-    assert parametrizations is not None
-    position = next(i for i, p in enumerate(parametrizations) if isinstance(p, Mask))
-    parametrizations[position] = mask
+def _exchange(model: nn.Module, layer: nn.Module, mask: Mask) -> None:
+    """Puts `mask` in the place of the layer's mask, and of that of all layers that share its weight."""
+    for other in sharing(model, layer):
+        parametrizations = parametrizations_of(other)
+        assert parametrizations is not None
+        position = next(i for i, p in enumerate(parametrizations) if isinstance(p, Mask))
+        parametrizations[position] = mask
 
 
 def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator[float]:

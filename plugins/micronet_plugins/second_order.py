@@ -35,7 +35,7 @@ class Wanda(Sparsifier):
             scores = weight.abs() * moment.diagonal(dim1=1, dim2=2).sqrt()[:, None, :]
             scores = scores.masked_fill(weight == 0, -1)
             ranks = scores.argsort(dim=2, stable=True).argsort(2)
-            set_mask(layer, ungrouped(layer, ranks >= round(count / weight.numel() * weight.shape[2])))
+            set_mask(model, layer, ungrouped(layer, ranks >= round(count / weight.numel() * weight.shape[2])))
         return model
 
 
@@ -71,7 +71,7 @@ class OBS(Sparsifier):
             masked = parametrizations_of(layer)
             with torch.no_grad():
                 (layer.weight if masked is None else masked.original).copy_(weight)  # type: ignore[operator]
-            set_mask(layer, kept)
+            set_mask(model, layer, kept)
         return model
 
 

@@ -43,6 +43,22 @@ def parametrizations_of(layer: nn.Module) -> ParametrizationList | None:
     return cast(ParametrizationList, cast(nn.ModuleDict, layer.parametrizations)["weight"])
 
 
+def original_of(layer: nn.Module, name: str) -> Tensor:
+    """The trained tensor behind a parameter's parametrizations."""
+    if parametrize.is_parametrized(layer, name):
+        original = layer.parametrizations[name].original  # type: ignore[index,union-attr]
+        assert isinstance(original, Tensor)
+        return original
+    parameter: Tensor = getattr(layer, name)
+    return parameter
+
+
+def sharing(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The convolutions and linear layers of a model whose weight is that of `layer`, itself among them."""
+    weight = original_of(layer, "weight")
+    return [other for other in dot_products(model).values() if original_of(other, "weight") is weight]
+
+
 def is_quantized(layer: nn.Module) -> bool:
     """Whether anything but masks makes the weight."""
     return any(not isinstance(p, Mask) for p in parametrizations_of(layer) or ())
