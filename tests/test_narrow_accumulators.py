@@ -204,6 +204,7 @@ class Own(nn.Module):
         ({"before": lambda x: nn.functional.pad(x[:, 1:], (0, 1), value=0.3)}, "is no integer with a step"),
         ({"before": lambda x: x.sigmoid()}, "is no integer with a step"),
         ({"before": lambda x: x - 0.5}, "is no integer with a step"),
+        ({"before": lambda x: x.view(torch.float16).flip(-1).view(torch.float32)}, "is no integer with a step"),
     ],
 )
 def test_what_only_looks_like_one_is_told(options, message):
@@ -244,6 +245,53 @@ def test_weights_that_were_changed_behind_their_quantizer_are_no_integers():
 
     with pytest.raises(NoFormula, match="is no integer times its step"):
         counted(Shifted().eval(), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_an_output_that_sums_integers_of_several_steps_is_told(outputs):
+    model = Own(bias=[0.0] * outputs).eval()
+    model.layer = nn.Linear(8, outputs)
+    model.layer.weight.data = torch.arange(8.0 * outputs).view(outputs, 8) % 7
+    model.layer.bias.data.zero_()
+    by_group = AffineQuantizer(Affine(-7, 7, (1, 4), torch.arange(2.0 * outputs) + 1))
+    parametrize.register_parametrization(model.layer, "weight", by_group, unsafe=True)
+    with pytest.raises(NoFormula, match="its steps of the weight are not those"):
+        counted(model, torch.zeros(1, 8))
+
+
+def test_codes_are_one_step_apart_whatever_their_scale():
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    class Coded(nn.Module):
+        def __init__(self, step):
+            super().__init__()
+            self.register_buffer("step", torch.tensor([step]))
+            self.register_buffer("weight_step", torch.ones(1))
+            self.weight = nn.Parameter(torch.arange(12.0).view(4, 3))
+
+        def forward(self, x):
+            quantize = torch.ops.quantized_decomposed.quantize_per_tensor
+            weight = quantize(self.weight, 1.0, 0, -128, 127, torch.int32)
+            y = quantize(x, 1024.0, 0, -8, 7, torch.int32) @ weight
+            return accumulator(y, self.step, self.weight_step, None, 2, -1)
+
+    for step in (1024.0, 1.0):  # nor are they followed where the step is right
+        with pytest.raises(NoFormula, match="is no integer with a step"):
+            counted(Coded(step), torch.zeros(1, 4))
+
+
+def test_a_step_of_fixed_point_is_a_power_of_two_also_where_its_exponent_is_no_integer():
+    """2**int(0.9) is what runs."""
+
+    class Fraction(Own):
+        def forward(self, x):
+            y = self.layer(torch.ops.micronet.fixed_point(x, torch.tensor(0.9), 4))
+            return accumulator(y, self.step, self.weight_step, self.other, self.bits, -1)
+
+    x = torch.zeros(1, 3)
+    assert [p.accumulator.bits for p in counted(Fraction().eval(), x).operations if p.cost.macs] == [6]
+    with pytest.raises(NoFormula, match="its step of the input is not that"):
+        counted(Fraction(step=2**0.9).eval(), x)
 
 
 def test_sums_that_float32_does_not_hold_are_told():

@@ -75,7 +75,7 @@ def test_zero_points_of_codes_take_the_bits_of_a_code():
     class Codes(nn.Module):
         def __init__(self):
             super().__init__()
-            self.register_buffer("codes", torch.arange(1, 13, dtype=torch.int8).view(3, 4))
+            self.register_buffer("codes", torch.arange(-5, 7, dtype=torch.int8).view(3, 4))
             self.register_buffer("scale", torch.tensor([0.1, 0.15, 0.3]))
             self.register_buffer("zero", torch.tensor([1, 2, 3]))
 
@@ -85,6 +85,53 @@ def test_zero_points_of_codes_take_the_bits_of_a_code():
 
     # 3 scales, and 3 zero points that are int64 but lie in -8 to 7.
     assert count(Codes(), 2, 4).storage.overhead_bits == 3 * 32 + 3 * 4
+
+
+@pytest.mark.rule("width.conversions")
+@pytest.mark.parametrize(("low", "high"), [(-(2**20), 2**20 - 1), (-8, 7), (0, 1)])
+def test_codes_are_as_wide_as_what_made_them_says_not_what_reads_them(low, high):
+    """A dequantize operation does not saturate: the range that it is given changes nothing."""
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    ops = torch.ops.quantized_decomposed
+
+    class Read(FakeQuantized):
+        def forward(self, x):
+            codes = ops.quantize_per_tensor(x, 0.125, 0, -(2**20), 2**20 - 1, torch.int32).view(-1, 4)
+            return F.linear(ops.dequantize_per_tensor(codes, 0.125, 0, low, high, torch.int32), self.weight)
+
+    assert count(Read(0.125), 2, 4).layers[-1].input_bits == 21
+
+
+@pytest.mark.parametrize(("largest", "bits"), [(7, 4), (8, 8)])
+def test_codes_that_leave_the_range_they_are_read_with_count_all_of_their_bits(largest, bits):
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    class Codes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", torch.arange(largest - 11, largest + 1, dtype=torch.int8).view(3, 4))
+
+        def forward(self, x):
+            dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor
+            x = torch.fake_quantize_per_tensor_affine(x, 0.125, 0, -8, 7)
+            return F.linear(x, dequantize(self.codes, 0.125, 0, -8, 7, torch.int8))
+
+    found = count(Codes(), 2, 4)
+    assert found.layers[-1].weight_bits == bits
+    assert found.storage.value_bits == 12 * bits
+
+
+def test_codes_that_a_model_is_given_count_all_of_their_bits():
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    class Given(FakeQuantized):
+        def forward(self, x):
+            values = torch.ops.quantized_decomposed.dequantize_per_tensor(x, 0.125, 0, -8, 7, torch.int8)
+            return F.linear(values, self.weight)
+
+    found = account(trace(Given(0.125), torch.zeros(2, 4, dtype=torch.int8)), FORMULAS)
+    assert found.layers[-1].input_bits == 8
 
 
 def test_an_output_without_weights_is_not_scaled():

@@ -15,6 +15,7 @@ from fractions import Fraction
 import torch
 
 from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid, steps_of_outputs
+from micronet_eval.formats import QUANTIZE
 from micronet_eval.grids import Grid, constant_grid, data_inputs, exponent_of_shift, grid_of, is_conversion
 from micronet_eval.scoring import Account, Count, Priced, number
 from micronet_eval.trace import Value
@@ -129,7 +130,7 @@ def range_of(value: Value) -> Steps | None:
     if op is None or value not in op.outputs:  # a part was overwritten
         return None
     if is_conversion(op):
-        return _steps(grid_of(op))
+        return None if op.name in QUANTIZE else _steps(grid_of(op))
     if not keeps_the_grid(op):
         return None
     sources = [range_of(source) for source in data_inputs(op)]

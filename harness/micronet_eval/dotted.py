@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from micronet_eval.costs import NoFormula
-from micronet_eval.formats import ACCUMULATOR_OP
-from micronet_eval.grids import Grid, constant_grid, data_inputs, grid_of, is_conversion, values_of
+from micronet_eval.formats import ACCUMULATOR_OP, QUANTIZE
+from micronet_eval.grids import (
+    Grid,
+    constant_grid,
+    data_inputs,
+    grid_of,
+    is_conversion,
+    is_reinterpreted,
+    values_of,
+)
 from micronet_eval.trace import Op, Trace, Value
 
 WIDEST = 32
@@ -111,7 +119,8 @@ def steps_of_outputs(product: DotProduct, grid: Grid) -> list[float]:
 
 def keeps_the_grid(op: Op) -> bool:
     """Whether the results of `op` are some of its inputs, or zero."""
-    return op.name in _KEEP_THE_GRID and not (op.name == "aten.constant_pad_nd" and op.arg(2, "value", 0) != 0)
+    padded = op.name == "aten.constant_pad_nd" and op.arg(2, "value", 0) != 0
+    return op.name in _KEEP_THE_GRID and not padded and not is_reinterpreted(op)
 
 
 def summed(op: Op) -> DotProduct | None:
@@ -141,7 +150,7 @@ def summed(op: Op) -> DotProduct | None:
     step, steps = inputs.steps(), steps_of_outputs(product, weights)
     if len(step) != 1 or step != _steps(named["input_step"]):
         raise NoFormula(op, "its step of the input is not that of the input's quantizer")
-    if steps not in (own := _steps(named["weight_step"]), own * len(steps)):
+    if not steps or steps not in (own := _steps(named["weight_step"]), own * len(steps)):
         raise NoFormula(op, "its steps of the weight are not those of the weight, one for each output")
     codes = product.rows(product.weight.known).double() / torch.tensor(steps, dtype=torch.float64)[:, None]
     if bool(((codes - codes.round()).abs() > _OFF).any()):
@@ -183,7 +192,7 @@ def _grid_of_activation(value: Value) -> Grid | None:
     """The grid of the one quantizer that an activation comes from, through moves, ReLU and max pooling."""
     while (op := value.producer) is not None and value is op.out:
         if is_conversion(op):
-            return grid_of(op)
+            return None if op.name in QUANTIZE else grid_of(op)  # codes are one step apart, whatever the scale
         inputs = data_inputs(op)
         if len(inputs) != 1 or not keeps_the_grid(op):
             return None

@@ -20,6 +20,7 @@ from micronet_eval.formats import (
     ACCUMULATOR_OP,
     CODEBOOK_OP,
     CONVERSIONS,
+    DEQUANTIZE,
     FIXED_POINT_OP,
     FLOAT8,
     QUANTIZE,
@@ -135,7 +136,7 @@ def grid_of(op: Op) -> Grid:
     a, shape = op.named, op.inputs[0].shape
     if op.name == FIXED_POINT_OP:
         half = 1 << (a["bits"] - 1)
-        return Grid(-half, half - 1, tuple(2.0**e for e in values_of(a["exponent"])))
+        return Grid(-half, half - 1, tuple(2.0 ** int(e) for e in values_of(a["exponent"])))
     if op.name == CODEBOOK_OP:
         half = 1 << (dtype_width(a["table"]) - 1)
         return Grid(-half, half - 1)  # multiplied with are the values of the table
@@ -146,7 +147,24 @@ def grid_of(op: Op) -> Grid:
     indices = block_indices(shape, blocks) if many and op.out.is_constant else None
     codes = through_views(op.inputs[0]) if op.out.is_constant and not op.inputs[0].dtype.is_floating_point else None
     low, high = (-1, 1) if op.name == SIGNS_OP else (a["quant_min"], a["quant_max"])
+    if op.name in DEQUANTIZE:
+        low, high = _range_of_codes(op.inputs[0], low, high)
     return Grid(low, high, (scale,), (zero,), indices, codes, blocks)
+
+
+def _range_of_codes(codes: Value, low: int, high: int) -> tuple[int, int]:
+    """What codes lie between that are said to lie from `low` to `high`: what made them has to make that true."""
+    while (op := codes.producer) is not None and not codes.is_constant:
+        if op.name in QUANTIZE:
+            return op.named["quant_min"], op.named["quant_max"]
+        inputs = data_inputs(op)
+        if len(inputs) != 1 or not keeps_width(op):
+            break
+        codes = inputs[0]
+    if codes.is_constant and (codes.extent is None or (low <= codes.extent[0] and codes.extent[1] <= high)):
+        return low, high
+    half = 1 << (dtype_width(codes) - 1)
+    return (-half, half - 1) if codes.dtype.is_signed else (0, 2 * half - 1)
 
 
 def dequantized(op: Op) -> Grid | None:

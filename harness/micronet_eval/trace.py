@@ -79,6 +79,13 @@ class Value:
             return op.inputs[0].seen
         return seen(self.known)
 
+    @cached_property
+    def extent(self) -> tuple[int, int] | None:
+        """The least and the greatest of a constant's integers; None where none are known."""
+        if self.known is None or not self.numel:
+            return None
+        return int(self.known.min()), int(self.known.max())
+
     def least(self) -> float:
         """The least magnitude of a constant's values that are not zero; its values are read once for all of `seen`."""
         assert self.known is not None

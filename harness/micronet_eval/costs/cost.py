@@ -43,7 +43,5 @@ class NoFormula(InputError):
 
     def __init__(self, op: Op, why: str = "") -> None:
         where = f"in module {op.module!r}" if op.module else "in the model's own forward"
-        super().__init__(
-            f"no cost formula for operation {op.name} {where}{': ' + why if why else ''}; "
-            "a plugin can add one with the hook micronet_register_costs"
-        )
+        mend = f": {why}" if why else "; a plugin can add one with the hook micronet_register_costs"
+        super().__init__(f"no cost formula for operation {op.name} {where}{mend}")

@@ -15,7 +15,8 @@ _GRAINS = ("per_tensor", "per_channel", "per_token", "per_channel_group")
 QUANTIZE = frozenset(f"quantized_decomposed.quantize_{grain}" for grain in _GRAINS)
 """Values to codes; all other conversions give values."""
 
-_DEQUANTIZE = frozenset(f"quantized_decomposed.dequantize_{grain}" for grain in _GRAINS)
+DEQUANTIZE = frozenset(f"quantized_decomposed.dequantize_{grain}" for grain in _GRAINS)
+"""Codes to values, whatever the codes are: only what makes codes saturates them."""
 
 _FAKE_QUANTIZE = frozenset(
     (
@@ -37,7 +38,7 @@ CONVERSIONS: Mapping[str, str] = MappingProxyType(
         FIXED_POINT_OP: "a conversion to fixed point",
         CODEBOOK_OP: "a conversion to the values of a table",
         **dict.fromkeys(
-            sorted(QUANTIZE | _DEQUANTIZE | _FAKE_QUANTIZE),
+            sorted(QUANTIZE | DEQUANTIZE | _FAKE_QUANTIZE),
             "a conversion; a scale that is no power of two is counted by itself",
         ),
     }
