@@ -350,6 +350,21 @@ def test_unknown_operation_outside_of_any_submodule_is_said_to_be_in_the_models_
         count(module(lambda self, x: torch.special.i0(x)), (1, 4))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Linear(3, 0), (1, 3)),
+        (lambda: nn.Linear(3, 0, bias=False), (2, 5, 3)),
+        (lambda: nn.Conv2d(3, 0, 1), (1, 3, 4, 4)),
+        (lambda: nn.ConvTranspose2d(3, 0, 1), (1, 3, 4, 4)),
+    ],
+)
+def test_a_layer_without_outputs_costs_nothing(layer, shape):
+    found = account(trace(layer(), torch.zeros(shape)), FORMULAS)
+    assert (found.math.ops32, found.storage.bits) == (0, 0)
+
+
 def test_formula_of_a_plugin_makes_an_unknown_operation_count():
     added = {**FORMULAS, "aten.i0": lambda op: Cost(mults=2 * op.out.numel, adds=op.out.numel)}
     math = account(trace(module(lambda self, x: torch.special.i0(x)), torch.ones(1, 4)), added).math

@@ -28,7 +28,15 @@ from micronet_eval.merge import merged
 from micronet_eval.recipe import compress
 from micronet_eval.storage import stored_tensors
 from micronet_eval.strategy import Context
-from micronet_eval.structure import Mask, StructureError, copied, quantizers_of, set_quantizers, traced
+from micronet_eval.structure import (
+    Mask,
+    StructureError,
+    accumulators_of,
+    copied,
+    quantizers_of,
+    set_quantizers,
+    traced,
+)
 from micronet_eval.trace import trace
 from micronet_plugins.affine import AffineStrategy, activation_format
 from micronet_plugins.calibration import Observed, affine_format, exponent_of
@@ -466,6 +474,14 @@ def test_batch_norm_behind_what_does_nothing_is_merged_all_the_same(between, x):
 def test_batch_norm_is_not_kept_where_it_would_not_merge(name, options, net, x):
     with pytest.raises(InputError, match="batch norm 'norm' could not be merged into weights that are quantized so"):
         strategy(name, keep_batch_norm=True, **options).apply(net, context(x))
+
+
+def test_accumulators_come_when_batch_norm_is_merged(net, x):
+    model = LSQ(granularity="channel", keep_batch_norm=True).apply(net, context(x))
+    with pytest.raises(InputError, match=r"accumulators: batch norm 'norm' is not merged yet.* put quantizer biases"):
+        strategy("accumulators").apply(model, context(x))
+    narrow = strategy("accumulators").apply(strategy("biases").apply(model, context(x)), context(x))
+    assert {"first", "last"} <= set(accumulators_of(narrow))
 
 
 def test_batch_norm_that_is_merged_already_cannot_be_kept(net, x):

@@ -86,7 +86,7 @@ WIDE = Accumulator(WIDEST, 0, 0)
 
 def dot_product(op: Op) -> DotProduct | None:
     """A convolution, linear layer or matrix product as one; None where nothing, or all, of it is constant."""
-    if op.name == "aten.convolution" and not op.args[6]:
+    if op.name == "aten.convolution" and not op.args[6] and op.out.numel:
         x, weight, bias = op.args[:3]
         if x.is_constant or weight.data is None or not (bias is None or bias.is_constant):
             return None

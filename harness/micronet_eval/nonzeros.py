@@ -62,7 +62,7 @@ def seen_closely(tensor: Tensor) -> Seen:
 
 def by_output(tensor: Tensor, dim: int) -> NDArray[np.int64]:
     """For each index of dimension `dim` how many elements are not zero."""
-    rows = is_nonzero(tensor).movedim(dim, 0).reshape(tensor.shape[dim], -1)
+    rows = is_nonzero(tensor).movedim(dim, 0).flatten(1) if tensor.numel() else tensor.new_zeros(tensor.shape[dim], 0)
     counts: NDArray[np.int64] = np.count_nonzero(rows.cpu().numpy(), axis=1)
     return counts
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from micronet_eval.dotted import FEWEST, MOST, summed
 from micronet_eval.errors import InputError
 from micronet_eval.formats import accumulator, integer_sums
+from micronet_eval.merge import is_norm
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import (
     StructureError,
@@ -48,6 +49,11 @@ class Accumulators(Quantizer):
             graph = traced(self._quantized(model, context)).eval()
         except StructureError as error:
             raise InputError(f"accumulators: {error}") from error
+        if kept := [path for path, module in graph.named_modules() if is_norm(module)]:
+            raise InputError(
+                f"accumulators: batch norm {kept[0]!r} is not merged yet, and could not be behind an accumulator; put "
+                "quantizer biases in front"
+            )
         reasons = _set_where_possible(graph, context)
         if not (nodes := accumulator_nodes(graph)):
             raise InputError(f"accumulators: no layer can have one: {reasons[0]}")

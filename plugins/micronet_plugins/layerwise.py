@@ -70,7 +70,8 @@ class WeightQuantizer(Quantizer):
             if self.keep_batch_norm and (more := _unmerged(model, context) - unmerged):
                 raise InputError(
                     f"quantizer: keep_batch_norm: batch norm {sorted(more)[0]!r} could not be merged into weights that "
-                    "are quantized so; take lsq, affine or gptq, a scale for each channel, symmetric, no powers of two"
+                    "are quantized so; take lsq, affine or gptq, a scale for each channel, symmetric, no powers of "
+                    "two, and no transposed convolutions"
                 )
         except StructureError as error:
             raise InputError(f"quantizer: {error}; activation_bits = 0 leaves activations as they are") from error

@@ -37,6 +37,8 @@ def nonzeros_by_output(weight: Value, output_dim: int) -> tuple[int, int]:
 def convolution(op: Op) -> Cost:
     """For each output n mults and n - 1 adds over its n non-zero weights, one more for the bias; padding counts."""
     _, weight, bias, _, _, _, transposed = op.args[:7]
+    if not op.out.numel:
+        return Cost()
     if transposed:
         return transposed_convolution(op)
     nonzeros, outputs = nonzeros_by_output(weight, 0)
