@@ -1,5 +1,6 @@
 """Formulas, bit-widths and storage on small modules, against numbers worked out by hand."""
 
+import functools
 from dataclasses import replace
 from fractions import Fraction
 
@@ -347,6 +348,78 @@ def test_factors_of_other_operations_are_numbers_in_the_code():
 def causal(x):
     places = torch.arange(4)
     return x + (places[:, None] < places[None, :]).float() * -1e9
+
+
+@pytest.mark.parametrize(
+    ("constant", "bits"),
+    [
+        (lambda p: F.pad(p[:0], (0, 4), value=0.37), 32),
+        (lambda p: torch.fill(torch.zeros(4), 0.37), 32),
+        (lambda p: p.masked_fill(torch.tensor([True, False, True, False]), 0.37), 4 * 32),
+        (lambda p: torch.cat([torch.arange(v, v + 1, 10.0) for v in (0.1, 0.2, 0.3, 0.4)]), 4 * 32),
+        (lambda p: torch.tril(torch.ones(4, 4)), 32 + 16),  # where, and what
+        (lambda p: torch.arange(4), 0),
+        (lambda p: F.pad(p[:0], (0, 4), value=0.5), 0),
+    ],
+)
+def test_numbers_that_constants_are_made_with_are_stored(constant, bits):
+    class Times(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.full((4,), 0.3))
+
+        def forward(self, x):
+            return x * constant(self.p)
+
+    assert count(Times(), 4, 4).storage.bits == bits
+
+
+@pytest.mark.parametrize("given", ["weight", "bias", "both"])
+def test_batch_norm_with_an_activation_as_scale_or_shift_stores_two_values_a_channel_and_a_constant_shift(given):
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("mean", "var", "weight", "bias"):
+                self.register_buffer(name, torch.rand(4) + 0.5)
+
+        def forward(self, x):
+            weight = self.weight if given == "bias" else x[0]
+            bias = self.bias if given == "weight" else x[1]
+            return F.batch_norm(x, self.mean, self.var, weight, bias, False)
+
+    assert count(Norm(), 2, 4).storage.parameters == (12 if given == "weight" else 8)
+
+
+def test_a_divisor_of_pooling_is_a_number_in_the_code():
+    pool = nn.AvgPool2d(2, divisor_override=5)
+    assert count(pool, 1, 1, 4, 4).storage.bits == 32
+    assert count(nn.AvgPool2d(2), 1, 1, 4, 4).storage.bits == 0
+
+
+ENTANGLED = {
+    "maximum": lambda x, w: functools.reduce(lambda y, _: torch.maximum(y, y.flip(1)), range(40), x) @ w,
+    "where": lambda x, w: functools.reduce(lambda y, _: torch.where(y > 0, y, y.roll(1, 1)), range(40), x) @ w,
+    "codes": lambda x, w: functools.reduce(
+        lambda y, _: torch.maximum(y, y.flip(1)), range(40), torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -8, 7)
+    ) @ w,
+    "constants": lambda x, w: x @ functools.reduce(lambda y, _: torch.cat([y, y.flip(0)])[:4], range(40), w),
+    "relu": lambda x, w: functools.reduce(lambda y, _: y.relu(), range(1500), x) @ w,
+    "cat": lambda x, w: functools.reduce(lambda y, _: torch.cat([y, x], 1), range(1200), x)[:, :4] @ w,
+    "pad": lambda x, w: x @ functools.reduce(lambda y, _: F.pad(y, (0, 0, 0, 1))[:4], range(300), w),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENTANGLED)
+def test_graphs_that_part_and_meet_again_and_long_ones_are_no_trouble(name):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.rand(4, 3) + 0.5)
+
+        def forward(self, x):
+            return ENTANGLED[name](x, self.w)
+
+    assert count(Graph(), 2, 4).math.macs == 2 * 4 * 3
 
 
 def test_a_causal_mask_costs_one_bit_an_element():

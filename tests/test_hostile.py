@@ -21,7 +21,7 @@ from micronet_eval import bounds, isolation, packing, quality
 from micronet_eval.batches import check_batches
 from micronet_eval.errors import InputError, SubmissionError
 from micronet_eval.evaluation import evaluate, score
-from micronet_eval.graph import Graph, model_of
+from micronet_eval.graph import MOST_NUMBERS, Graph, model_of, uncounted_numbers
 from micronet_eval.isolation import NO_CODE, Isolation, Limits, graph_of_file
 from micronet_eval.plugins import lookup
 from micronet_eval.structure import StructureError
@@ -413,6 +413,33 @@ def test_numbers_that_no_rule_counts(tmp_path):
         evaluate(own_folder(tmp_path / "many", clamped(9)))
 
 
+@pytest.mark.attack("hides weights in paddings of constants", "refused: at most 16 such numbers; each is stored")
+def test_numbers_that_constants_are_made_with():
+    class Padded(torch.nn.Module):
+        def __init__(self, many):
+            super().__init__()
+            self.p, self.many = torch.nn.Parameter(torch.ones(1)), many
+
+        def forward(self, x):
+            pads = [torch.nn.functional.pad(self.p[:0], (0, 1), value=i + 0.37) for i in range(self.many)]
+            return x * torch.cat(pads)
+
+    x = torch.zeros(1, 17)
+    assert len(uncounted_numbers(trace(Padded(17), x))) == 17 > MOST_NUMBERS
+    assert score(Padded(17), x).storage.bits == 17 * 16  # and they are stored, by the freebie at 16 bits
+
+
+@pytest.mark.attack("computes on nothing, at a cost below zero", "costs nothing")
+@pytest.mark.parametrize(
+    "nothing",
+    ["{0}.unsqueeze(2).expand(-1, 0, 999).sum(1)", "{0}.unsqueeze(2).expand(-1, 0, 999).prod(1)", "{0} @ {0}[0]"],
+)
+def test_operations_on_nothing(own, tmp_path, nothing):
+    line = "none = " + nothing.format("x.view(x.shape[0], -1)[:, :0]")
+    folder = own_folder(tmp_path / "own", MODEL.replace(LAST, f"{line}\n        {LAST}"))
+    assert evaluate(folder).math.ops32 == evaluate(own).math.ops32
+
+
 @pytest.mark.attack("changes its weights while it is measured", "refused: a hash before and after")
 def test_weights_that_change_while_the_model_runs(own, tmp_path):
     changing = MODEL.replace("* self.gain", "* self.gain.mul_(2)")
@@ -465,6 +492,24 @@ def test_numbers_of_64_bits(tmp_path):
     assert "float64" not in str(Graph.model_json_schema())
     told = run_code(tmp_path, wide.replace(LAST, f"{LAST} * self.w"))
     assert "ValidationError" in told
+
+
+@pytest.mark.attack("has a file with wider numbers than its code", "refused")
+@pytest.mark.parametrize("kind", ["float64", "int64"])
+def test_numbers_of_64_bits_in_the_file(own, tmp_path, kind):
+    code = MODEL.replace(GAIN, f"{GAIN}\n        self.register_buffer('wide', torch.zeros(10))")
+    folder = own_folder(tmp_path / "own", code.replace(LAST, f"{LAST} * self.wide"))
+    packed = packing.read(folder / "weights.safetensors")
+    tensors = [(n, kind if n == "wide" else spec, layout) for n, spec, layout in packed.structure.tensors]
+    tensors += [("wide", kind, "plain")] * all(n != "wide" for n, *_ in tensors)
+    tensors = [(n, spec, "plain" if n == "wide" else layout) for n, spec, layout in tensors]
+    values = {"wide": torch.arange(10).to(getattr(torch, kind))}
+    changed = packing.Packed(
+        packing.Structure(**{**packed.structure.model_dump(), "tensors": tensors}), packed.streams, values
+    )
+    packing.write(changed, folder / "weights.safetensors")
+    with pytest.raises(InputError, match=f"tensor 'wide' is {kind}, wider than torch.float32 of the architecture"):
+        evaluate(folder)
 
 
 @pytest.mark.attack("hides weights in a graph of many operations and arguments", "refused: at most 20,000 arguments")

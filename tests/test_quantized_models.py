@@ -227,6 +227,94 @@ def test_an_element_wise_product_of_scaled_values_is_wide():
     assert (scale.mults, product.input_bits) == (2 * 8, 32)  # to codes, and back
 
 
+def codes(x):
+    return (x * 8).round().clamp(-128, 127).to(torch.int8).float()
+
+
+WEIGHT = nn.Parameter(torch.full((5, 4, 3, 3), 0.25))
+
+
+@pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda x: torch.fake_quantize_per_channel_affine(
+            x, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.zeros(4, dtype=torch.int32), 1, -128, 127
+        ),
+        lambda x: codes(x) * x.mean((2, 3), keepdim=True),  # of a channel, as squeeze and excitation
+        lambda x: codes(x) * x.mean((1, 3), keepdim=True),  # of a row
+        lambda x: codes(x) * torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1),
+    ],
+)
+def test_values_with_several_scales_along_the_sum_are_scaled_before_it_and_wide(values):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ops.micronet.fixed_point(WEIGHT, torch.tensor(-6, dtype=torch.int8), 8))
+
+        def forward(self, x):
+            weight = torch.ops.micronet.fixed_point(self.weight, torch.tensor(-6, dtype=torch.int8), 8)
+            return F.conv2d(values(x), weight)
+
+    layers = count(Layer(), 1, 4, 6, 6).layers
+    product = next(layer for layer in layers if layer.op == "aten.convolution")
+    assert product.input_bits == 32
+    assert any(layer.mults >= 4 * 36 and layer.op in ("micronet.scale", "aten.mul") for layer in layers[-3:])
+
+
+@pytest.mark.parametrize(("summed", "bits"), [("features", 8), ("tokens", 32)])
+def test_the_scale_of_a_token_waits_where_its_features_are_summed(summed, bits):
+    class Layer(FakeQuantized):
+        def forward(self, x):
+            x = codes(x) * x.abs().amax(1, keepdim=True)
+            weight = torch.fake_quantize_per_tensor_affine(self.weight, 0.125, 0, -7, 7)
+            return F.linear(x, weight) if summed == "features" else weight @ x
+
+    product = next(layer for layer in count(Layer(0.1), 4, 4).layers if layer.op == "aten.mm")
+    assert product.input_bits == bits
+
+
+@pytest.mark.rule("width.signs")
+def test_codes_times_a_scale_have_no_sign_bit():
+    class Layer(FakeQuantized):
+        def forward(self, x):
+            signs = (self.weight * torch.tensor([1.0, -1, 1, -1])).sign()
+            return F.linear(codes(x) * torch.tensor(0.37), signs * torch.tensor([[0.1], [0.2], [0.3]]))
+
+    product = next(layer for layer in count(Layer(0.1), 2, 4).layers if layer.op == "aten.mm")
+    assert product.input_bits == 8
+
+
+@pytest.mark.parametrize(
+    "narrow",
+    [
+        lambda x: x.to(torch.int32).to(torch.int8).float(),
+        lambda x: torch.zeros(2, 4, dtype=torch.int8).copy_(x).float(),
+    ],
+)
+def test_narrowing_in_two_steps_denies_the_freebie(narrow):
+    class Layer(FakeQuantized):
+        def forward(self, x):
+            return F.linear(narrow(x), self.weight)
+
+    found = count(Layer(0.1), 2, 4)
+    assert (found.freebie, found.layers[-1].input_bits) == (False, 8)
+
+
+def test_a_table_of_integers_denies_the_freebie_and_its_index_does_not():
+    class Rows(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.register_buffer("table", torch.arange(-60, 60).view(30, 4).to(dtype))
+            self.register_buffer("order", torch.tensor([3, 1, 2]))
+
+        def forward(self, x):
+            return F.embedding(x[:, 0].long(), self.table).float() + F.pad(x[:, self.order], (0, 1))
+
+    assert count(Rows(torch.float32), 2, 4).freebie
+    assert not count(Rows(torch.int8), 2, 4).freebie
+
+
 class Signs(nn.Module):
     def __init__(self, scale, narrow=False):
         super().__init__()

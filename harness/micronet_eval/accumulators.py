@@ -16,7 +16,7 @@ import torch
 
 from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid, steps_of_outputs
 from micronet_eval.formats import QUANTIZE
-from micronet_eval.grids import Grid, constant_grid, data_inputs, exponent_of_shift, grid_of, is_conversion
+from micronet_eval.grids import Grid, constant_grid, data_inputs, exponent_of_shift, followed, grid_of, is_conversion
 from micronet_eval.scoring import Account, Count, Priced, number
 from micronet_eval.trace import Value
 
@@ -126,14 +126,21 @@ def accumulator_bits(low: int, high: int, bias: float = 0.0, exponent: int = 0) 
 
 def range_of(value: Value) -> Steps | None:
     """Between what an activation lies, by the quantizers that it comes from; None without steps of powers of two."""
+    return followed(value, _moved_from, _range)
+
+
+def _moved_from(value: Value) -> tuple[Value, ...]:
+    op = value.producer
+    moved = op is not None and value in op.outputs and not is_conversion(op) and keeps_the_grid(op)
+    return data_inputs(op) if moved else ()  # type: ignore[arg-type]
+
+
+def _range(value: Value, sources: list[Steps | None]) -> Steps | None:
     op = value.producer
     if op is None or value not in op.outputs:  # a part was overwritten
         return None
     if is_conversion(op):
         return None if op.name in QUANTIZE else _steps(grid_of(op))
-    if not keeps_the_grid(op):
-        return None
-    sources = [range_of(source) for source in data_inputs(op)]
     known = [source for source in sources if source is not None]
     if not known or len(known) < len(sources):
         return None

@@ -132,9 +132,12 @@ def values_in(op: Op) -> tuple[float, ...]:
 
 
 def uncounted_numbers(recorded: Trace) -> set[float]:
-    """The numbers of an executed graph that no rule counts; zero, one and infinity say nothing."""
+    """The numbers of an executed graph that no rule counts; zero, one and infinity say nothing.
+
+    Among them those that the constants are made with.
+    """
     found: set[float] = set()
-    for op in recorded.ops:
+    for op in (*recorded.ops, *recorded.making()):
         found |= set(values_in(op)) - set(map(float, numbers(op)))
     return {number for number in found if abs(number) not in (0.0, 0.5, 1.0, inf)}
 

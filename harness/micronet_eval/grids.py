@@ -7,9 +7,10 @@ the names of its schema, so that torch's fake-quantize, the operations of the PT
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -105,6 +106,29 @@ def keeps_width(op: Op) -> bool:
 def is_reinterpreted(op: Op) -> bool:
     """Whether bits are read as those of another dtype: four float16 in an int64 are not one number of 16 bits."""
     return op.name == "aten.view" and op.inputs[0].dtype != op.out.dtype
+
+
+Item = TypeVar("Item", bound=Hashable)
+Found = TypeVar("Found")
+
+
+def followed(
+    value: Item, sources: Callable[[Item], Sequence[Item]], find: Callable[[Item, list[Found]], Found]
+) -> Found:
+    """What `find` says of a value and of what it says of its sources: each is asked once, at whatever depth."""
+    if not sources(value):
+        return find(value, [])
+    known: dict[Item, Found] = {}
+    waiting = [value]
+    while waiting:
+        last = waiting[-1]
+        before = sources(last)
+        if missing := [source for source in before if source not in known]:
+            waiting += missing
+            continue
+        known[last] = find(last, [known[source] for source in before])
+        waiting.pop()
+    return known[value]
 
 
 def through_views(value: Value) -> Value:
@@ -211,13 +235,22 @@ def constant_grid(value: Value) -> Grid | None:
 
     Seen through moves; the index of each element's scale moves along. None where the values lie on no grid.
     """
+    return followed(value, lambda v: data_inputs(v.producer) if _moves(v.producer) else (), _constant_grid)  # type: ignore[arg-type]
+
+
+def _moves(op: Op | None) -> bool:
+    return op is not None and op.name in FREE and not (op.name == WRITE_OP or is_conversion(op) or is_reinterpreted(op))
+
+
+def _constant_grid(value: Value, grids: list[Grid | None]) -> Grid | None:
+    """The same, where the grids of what it is moved from are known."""
     op = value.producer
     if op is None:
         return None
     if is_conversion(op):
         return grid_of(op)
-    if op.name in FREE and op.name != WRITE_OP and not is_reinterpreted(op):
-        return _moved(op, value)
+    if _moves(op):
+        return _moved(op, value, grids)
     if op.name == "aten.mul":
         for codes, scale in permutations((v for v in op.inputs if v.is_constant), 2):
             grid = _codes(codes)
@@ -227,9 +260,8 @@ def constant_grid(value: Value) -> Grid | None:
     return _codes(value)
 
 
-def _moved(op: Op, value: Value) -> Grid | None:
+def _moved(op: Op, value: Value, grids: list[Grid | None]) -> Grid | None:
     sources = data_inputs(op)
-    grids = [constant_grid(v) for v in sources]
     found = [g for g in grids if g is not None]
     if not found or len(found) < len(grids):
         return None

@@ -245,14 +245,14 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
         tensor = _tensor(model, stored.name)
         if tensor is None:
             raise InputError(f"cannot pack {stored.name!r}: it is no parameter or buffer of the model")
-        if stored.name in names:
-            raise InputError(
-                f"cannot pack {stored.name!r}: layers share it, and each makes something else of it; let them share "
-                "masks and quantizers, too"
-            )
-        names.add(stored.name)
         if not _same(tensor, stored.tensor):
             raise InputError(f"cannot pack {stored.name!r}: the model computes with something else that it makes of it")
+        if stored.name in names:
+            raise InputError(
+                f"cannot pack {stored.name!r}: layers share it, each by a mask or quantizer of its own; let them share "
+                "that, too"
+            )
+        names.add(stored.name)
         codes = _codes(stored.name, stored.value, stored.format)
         block = stored.mask(stored.format.code_bits, stored.format)
         width = stored.format.code_bits
@@ -433,6 +433,9 @@ def _assign(model: nn.Module, places: _Places, name: str, value: Tensor, number_
     """Sets a tensor at its place, and at every other place where the architecture has the same tensor."""
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
+    place = owner._buffers.get(attribute) if attribute in owner._buffers else owner._parameters.get(attribute)
+    if place is not None and value.dtype.itemsize > place.dtype.itemsize:
+        raise OffGrid(f"tensor {name!r} is {number_format.spec}, wider than {place.dtype} of the architecture")
     if attribute in owner._buffers:
         owner._buffers[attribute] = value
         if isinstance(owner, ActivationQuantizer):

@@ -21,6 +21,7 @@ from micronet_eval.grids import (
     data_inputs,
     dequantized,
     dtype_width,
+    followed,
     grid_of,
     has_only_signs,
     is_conversion,
@@ -49,7 +50,7 @@ def bit_widths(trace: Trace) -> Mapping[Value, int]:
         for out in op.outputs:
             if is_conversion(op) and out is op.out and op.name in QUANTIZE:
                 widths[out] = min(grid_of(op).code_bits, widths[op.inputs[0]], dtype_width(out))
-            elif out is op.out and (grid := dequantized(op)) is not None:
+            elif out is op.out and (grid := _waiting(op)) is not None:
                 widths[out] = min(
                     grid.code_bits, *(widths[v] for v in op.inputs[:1] if is_conversion(op)), dtype_width(out)
                 )
@@ -72,7 +73,7 @@ def factor_widths(op: Op, widths: Mapping[Value, int]) -> tuple[int, int]:
     factors = _factors(op)
     if _flips_signs(op, factors):
         return 1, 1
-    used = {v: widths[v] if op.name in LINEAR or keeps_width(op) else _applied_width(v, widths) for v in factors}
+    used = {v: widths[v] if _takes_codes(op, v) else _applied_width(v, widths) for v in factors}
     return (
         max((used[v] for v in factors if not v.is_constant), default=0),
         max([used[v] for v in factors if v.is_constant] + [number_width(n) for n in numbers(op)], default=0),
@@ -96,6 +97,7 @@ _NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
     **{f"aten.{name}": {"other": (1, 1)} for name in ("mul", "div")},
     **{f"aten.{name}": {"other": (1, 1), "alpha": (2, 1)} for name in ("add", "sub", "rsub")},
     "aten.leaky_relu": {"negative_slope": (1, 0.01)},
+    **{f"aten.avg_pool{n}d": {"divisor_override": (6, 1)} for n in (2, 3)},
 }
 """Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""
 
@@ -108,6 +110,13 @@ def _factors(op: Op) -> list[Value]:
 def _constant_width(value: Value) -> int:
     grid = constant_grid(value)
     return min(grid.bits, dtype_width(value)) if grid else dtype_width(through_views(value))
+
+
+def _takes_codes(op: Op, value: Value) -> bool:
+    """Whether `op` moves, or sums up, codes of which it puts off the scale."""
+    if op.name not in LINEAR:
+        return keeps_width(op)
+    return value.is_constant or pending(value) is None or _pending_in(op, value) is not None
 
 
 def _applied_width(value: Value, widths: Mapping[Value, int]) -> int:
@@ -132,12 +141,19 @@ def _flips_signs(op: Op, factors: list[Value]) -> bool:
 
 def has_sign_bit(value: Value) -> bool:
     """Whether a sign stands for itself, as in floating point. Fixed point is two's complement: it does not. *(ours)*"""
-    op = value.producer
-    if not value.dtype.is_floating_point or (op is not None and is_conversion(op)):
-        return False
-    if op is not None and keeps_width(op) and (inputs := data_inputs(op)):
-        return all(map(has_sign_bit, inputs))
-    return True
+
+    def moved_from(value: Value) -> tuple[Value, ...]:
+        op = value.producer
+        moved = op is not None and value.dtype.is_floating_point and not is_conversion(op) and keeps_width(op)
+        return data_inputs(op) if moved else ()  # type: ignore[arg-type]
+
+    def has_one(value: Value, inputs: list[bool]) -> bool:
+        op = value.producer
+        if not value.dtype.is_floating_point or (op is not None and (is_conversion(op) or dequantized(op) is not None)):
+            return False
+        return all(inputs)
+
+    return followed(value, moved_from, has_one)
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
@@ -145,22 +161,39 @@ def has_sign_bit(value: Value) -> bool:
 
 def pending(value: Value) -> Grid | None:
     """The grid of an activation that is still codes times one scale: from a conversion, through moves, ReLU and max."""
+    return followed(value, _moved_activations, _pending)
+
+
+def _moved_activations(value: Value) -> list[Value]:
+    op = value.producer
+    moved = op is not None and not value.is_constant and not is_conversion(op) and keeps_width(op)
+    return [v for v in data_inputs(op) if not v.is_constant] if moved else []  # type: ignore[arg-type]
+
+
+def _pending(value: Value, grids: list[Grid | None]) -> Grid | None:
     op = value.producer
     if op is None or value.is_constant:
         return None
     if value is op.out and (grid := dequantized(op)) is not None:
         return grid if _is_common(op, grid) else None
-    if not keeps_width(op):
-        return None
-    grids = [pending(v) for v in data_inputs(op) if not v.is_constant]
     same = bool(grids) and all(g is not None and _same(g, grids[0]) for g in grids)
     return grids[0] if same else None
+
+
+_OF_ROWS = frozenset(f"aten.{name}" for name in ("mm", "bmm", "addmm", "baddbmm"))
+"""Products of matrices, whose first factor's rows are summed."""
 
 
 def _is_common(op: Op, grid: Grid) -> bool:
     """Whether one scale holds for all that a dot product adds up: one of the tensor, or of a token (last dimension)."""
     shape = op.out.shape
     return grid.blocks[-1:] == shape[-1:] and (grid.blocks == shape or grid.is_dynamic)
+
+
+def _waiting(op: Op) -> Grid | None:
+    """The grid of what `op` makes of codes, if its scales can wait, or are shifts."""
+    grid = dequantized(op)
+    return grid if grid is not None and (not grid.scale_bits or _is_common(op, grid)) else None
 
 
 def _same(a: Grid, b: Grid | None) -> bool:
@@ -222,12 +255,18 @@ def _scaling_of_linear(op: Op) -> Scaling | None:
 
 
 def _pending_in(op: Op, value: Value) -> Grid | None:
-    """The scale of an activation that `op` can put off. One for each token only if a constant is summed with it."""
+    """The scale of an activation that `op` can put off. One for each token only if its features are what is summed.
+
+    Those are rows of the first factor of a product with a constant.
+    """
     grid = pending(value)
     if grid is None or not grid.is_dynamic or value.numel == 0:
         return grid
-    per_tensor = all(isinstance(s, float) or s.numel == 1 for s in grid.scales)
-    return grid if per_tensor or any(v.is_constant for v in _factors(op)) else None
+    if all(isinstance(s, float) or s.numel == 1 for s in grid.scales):
+        return grid
+    first, *others = _factors(op)
+    of_rows = op.name in _OF_ROWS and value is first and all(v.is_constant for v in others)
+    return grid if of_rows else None
 
 
 def _outputs_and_groups(op: Op, weight: Value) -> tuple[int, int]:
@@ -287,16 +326,21 @@ def _origin(value: Value) -> set[Value]:
 
 def _is_put_off(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> bool:
     """Whether all that read a value, through moves, ReLU and max, can put its scale off, or convert it again."""
-    if value in trace.outputs:
-        return False
-    for op in users.get(value, []):
-        if keeps_width(op):
-            if pending(op.out) is None or not all(_is_put_off(out, users, trace) for out in op.outputs):
-                return False
-        elif not is_conversion(op) and (
-            op.name not in LINEAR or value not in _factors(op) or not _pending_in(op, value)
-        ):
+    waiting, seen = [value], set[Value]()
+    while waiting:
+        value = waiting.pop()
+        seen.add(value)
+        if value in trace.outputs:
             return False
+        for op in users.get(value, []):
+            if keeps_width(op):
+                if pending(op.out) is None:
+                    return False
+                waiting += (out for out in op.outputs if out not in seen)
+            elif not is_conversion(op) and (
+                op.name not in LINEAR or value not in _factors(op) or not _pending_in(op, value)
+            ):
+                return False
     return True
 
 

@@ -7,14 +7,16 @@ bit a block, whichever is smallest.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from micronet_eval.costs import FREE, permutation_of
 from micronet_eval.dotted import summed
@@ -39,6 +41,7 @@ from micronet_eval.grids import (
     data_inputs,
     dtype_width,
     exponent_of_shift,
+    followed,
     grid_of,
     has_only_signs,
     is_conversion,
@@ -223,8 +226,8 @@ def freebie_applies(stored: Iterable[Stored], trace: Trace) -> bool:
 
 def narrows(op: Op) -> bool:
     """Whether an operation quantizes an activation below 16 bits, by a quantizer or by a dtype."""
-    if op.name == "aten._to_copy":
-        return op.inputs[0].dtype.is_floating_point and dtype_width(op.out) < FREEBIE_BITS
+    if op.name in ("aten._to_copy", "aten.copy"):
+        return dtype_width(data_inputs(op)[0]) >= FREEBIE_BITS > dtype_width(op.out)
     return is_conversion(op) and grid_of(op).code_bits < FREEBIE_BITS
 
 
@@ -232,8 +235,10 @@ def _constants(op: Op | None, trace: Trace) -> Iterator[Value]:
     inputs = trace.outputs if op is None else op.inputs
     if op is not None and op.name in ("aten.native_batch_norm", "aten._native_batch_norm_legit_no_training"):
         # In evaluation the running statistics merge into weight and bias: two values a channel are stored.
-        affine = tuple(v for v in op.args[1:3] if isinstance(v, Value))
-        inputs = affine if len(affine) == 2 else tuple(v for v in op.args[3:5] if isinstance(v, Value))
+        # An activation as weight or bias merges with none.
+        affine = tuple(v for v in op.args[1:3] if isinstance(v, Value) and v.is_constant)
+        running = tuple(v for v in op.args[3:5] if isinstance(v, Value))
+        inputs = affine if len(affine) == 2 or not running else (*running, *(v for v in affine if v is op.args[2]))
     elif op is not None and op.name == "aten.copy":
         inputs = data_inputs(op)  # what it overwrites does not matter
     elif op is not None and summed(op) is not None:
@@ -245,17 +250,42 @@ _Source = tuple[Value, Stored, tuple[Value, Stored] | None]
 """What is stored, and the tensor that it is a part of, if it is stored as a part."""
 
 
+_Use = tuple[Value, Op | None]
+"""A constant, and the operation that reads it; None: it is returned."""
+
+
 def _sources(value: Value, op: Op | None) -> list[_Source]:
     """What has to be stored to have the constant `value`: itself, or what it is moved from, if that takes no more.
 
     Codes are stored with their scales and zero points. The result of other arithmetic on constants is itself what
     inference needs. *(ours)*
     """
-    value = through_views(value)
+    return followed((value, op), _moved_from, _sources_of)
+
+
+def _moved_from(use: _Use) -> list[_Use]:
+    """The constants that one is moved from; none where it is stored as itself."""
+    value = through_views(use[0])
+    producer = value.producer
+    if producer is None or producer.name not in FREE or producer.name in (WRITE_OP, *FILLS) or is_conversion(producer):
+        return []
+    if not producer.inputs or is_reinterpreted(producer) or _costs_nothing(value) or _of_codes(value) is not None:
+        return []  # made of numbers, or of bits, or of nothing
+    return [(source, producer) for source in producer.inputs if source.is_constant]
+
+
+def _of_codes(value: Value) -> Grid | None:
+    """The grid of a constant that is made of codes, which are stored in its place."""
+    grid = constant_grid(value)
+    return grid if grid is not None and grid.codes is not None and grid.codes is not value else None
+
+
+def _sources_of(use: _Use, found: list[list[_Source]]) -> list[_Source]:
+    """What has to be stored for one constant; `found` is that for what it is moved from."""
+    value, op = through_views(use[0]), use[1]
     if _costs_nothing(value):
         return []
-    grid = constant_grid(value)
-    if grid is not None and grid.codes is not None and grid.codes is not value:
+    if (grid := _of_codes(value)) is not None and grid.codes is not None:
         parts = [v for v in (*grid.scales, *grid.zero_points) if isinstance(v, Value) and v.is_constant]
         sides: list[_Source] = [
             (v, _side(v, grid), None)
@@ -263,13 +293,13 @@ def _sources(value: Value, op: Op | None) -> list[_Source]:
             if v.data is None or v.data.is_meta or v.data.any()
         ]
         return [(grid.codes, _stored(grid.codes, op, grid, value), None), *sides]
-    itself = _stored(value, op, grid)
+    itself = _stored(value, op, constant_grid(value))
     producer = value.producer
-    if producer is None or producer.name not in FREE or producer.name in (WRITE_OP, *FILLS) or is_conversion(producer):
+    if producer is None or not _moved_from(use):
         return [(value, itself, None)]
-    if not producer.inputs or is_reinterpreted(producer):  # made of numbers, or of bits
-        return [(value, itself, None)]
-    moved = {s[0]: s for source in producer.inputs if source.is_constant for s in _sources(source, producer)}
+    moved = {s[0]: s for sources in (*found, _written_numbers(producer)) for s in sources}
+    if not moved and producer.name in ("aten.tril", "aten.triu"):
+        return [(value, itself, None)]  # a pattern made of nothing
     if itself.bits().total >= sum(s.bits().total for _, s, _ in moved.values()):
         return list(moved.values())
     if len(moved) != 1:
@@ -289,6 +319,29 @@ def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
         return _scales_in_code(grid_of(op))
     found = [number for number in numbers(op) if number_width(number) > 1]
     return [(n, _in_code(f"number {n!r}", torch.tensor(float(n)), Plain("float32"))) for n in found]
+
+
+_WRITES = MappingProxyType({"aten.constant_pad_nd": 2, "aten.fill": 1, "aten.masked_fill": 2, "aten.index_fill": 3,
+                            "aten.scatter": 3})  # fmt: skip
+"""Moves that write a number between constants -> where it stands."""
+
+
+def _written_numbers(op: Op) -> list[_Source]:
+    """The number that a move writes between constants, counted as one that tensors are multiplied by.
+
+    Infinity says nothing: it is what a mask of attention is made of.
+    """
+    place = _WRITES.get(op.name, -1)
+    number = op.arg(place, "value") if place >= 0 else None
+    if not isinstance(number, int | float) or math.isinf(number) or number_width(float(number)) == 1:
+        return []
+    value = _number(float(number))
+    return [(value, Stored(f"number {number!r}", value, Plain("float32"), False, in_code=True), None)]
+
+
+@cache
+def _number(number: float) -> Value:
+    return constant(torch.tensor(number))
 
 
 def _in_code(name: str, tensor: Tensor, number_format: Format, is_overhead: bool = False) -> Stored:
@@ -325,7 +378,9 @@ def _costs_nothing(value: Value) -> bool:
     if not _is_made(value):
         return False
     if value.producer is not None and value.producer.name == "aten.arange":
-        return True
+        start, step = value.producer.named.get("start", 0), value.producer.named.get("step", 1)
+        if number_width(float(start)) == number_width(float(step)) == 1:
+            return True
     is_fill = value.producer is not None and (not value.producer.inputs or value.producer.name in FILLS)
     if not is_fill or value.data is None or value.data.is_meta or value.data.numel() == 0:
         return False
@@ -372,13 +427,21 @@ def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value |
     exponent = is_conversion(op) and op is not None and value is not through_views(op.inputs[0])
     if exponent:
         return Stored(name, value, _side_format(value, grid_of(op)), is_overhead=True, in_code=not leaves)  # type: ignore[arg-type]
-    index = op is not None and op.name in FREE and not value.dtype.is_floating_point
+    index = op is not None and not value.dtype.is_floating_point and value in map(through_views, _places(op))
     try:
         number_format = _format(value, grid, made or value, index)
     except OffGrid as error:
         raise InputError(f"{name!r} cannot be stored: {error}") from error
     folds = op is not None and op.outputs and op.out.is_constant  # an index into a codebook is a code
     return Stored(name, value, number_format, False, index and not folds, in_code=not leaves)
+
+
+def _places(op: Op) -> list[Value]:
+    """What says from where, or whereto, an operation moves values."""
+    if op.name not in FREE:
+        return []
+    named = [op.named.get(name) for name in ("index", "indices", "mask", "condition", "repeats")]
+    return [item for item in tree_flatten(named)[0] if isinstance(item, Value)]
 
 
 def _side(value: Value, grid: Grid) -> Stored:

@@ -202,6 +202,17 @@ class Trace:
             for name in names
         }
 
+    def making(self) -> list[Op]:
+        """The operations on parameters alone that made the constants that `ops` read, or that are returned."""
+        waiting = [v for op in self.ops for v in op.inputs] + list(self.outputs)
+        found: dict[Op, None] = {}
+        while waiting:
+            value = waiting.pop()
+            if value.is_constant and value.producer is not None and value.producer not in found:
+                found[value.producer] = None
+                waiting += value.producer.inputs
+        return list(found)
+
     @cached_property
     def users(self) -> Mapping[Value, list[Op]]:
         """For every value the operations that read it."""

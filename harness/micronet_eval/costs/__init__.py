@@ -50,7 +50,7 @@ def cost_of(op: Op, formulas: Mapping[str, Formula]) -> Cost | None:
     if formula is not None:
         if any(v.dtype.is_complex for v in (*op.inputs, *op.outputs)):
             raise NoFormula(op, "on complex numbers")
-        return formula(op)
+        return formula(op) if any(out.numel for out in op.outputs) or not op.outputs else Cost()
     if op.name in FREE:
         return permutation(op) if permutes(op) else None
     raise NoFormula(op)

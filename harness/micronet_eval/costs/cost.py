@@ -14,13 +14,18 @@ class Cost:
     """Operations of one executed operation: multiplications, element-wise additions, and additions that accumulate.
 
     Accumulating additions (of a dot product, a mean, a sum) count at 32 bit whatever goes in. `macs` says how many of
-    the multiplications belong to dot products.
+    the multiplications belong to dot products. None is below zero: over no elements k - 1 additions are none.
     """
 
     mults: int = 0
     adds: int = 0
     accumulations: int = 0
     macs: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.mults, self.adds, self.accumulations, self.macs) < 0:
+            for name, count in vars(self).items():
+                object.__setattr__(self, name, max(count, 0))
 
     @property
     def all_adds(self) -> int:

@@ -37,8 +37,6 @@ def nonzeros_by_output(weight: Value, output_dim: int) -> tuple[int, int]:
 def convolution(op: Op) -> Cost:
     """For each output n mults and n - 1 adds over its n non-zero weights, one more for the bias; padding counts."""
     _, weight, bias, _, _, _, transposed = op.args[:7]
-    if not op.out.numel:
-        return Cost()
     if transposed:
         return transposed_convolution(op)
     nonzeros, outputs = nonzeros_by_output(weight, 0)
@@ -111,7 +109,7 @@ def nonzeros_by_matrix(weight: Value, output_dim: int) -> tuple[int, int]:
     if len(weight.shape) == 2:
         return nonzeros_by_output(weight, output_dim)
     if weight.known is None or weight.nonzeros == weight.numel > 0:
-        return weight.numel, weight.numel // weight.shape[-3 - output_dim]
+        return weight.numel, weight.numel // max(weight.shape[-3 - output_dim], 1)
     counts = is_nonzero(weight.known).sum(-3 - output_dim)
     return int(counts.sum()), int((counts > 0).sum())
 
