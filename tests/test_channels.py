@@ -188,6 +188,17 @@ def test_the_outputs_are_no_candidates(name):
     assert not any(side.layer is last and side.is_output for group in groups(model)[1] for side in group.sides)
 
 
+@pytest.mark.parametrize("name", ["magnitude", "torch-pruning"])
+def test_channels_in_front_of_a_layer_that_cannot_be_packed_stay(name):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1)
+    architecture = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    made = strategy(name, ratio=0.2).apply(architecture, context())
+    assert made[0].weight.shape == (8, 3, 3, 3)
+    assert made[5].weight.shape[0] < 8 or made[3].weight.shape[0] < 8
+    packing.pack(made, architecture, context().example_input)
+
+
 def test_outputs_of_a_fully_convolutional_net_stay():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert [group.root for group in groups(model)[1]] == [model[0]]

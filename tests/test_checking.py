@@ -51,6 +51,13 @@ def test_junit_and_summary(report):
     assert "| score | **fails** |" in text
 
 
+def test_the_file_that_cannot_be_written_is_named(run, submission, tmp_path):
+    code, _, err = run("check", submission, "--junit", tmp_path / "j.xml", "--summary", tmp_path)
+    assert code == 2
+    assert f"{tmp_path} cannot be written" in err
+    assert (tmp_path / "j.xml").exists()
+
+
 def test_the_command(run, submission, tmp_path):
     words = ["check", submission, "--max-score", "100", "--junit", tmp_path / "j.xml", "--summary", tmp_path / "s.md"]
     code, out, _ = run(*words)

@@ -394,6 +394,21 @@ def test_what_has_one_name_is_not_one_row(base, submission, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_result_goes_by_the_name_of_now(submission, tmp_path):
+    other = tmp_path / "renamed"
+    for folder in (submission, other):
+        if folder is other:
+            submission.rename(other)
+        (row,) = comparing.compare(folder, results=tmp_path / "r.sqlite", executor="here").rows
+        assert row.name == folder.name
+
+
+def test_a_path_with_the_name_of_a_cell_is_not_its_row(base, submission, tmp_path):
+    named = submission.rename(tmp_path / "fixed-point")
+    found = comparing.compare(named, on=base, quantizers="fixed-point", results=tmp_path / "r.sqlite", executor="here")
+    assert [(row.name, row.seeds) for row in found.rows] == [(str(named), 1), ("fixed-point", 1)]
+
+
 def test_what_is_given_twice_is_run_once(submission, tmp_path):
     given = submission, submission
     (row,) = comparing.compare(*given, results=tmp_path / "r.sqlite", executor="here").rows

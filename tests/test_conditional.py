@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 import micronet_eval
 from micronet_eval import packing
 from micronet_eval.conditional import Conditional, taking
+from micronet_eval.costs import FORMULAS
 from micronet_eval.errors import InputError
 from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.merge import merged
@@ -145,6 +146,41 @@ def test_tracing_leaves_the_model_as_it_was():
     assert model.only is None
     with taking(model, "long"):
         torch.testing.assert_close(model(torch.ones(3, 4)), model.far(model.trunk(torch.ones(3, 4))))
+
+
+# --- compressed -------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_no_calibration_data_take_is_left_or_told():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from micronet_eval.strategy import Context
+    from micronet_plugins.channels import HRank
+    from micronet_plugins.gptq import hessians
+
+    class Never(Conditional):
+        paths = ("short", "long")
+
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.near = (
+                nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+                nn.Linear(4, 2),
+            )
+            self.far = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 2))
+
+        def run(self, x):
+            x = self.trunk(x)
+            answer = self.near(x.mean((2, 3)))
+            return answer if self.takes("short", x.flatten(1)[:, 0] > -torch.inf) else self.far(x)
+
+    model, x = Never().eval(), torch.randn(8, 1, 8, 8)
+    data = DataLoader(TensorDataset(x, torch.zeros(8, dtype=torch.int64)), 8)
+    made = HRank(ratio=0.05, limit=0.9).apply(model, Context(x[:1], data, 0, FORMULAS))
+    assert made.far[0].weight.shape == (8, 4, 3, 3)
+    assert made.trunk[0].weight.shape[0] < 8
+    with pytest.raises(InputError, match="gptq: behind quantized layers no calibration data reach a layer"):
+        hessians(model, model.far[0], [x])
 
 
 # --- merged -----------------------------------------------------------------------------------------------------------

@@ -168,6 +168,29 @@ def test_an_architecture_with_a_fraction_as_option():
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in full.parameters())
 
 
+def test_fractions_in_lists_are_floats_too():
+    options = Architecture(name="x", widths=[Decimal("1.5"), 2], more={"a": [Decimal("0.5")]}).options
+    assert options == {"widths": [1.5, 2], "more": {"a": [0.5]}}
+    assert isinstance(options["widths"][0], float)
+
+
+@pytest.mark.parametrize(("share", "held_out"), [("0.0002", "none"), ("0.9999", "1,348")])
+def test_a_share_that_leaves_nothing_on_one_side_is_told(make, share, held_out):
+    with pytest.raises(InputError, match=f"field 'validation': {share} of 1,348 examples holds out {held_out}"):
+        make("train = { epochs = 1, learning_rate = 0.01 }", seed=f"1\nvalidation = {share}")
+
+
+def test_low_rank_leaves_layers_that_share_a_weight_or_run_twice():
+    torch.manual_seed(0)
+    twice, tied = nn.Linear(16, 16), [nn.Linear(16, 16), nn.Linear(16, 16)]
+    tied[1].weight = tied[0].weight
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), twice, nn.ReLU(), twice, *tied, nn.Linear(16, 10))
+    total = sum(p.numel() for p in model.parameters())
+    made = LowRank(parameters=total - 300).apply(model.eval(), context())
+    assert sum(p.numel() for p in made.parameters()) <= total - 300
+    assert made[3] is made[5] and type(made[3]) is nn.Linear and made[6].weight is made[7].weight
+
+
 def test_test_data_are_never_touched(make, register):
     digits = plugins.lookup("task", "digits")
 
@@ -380,6 +403,16 @@ def test_magnitude_keeps_the_limit_and_the_sum():
     assert all(count <= 0.6 * w.numel() for count, w in zip(zeros, made, strict=True))
     assert max(count / w.numel() for count, w in zip(zeros, made, strict=True)) > 0.59
     assert sum(zeros) == round(0.5 * sum(w.numel() for w in made))
+
+
+@pytest.mark.parametrize("scope", ["layer", "erk", "global", "lamp"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+def test_no_layer_loses_more_than_the_limit(name, scope):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 1, 3)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 10)).eval()
+    made = plugins.lookup("sparsifier", name)(sparsity=0.95, scope=scope).apply(model, context())
+    assert all(int((w == 0).sum()) <= 0.95 * w.numel() for w in weights(made))
 
 
 def test_a_limit_below_the_sparsity_is_the_sparsity():

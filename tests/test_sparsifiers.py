@@ -507,3 +507,20 @@ def test_a_weight_can_come_back_while_the_sparsity_grows():
     layer(torch.tensor([[-3.0, 0.5]])).sum().backward()
     assert watched.scores.tolist() == [[3.0, -1.0]]
     assert layer.parametrizations.weight.original.grad.tolist() == [[0.0, 0.5]]
+
+
+@pytest.mark.parametrize("name", ["gradual", "movement"])
+def test_language_models_are_trained_while_they_become_sparse(name):
+    model = plugins.lookup("architecture", "transformer-lm")(vocab=11, width=8, heads=2, hidden=16, layers=1, context=6)
+    tokens = torch.randint(0, 11, (8, 6), generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(tokens, tokens.roll(-1, 1)), 4)
+    made = strategy(name, sparsity=0.5).apply(model, Context(tokens[:1], data, 0, plugins.formulas()))
+    assert 0.3 < sparsity(made) <= 0.51
+
+
+@pytest.mark.parametrize("name", ["obs", "gptq"])
+def test_moments_that_cannot_be_inverted_are_told(name):
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    kind = "sparsifier" if name == "obs" else "quantizer"
+    with pytest.raises(InputError, match="second moments that cannot be inverted; raise damping"):
+        plugins.lookup(kind, name)(damping=1e-30, batches=1).apply(net(), context(x, 2))

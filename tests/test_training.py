@@ -16,6 +16,7 @@ from conftest import SMALL
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
 from torch.utils.data import TensorDataset
 
 from micronet_eval import evaluate, plugins
@@ -23,6 +24,7 @@ from micronet_eval.errors import InputError
 from micronet_eval.kept import KEPT
 from micronet_eval.recipe import Recipe, Target, compress, named_stages, strategy_of
 from micronet_eval.strategy import Context
+from micronet_eval.structure import Mask
 from micronet_eval.submission import Step, read_manifest, read_toml
 from micronet_eval.training import (
     Distillation,
@@ -130,6 +132,32 @@ def test_elements_with_a_factor_learn_so_many_times_as_fast():
     start = net()[0].weight
     steps = [train(model, training, context())[0].weight - start for model in models]
     assert torch.allclose(steps[1], factors * steps[0], atol=1e-6)
+
+
+def test_factors_are_those_of_what_is_trained_behind_a_mask_and_none_where_they_no_longer_fit():
+    models = net(), net(), net()
+    for i, model in enumerate(models):
+        parametrize.register_parametrization(model[0], "weight", Mask(torch.arange(48).view(8, 6) % 3 > 0))
+        shape = [(8, 6), (8, 6), (7, 6)][i]
+        model[0].learning_rate_factors = {"weight": torch.full(shape, 10.0)} if i else {}
+    training = Training(epochs=1, learning_rate=0.001, batch_size=24, optimizer="sgd", momentum=0)
+    start = net()[0].weight * models[0][0].parametrizations.weight[0].mask
+    steps = [train(model, training, context())[0].weight - start for model in models]
+    assert torch.allclose(steps[1], 10 * steps[0], atol=1e-6)
+    assert torch.equal(steps[2], steps[0])
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(4, 6), torch.zeros(4, 3, 6)])
+def test_cutmix_is_for_images(inputs):
+    with pytest.raises(InputError, match="cutmix cuts pieces out of images, not of inputs of shape 4x"):
+        mix(inputs, Training(epochs=1, learning_rate=1, cutmix=1.0))
+
+
+def test_a_teacher_of_another_task():
+    teacher = nn.Linear(6, 4)
+    training = Training(epochs=1, learning_rate=0.1, distill={})
+    with pytest.raises(InputError, match="the teacher has 4 outputs and the model 3"):
+        train(net(), training, context(), teacher=teacher)
 
 
 class Teacher(nn.Module):
@@ -297,6 +325,26 @@ def test_rounds_end_when_the_target_is_reached(tmp_path):
     assert all(step.quality is not None for step in steps)
     assert scores[-1] <= 0.2 or len(rounds) == 8
     assert all(score > 0.2 for score in scores[1:-2:2])
+
+
+def test_a_round_judges_by_what_its_inner_rounds_left(tmp_path):
+    """The inner round is undone: its 30 % zeros do not end the outer rounds, of which there are two then."""
+    inner = """[[stages.rounds.stages]]
+[stages.rounds.stages.rounds]
+times = 1
+quality = 1.0
+[[stages.rounds.stages.rounds.stages]]
+sparsifier = "random"
+sparsity = 0.9
+"""
+    rule = "until = { nonzeros = 3_000 }\n" + inner
+    text = ROUNDS.replace("RULE", rule).replace("times = 4", "times = 2")
+    (tmp_path / "recipe.toml").write_text(text)
+    lines = []
+    compress(tmp_path / "recipe.toml", tmp_path / "small", log=lines.append)
+    names = [step.stage for step in read_manifest(tmp_path / "small").provenance.steps]
+    assert sum(name.endswith("(undone)") for name in names) == 2
+    assert names.count("round 2: train") == 1
 
 
 def test_a_round_that_costs_too_much_quality_is_undone(tmp_path, monkeypatch):

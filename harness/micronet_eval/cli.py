@@ -717,14 +717,16 @@ def _live(total: int) -> Iterator[Watch]:
 def _write_checks(junit: Path | None, cases: str, summary: Path | None, text: str) -> None:
     from micronet_eval.files import write_whole
 
+    path = junit
     try:
         if junit is not None:
             write_whole(junit, cases.encode())
+        path = summary
         if summary is not None:
             before = summary.read_bytes() if summary.exists() else b""
             write_whole(summary, before + text.encode())
     except OSError as error:
-        raise InputError(f"{junit or summary} cannot be written: {error.strerror}; name another file") from error
+        raise InputError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
 
 def _write_pages(found: list[Judged], html: Path | None) -> None:

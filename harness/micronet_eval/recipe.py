@@ -187,6 +187,9 @@ class Recipe(Table):
         return self
 
 
+_UNDONE = " (undone)"
+"""Behind the name of a stage of a round that was taken back."""
+
 Told = Callable[[int, int], None]
 """Called with the batches that are trained so far, and all that the recipe can take at most."""
 
@@ -360,13 +363,13 @@ class _Run:
         for number in range(1, rounds.times + 1):
             before, here = copied(self.model) if rounds.quality is not None else None, len(self.steps)
             self.stages(name, rounds.stages, f"{prefix}round {number}: ")
-            last = self.steps[-1]
+            last = next(step for step in reversed(self.steps) if not step.stage.endswith(_UNDONE))
             if rounds.quality is not None and before is not None and last.quality is not None:
                 lower_is_better = METRICS[self.task.metric].lower_is_better
                 if last.quality > rounds.quality if lower_is_better else last.quality < rounds.quality:
                     self.model = before
                     self.steps[here:] = [
-                        step.model_copy(update={"stage": f"{step.stage} (undone)"}) for step in self.steps[here:]
+                        step.model_copy(update={"stage": f"{step.stage}{_UNDONE}"}) for step in self.steps[here:]
                     ]
                     self.log(f"round {number} is undone: {METRICS[self.task.metric].show(last.quality)} held out")
                     return
@@ -538,8 +541,13 @@ def data_of(recipe: Recipe, task: Task, root: Path | None) -> tuple[Dataset[Any]
     whole = _training_data(recipe, task, root)
     examples = len(whole)  # type: ignore[arg-type]
     held_out = round(recipe.validation * examples)
-    if not held_out:
+    if not recipe.validation:
         return whole, None
+    if not 0 < held_out < examples:
+        raise InputError(
+            f"field 'validation': {recipe.validation} of {examples:,} examples holds out {f'{held_out:,}' if held_out else 'none'}; take a "
+            "share that leaves some on both sides"
+        )
     if task.metric == "perplexity":
         order = list(range(examples))
     else:

@@ -62,8 +62,16 @@ class Architecture(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        extra = self.__pydantic_extra__ or {}
-        return {name: float(v) if isinstance(v, Decimal) else v for name, v in extra.items()}
+        return {name: _floats(value) for name, value in (self.__pydantic_extra__ or {}).items()}
+
+
+def _floats(value: Any) -> Any:
+    """The same with floats in the place of Decimals, in lists and tables, too."""
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    return float(value) if isinstance(value, Decimal) else value
 
 
 class Claims(Table):

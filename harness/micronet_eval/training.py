@@ -269,6 +269,11 @@ class _Fit:
         loss = _loss(outputs, labels, other, share, training)
         if self.teacher is not None and training.distill is not None:
             taught = self.taught(inputs) if taught is None else taught.to(self.team.device)
+            if taught.shape[-1] != outputs.shape[-1]:
+                raise InputError(
+                    f"train: the teacher has {taught.shape[-1]} outputs and the model {outputs.shape[-1]}; take one of "
+                    "the same task"
+                )
             loss = (1 - training.distill.weight) * loss + distillation(outputs, taught, training.distill)
         if training.orthonormal:
             loss = loss + training.orthonormal * orthonormality(self.model)
@@ -384,16 +389,27 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     )
 
 
+def _trained(module: nn.Module, name: str) -> Tensor:
+    """The tensor that is trained where a module has a parameter of that name."""
+    masked = parametrize.is_parametrized(module, name)
+    trained = module.parametrizations[name].original if masked else getattr(module, name)  # type: ignore[index,union-attr]
+    assert isinstance(trained, Tensor)
+    return trained
+
+
 @contextmanager
 def learning_rate_factors(model: nn.Module) -> Iterator[None]:
     """Multiplies what an optimizer's step in here changes by the factors that a pruner set for some elements.
 
     A module may have an attribute `learning_rate_factors`: parameter name -> tensor of its shape, 1 for the usual rate.
+    Behind masks and quantizers it is what they are made of that changes so. Factors that no longer fit, as channels
+    were removed since, are left out.
     """
     before = [
-        (parameter := getattr(module, name), parameter.detach().clone(), factor)
+        (parameter, parameter.detach().clone(), factor)
         for module in model.modules()
         for name, factor in getattr(module, "learning_rate_factors", {}).items()
+        if (parameter := _trained(module, name)).shape == factor.shape
     ]
     yield
     with torch.no_grad():
@@ -433,6 +449,9 @@ def mix(inputs: Tensor, training: Training) -> tuple[Tensor, Tensor, float]:
     other = torch.randperm(len(inputs))
     if not cut:
         return torch.lerp(inputs[other], inputs, share), other, share
+    if inputs.dim() < 4:
+        shape = "x".join(map(str, inputs.shape))
+        raise InputError(f"train: cutmix cuts pieces out of images, not of inputs of shape {shape}; leave it out")
     height, width = inputs.shape[-2:]
     rows, columns = (round(n * math.sqrt(1 - share)) for n in (height, width))
     top, left = int(torch.randint(height - rows + 1, ())), int(torch.randint(width - columns + 1, ()))

@@ -222,9 +222,10 @@ class HRank(Channels):
         finally:
             for hook in hooks:
                 hook.remove()
+        ran = [[side for side in sides if sums[side.layer, side.is_output].dim()] for sides in chosen]
         return [
-            _relative(torch.stack([g.sum(s, sums[s.layer, s.is_output]) for s in sides]).sum(0))
-            for g, sides in zip(groups, chosen, strict=True)
+            _relative(torch.stack([g.sum(s, sums[s.layer, s.is_output]) for s in sides]).sum(0)) if sides else None
+            for g, sides in zip(groups, ran, strict=True)
         ]
 
 

@@ -163,7 +163,8 @@ def _is_fixed(layer: nn.Module) -> bool:
         # torch-pruning takes the second for a depthwise one.
         return isinstance(layer, TRANSPOSED) or layer.groups == layer.out_channels != layer.in_channels
     holds = any(True for _ in layer.parameters()) or any(True for _ in layer.buffers())
-    return holds and describe(layer) is None
+    has_channels = holds or isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+    return has_channels and describe(layer) is None
 
 
 def _is_depthwise(layer: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from micronet_plugins.layerwise import (
     set_weight,
     weights_of,
 )
-from micronet_plugins.weights import original_of
+from micronet_plugins.weights import original_of, upper_factor_of_inverse
 
 _BLOCK = 128  # columns
 
@@ -91,6 +91,11 @@ def hessians(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Tenso
         found[:] = [found[0] + product] if found else [product]
 
     _run(model, batches, {layer: add})
+    if not found:
+        raise InputError(
+            "gptq: behind quantized layers no calibration data reach a layer any more, as every example takes another "
+            "path; take more batches, or more bits"
+        )
     return found[0]
 
 
@@ -139,7 +144,7 @@ def _upper_factor_of_inverse(hessian: Tensor, damping: float) -> Tensor:
     unseen = torch.diag_embed((diagonal == 0).to(hessian.dtype))  # inputs that are always 0
     eye = torch.eye(hessian.shape[1], dtype=hessian.dtype)
     damped = hessian + unseen + damping * diagonal.mean(1).clamp(min=1e-12)[:, None, None] * eye
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return upper_factor_of_inverse(damped)
 
 
 def _mask(layer: nn.Module) -> Tensor | None:

@@ -8,6 +8,7 @@ the loss.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -190,8 +191,11 @@ def factorizations(model: nn.Module, example_input: Example) -> list[Factorizati
             positions[op.module] = (x.numel // x.shape[1], op.out.numel // op.out.shape[1])
         elif op.name in ("aten.addmm", "aten.mm"):
             positions[op.module] = (op.out.shape[0], op.out.shape[0])
+    owners = Counter(id(p) for _, m in model.named_modules(remove_duplicate=False) for p in m.parameters(recurse=False))
     found = []
     for path, layer in leaves(model):
+        if any(owners[id(p)] > 1 for p in layer.parameters()):
+            continue  # what stands, or is read, at several places stays
         is_conv = layer_type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
         if path in positions and (is_conv or layer_type(layer) is nn.Linear):
             assert isinstance(layer, nn.Conv2d | nn.Linear)

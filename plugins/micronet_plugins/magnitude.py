@@ -88,10 +88,12 @@ def allocated(
     """
     magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
     if scope == "layer":
-        return [round(min(sparsity, limit) * m.numel()) for m in magnitudes]
+        return [min(round(sparsity * m.numel()), int(limit * m.numel())) for m in magnitudes]
     if scope == "erk":
         densities = erk_densities([dimensions(layer) for layer in layers], 1 - sparsity, 1 - limit)
-        return [round((1 - d) * m.numel()) for d, m in zip(densities, magnitudes, strict=True)]
+        return [
+            min(round((1 - d) * m.numel()), int(limit * m.numel())) for d, m in zip(densities, magnitudes, strict=True)
+        ]
     return zeros_by_layer(worths(magnitudes, scope, costs or [1.0] * len(layers)), sparsity, limit)
 
 

@@ -120,10 +120,11 @@ def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator
     model.train()
     for step, (inputs, labels) in enumerate(chain.from_iterable(repeat(batches, options.epochs)), 1):
         optimizer.zero_grad()
-        logits = model(inputs)
-        if (largest := int(labels.max())) >= logits.shape[1]:
-            raise InputError(f"training: label {largest} has no output; the model has {logits.shape[1]}")
-        nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+        outputs = model(inputs)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs  # a language model returns its state, too
+        if (largest := int(labels.max())) >= logits.shape[-1]:
+            raise InputError(f"training: label {largest} has no output; the model has {logits.shape[-1]}")
+        nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if 100 * step // steps > 100 * (step - 1) // steps:

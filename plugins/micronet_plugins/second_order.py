@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import copied
 from micronet_plugins.magnitude import LIMIT, SHARING, SPARSITY, Scope, allocated, set_mask
-from micronet_plugins.weights import grouped, parametrizations_of, second_moments, ungrouped, weight_of
+from micronet_plugins.weights import (
+    grouped,
+    parametrizations_of,
+    second_moments,
+    ungrouped,
+    upper_factor_of_inverse,
+    weight_of,
+)
 
 
 class Wanda(Sparsifier):
@@ -35,7 +42,9 @@ class Wanda(Sparsifier):
             scores = weight.abs() * moment.diagonal(dim1=1, dim2=2).sqrt()[:, None, :]
             scores = scores.masked_fill(weight == 0, -1)
             ranks = scores.argsort(dim=2, stable=True).argsort(2)
-            set_mask(model, layer, ungrouped(layer, ranks >= round(count / weight.numel() * weight.shape[2])))
+            inputs = weight.shape[2]
+            zeros = min(round(count / weight.numel() * inputs), int(self.limit * inputs))
+            set_mask(model, layer, ungrouped(layer, ranks >= zeros))
         return model
 
 
@@ -87,7 +96,7 @@ def sweep(weight: Tensor, h: Tensor, sparsity: float, block: int) -> tuple[Tenso
     Row j of the upper Cholesky factor U of H^-1 is the first row of the inverse of H[j:, j:], divided by its root
     U_jj. What is zero already comes first.
     """
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    factor = upper_factor_of_inverse(h)
     new, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     for start in range(0, len(h), block):
         end = min(start + block, len(h))

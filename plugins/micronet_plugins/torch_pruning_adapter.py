@@ -71,7 +71,8 @@ class TorchPruning(Pruner):
                     max_pruning_ratio=self.limit,
                     global_pruning=self.across == "network",
                     round_to=self.round_to,
-                    ignored_layers=[layer for path, layer in dot_products(model).items() if path in outputs],
+                    ignored_layers=[layer for path, layer in dot_products(model).items() if path in outputs]
+                    + [m for m in model.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm)],
                 )
                 if self.importance == "taylor":
                     for inputs, labels in islice(context.training_data, self.batches):

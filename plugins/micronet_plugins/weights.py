@@ -126,6 +126,17 @@ def second_moments(model: nn.Module, context: Context, batches: int, strategy: s
     return {path: moment.double() for path, moment in sums.items()}
 
 
+def upper_factor_of_inverse(h: Tensor) -> Tensor:
+    """U with H^-1 = U^T U, [..., d, d]. Raises InputError where H is not positive definite."""
+    try:
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise InputError(
+            "what a layer reads has second moments that cannot be inverted; raise damping, take more batches, or train "
+            "the model first"
+        ) from error
+
+
 def _inputs_of_outputs(layer: nn.Module, description: dict[str, Any]) -> nn.Module:
     """The layer with the identity as its weight: its outputs are the inputs that each output value is a sum of.
 

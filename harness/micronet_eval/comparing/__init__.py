@@ -127,13 +127,13 @@ def compare(
     shown = None if columns is None else tuple(chosen(columns))
     sorted_rows((), sort)  # what is unknown is told before anything runs
     root, store = None if data is None else Path(data), Path(results)
-    todo = jobs_in(list(map(Path, paths)), seeds, root, isolation)
     kinds: dict[plugins.Kind, OneOrMore] = {"pruner": pruners, "sparsifier": sparsifiers, "quantizer": quantizers}
     cells = grid([[c for text in _several(texts) for c in parse(kind, text)] for kind, texts in kinds.items()])
     if cells and on is None:
         raise InputError("strategies are compared on a trained network: give the recipe that trains it by --on")
-    if on is not None:
-        todo += jobs_of(cells, Path(on), seeds, fine_tune, root, store.with_suffix(".kept"))
+    kept = store.with_suffix(".kept")
+    strategies = [] if on is None else jobs_of(cells, Path(on), seeds, fine_tune, root, kept)
+    todo = jobs_in(list(map(Path, paths)), seeds, root, isolation, {job.name for job in strategies}) + strategies
     if not todo:
         raise InputError("nothing to compare; give recipes, submissions, or strategies with --on RECIPE")
     todo = list(dict.fromkeys(todo))  # what is given twice is run once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,12 +139,14 @@ def jobs_at(path: Path, seeds: int, data: Path | None, isolation: Isolation = AU
     return [Job(name, seed, tomli_w.dumps(_seeded(recipe, seed)), data=root) for seed in range(seeds)]
 
 
-def jobs_in(paths: Sequence[Path], seeds: int, data: Path | None, isolation: Isolation = AUTO) -> list[Job]:
-    """Those of several paths, as `jobs_at`. What would have the name of another has its path for a name."""
+def jobs_in(
+    paths: Sequence[Path], seeds: int, data: Path | None, isolation: Isolation = AUTO, taken: Set[str] = frozenset()
+) -> list[Job]:
+    """Those of several paths, as `jobs_at`. What would have the name of another, or one taken, has its path for it."""
     found = {path: jobs_at(path, seeds, data, isolation) for path in paths}
     names = [jobs[0].name for jobs in found.values()]
     return [
-        job if names.count(job.name) == 1 else replace(job, name=printable(str(path)))
+        job if names.count(job.name) == 1 and job.name not in taken else replace(job, name=printable(str(path)))
         for path, jobs in found.items()
         for job in jobs
     ]

@@ -8,7 +8,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import get_type_hints
@@ -64,7 +64,8 @@ def results_of(
     execute, workers = executor_of(executor), workers or os.cpu_count() or 1
     with _opened(results) as store:
         keys = {job: job.key for job in jobs}  # of what they read now, not when they have ended
-        done = {job: Result(**json.loads(row[0])) for job in jobs if (row := _row(store, keys[job])) is not None}
+        kept = {job: row for job in jobs if (row := _row(store, keys[job])) is not None}
+        done = {job: replace(Result(**json.loads(row[0])), name=job.name) for job, row in kept.items()}
         missing = [job for job in jobs if job not in done]
         watch([*done.values()], min(len(missing), workers))
         for job, result in execute(run, missing, workers):
