@@ -148,6 +148,12 @@ def test_tracing_leaves_the_model_as_it_was():
         torch.testing.assert_close(model(torch.ones(3, 4)), model.far(model.trunk(torch.ones(3, 4))))
 
 
+@pytest.mark.parametrize("share", [float("nan"), float("inf")])
+def test_shares_that_are_no_numbers(share):
+    with pytest.raises(InputError, match="must be numbers from 0 to 1"):
+        micronet_eval.score(fork(), EXAMPLE, shares={"short": share, "long": 0.5})
+
+
 # --- compressed -------------------------------------------------------------------------------------------------------
 
 

@@ -340,6 +340,8 @@ def test_factors_of_other_operations_are_numbers_in_the_code():
     assert count(Call(lambda x: F.leaky_relu(x, 0.1)), 1, 4).storage.code_bits == 32
     assert count(Call(lambda x: F.leaky_relu(x, 0.25)), 1, 4).storage.code_bits == 0  # a shift
     assert count(Call(lambda x: torch.add(x, x, alpha=0.3)), 1, 4).storage.code_bits == 32
+    assert count(Call(lambda x: torch.lerp(x, x.flip(1), 0.3)), 1, 4).storage.code_bits == 32
+    assert count(Call(lambda x: torch.addcmul(x, x, x, value=0.3)), 1, 4).storage.code_bits == 32
     plain = count(Call(lambda x: torch.add(x, x)), 1, 4)
     assert plain.storage.code_bits == 0
     assert plain.layers[0].weight_bits == 0
@@ -358,6 +360,8 @@ def causal(x):
         (lambda p: p.masked_fill(torch.tensor([True, False, True, False]), 0.37), 4 * 32),
         (lambda p: torch.cat([torch.arange(v, v + 1, 10.0) for v in (0.1, 0.2, 0.3, 0.4)]), 4 * 32),
         (lambda p: torch.tril(torch.ones(4, 4)), 32 + 16),  # where, and what
+        (lambda p: torch.full_like(p, 0.37), 32),  # only its shape is that of the parameter
+        (lambda p: torch.ones_like(p), 0),
         (lambda p: torch.arange(4), 0),
         (lambda p: F.pad(p[:0], (0, 4), value=0.5), 0),
     ],
@@ -612,6 +616,7 @@ def test_what_cannot_be_traced_is_an_input_error(model, example, message):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
-def test_a_torchscript_module_is_an_input_error():
+@pytest.mark.parametrize("around", [lambda layer: layer, nn.Sequential])
+def test_a_torchscript_module_is_an_input_error(around):
     with pytest.raises(InputError, match="TorchScript"):
-        trace(torch.jit.script(nn.Linear(4, 4)), torch.zeros(1, 4))
+        trace(around(torch.jit.script(nn.Linear(4, 4))), torch.zeros(1, 4))

@@ -6,6 +6,7 @@ trace runs every path once for all examples, and a forward pass on data remember
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -128,6 +129,8 @@ def exact_shares(paths: Sequence[str], shares: Mapping[str, Decimal | float]) ->
     if set(shares) != set(paths):
         takes = f"takes: {', '.join(paths)}" if any(paths) else "has only one path"
         raise InputError(f"shares are given of {', '.join(shares)}, but the model {takes}")
+    if not all(math.isfinite(share) for share in shares.values()):
+        raise InputError(f"the shares of all paths must be numbers from 0 to 1: {', '.join(map(str, shares.values()))}")
     exact = {path: Fraction(str(shares[path])) for path in paths}
     if min(exact.values()) < 0 or sum(exact.values()) != 1:
         given = ", ".join(f"{path} = {shares[path]}" for path in paths)

@@ -97,6 +97,9 @@ _NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
     **{f"aten.{name}": {"other": (1, 1)} for name in ("mul", "div")},
     **{f"aten.{name}": {"other": (1, 1), "alpha": (2, 1)} for name in ("add", "sub", "rsub")},
     "aten.leaky_relu": {"negative_slope": (1, 0.01)},
+    "aten.lerp": {"weight": (2, 1)},
+    "aten.addcmul": {"value": (3, 1)},
+    "aten.addcdiv": {"value": (3, 1)},
     **{f"aten.avg_pool{n}d": {"divisor_override": (6, 1)} for n in (2, 3)},
 }
 """Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""

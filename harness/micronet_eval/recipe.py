@@ -544,9 +544,10 @@ def data_of(recipe: Recipe, task: Task, root: Path | None) -> tuple[Dataset[Any]
     if not recipe.validation:
         return whole, None
     if not 0 < held_out < examples:
+        taken = f"{held_out:,}" if held_out else "none"
         raise InputError(
-            f"field 'validation': {recipe.validation} of {examples:,} examples holds out {f'{held_out:,}' if held_out else 'none'}; take a "
-            "share that leaves some on both sides"
+            f"field 'validation': {recipe.validation} of {examples:,} examples holds out {taken}; take a share that "
+            "leaves some on both sides"
         )
     if task.metric == "perplexity":
         order = list(range(examples))

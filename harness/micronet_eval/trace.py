@@ -109,7 +109,7 @@ class Value:
             if value.producer is None:
                 found[value] = None
                 continue
-            for source in reversed(value.producer.inputs):
+            for source in reversed(value.producer.inputs if value.producer.name not in FILLS else ()):
                 if source.is_constant and source not in seen:
                     seen.add(source)
                     waiting.append(source)
@@ -265,7 +265,7 @@ def uncollected() -> Iterator[None]:
 
 def _check(model: nn.Module, example_input: Example) -> None:
     """Raises InputError for what cannot be traced at all."""
-    if isinstance(model, torch.jit.ScriptModule):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("a TorchScript module shows none of its operations; give the original module")
     given = example_input if isinstance(example_input, Tensor | Sequence | Mapping) else None
     if not any(isinstance(item, Tensor) for item in tree_flatten(given)[0]):
