@@ -225,14 +225,17 @@ def _against(kept: dict[str, Any]) -> list[str]:
             f"{ours['score'] / x['score']:.2f} | {x['correct']:,} | {verdict} |"
         )
     lines += ["", *(f"- {x['folder']}: {x['note']}." for x in theirs if x["note"])]
+    best = min((x for x in theirs if x["passed"]), key=lambda x: x["score"])
+    lines.append(
+        f"- The cheapest of theirs that passes is {best['folder']}; ours is {ours['score'] / best['score']:.2f} of it."
+    )
     if ours["score_wide"] != ours["score"]:
-        ratio = ours["score_wide"] / min(x["score"] for x in theirs)
         lines.append(
             "- Accumulators of few bits are part of our recipe, and of no toolkit's."
-            f"{_wide(ours)[:-1]}, {ratio:.2f} of theirs."
+            f"{_wide(ours)[:-1]}, {ours['score_wide'] / best['score']:.2f} of theirs."
         )
-    if min(theirs, key=lambda x: x["score"])["passed"]:
-        lines.append("- The cheapest of theirs passes: a larger share of the channels may, too, and cost less.")
+    if best is min(theirs, key=lambda x: x["score"]):
+        lines.append("- A larger share of the channels than those that were tried may pass, too, and cost less.")
     if fewer := [x["folder"] for x in theirs if x["epochs"] < ours["epochs"]]:
         lines.append(f"- {', '.join(fewer)}: fewer epochs than ours; with as many, more of it may be right.")
     told = ", ".join(f"{name} {kept['environment'][name]}" for name in ("torch-pruning", "torchao"))
