@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from micronet_eval.costs import FORMULAS
 from micronet_eval.evaluation import score
+from micronet_eval.precision import bit_widths
 from micronet_eval.scoring import account
 from micronet_eval.trace import trace
 
@@ -299,6 +300,28 @@ def test_narrowing_in_two_steps_denies_the_freebie(narrow):
 
     found = count(Layer(0.1), 2, 4)
     assert (found.freebie, found.layers[-1].input_bits) == (False, 8)
+
+
+@pytest.mark.parametrize(
+    ("move", "bits"),
+    [
+        (lambda x: F.pad(x, (1, 1)), 4),
+        (lambda x: F.pad(x, (1, 1), value=0.3712), 32),
+        (lambda x: x.masked_fill(x > 0, 0.3712), 32),
+        (lambda x: F.threshold(x, 0.1, 0.3712), 32),
+        (lambda x: F.threshold(x, 0.1, 0.0), 4),
+        (lambda x: x.max(1, keepdim=True).values, 4),
+        (lambda x: x.max(1, keepdim=True).indices, 64),
+        (lambda x: x.topk(2)[1], 64),
+    ],
+)
+def test_moves_keep_the_width_but_of_places_and_of_numbers_that_they_write(move, bits):
+    class Moved(nn.Module):
+        def forward(self, x):
+            return move(torch.fake_quantize_per_tensor_affine(x, 0.125, 0, -8, 7))
+
+    recorded = trace(Moved(), torch.zeros(2, 4))
+    assert bit_widths(recorded)[recorded.outputs[0]] == bits
 
 
 def test_a_table_of_integers_denies_the_freebie_and_its_index_does_not():

@@ -55,7 +55,7 @@ def bit_widths(trace: Trace) -> Mapping[Value, int]:
                     grid.code_bits, *(widths[v] for v in op.inputs[:1] if is_conversion(op)), dtype_width(out)
                 )
                 widths[out] += grid.shifts_while_running
-            elif keeps_width(op) and (inputs := data_inputs(op)):
+            elif _moves_into(op, out) and (inputs := data_inputs(op)):
                 widths[out] = min(max(widths[v] for v in inputs), dtype_width(out))
             else:
                 widths[out] = dtype_width(out)
@@ -103,6 +103,29 @@ _NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
     **{f"aten.avg_pool{n}d": {"divisor_override": (6, 1)} for n in (2, 3)},
 }
 """Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""
+
+
+def _moves_into(op: Op, out: Value) -> bool:
+    """Whether an output is some of the values that go in: no places of them, and no other number beside them."""
+    return keeps_width(op) and (out is op.out or out.dtype == op.out.dtype) and written_number(op) is None
+
+
+_WRITES: Mapping[str, int] = {
+    "aten.constant_pad_nd": 2, "aten.fill": 1, "aten.masked_fill": 2, "aten.index_fill": 3, "aten.scatter": 3,
+    "aten.threshold": 2,
+}  # fmt: skip
+"""Moves and selections that write a number -> where it stands."""
+
+
+def written_number(op: Op) -> float | None:
+    """The number that a move writes beside the values, if it says something.
+
+    Powers of two do not, and infinity does not, which masks of attention are made of.
+    """
+    number = op.arg(_WRITES[op.name], "value") if op.name in _WRITES else None
+    if not isinstance(number, int | float) or math.isinf(number) or number_width(number) == 1:
+        return None
+    return float(number)
 
 
 def _factors(op: Op) -> list[Value]:
@@ -359,4 +382,5 @@ __all__ = [
     "pending",
     "through_views",
     "with_scales",
+    "written_number",
 ]

@@ -7,12 +7,10 @@ bit a block, whichever is smallest.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -51,7 +49,7 @@ from micronet_eval.grids import (
 )
 from micronet_eval.masks import ELEMENT, Block, candidates, fewest, kept_elements, mask_bits
 from micronet_eval.nonzeros import count_true, is_nonzero
-from micronet_eval.precision import number_width, numbers
+from micronet_eval.precision import number_width, numbers, written_number
 from micronet_eval.shapes import hashable
 from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
 
@@ -321,21 +319,11 @@ def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
     return [(n, _in_code(f"number {n!r}", torch.tensor(float(n)), Plain("float32"))) for n in found]
 
 
-_WRITES = MappingProxyType({"aten.constant_pad_nd": 2, "aten.fill": 1, "aten.masked_fill": 2, "aten.index_fill": 3,
-                            "aten.scatter": 3})  # fmt: skip
-"""Moves that write a number between constants -> where it stands."""
-
-
 def _written_numbers(op: Op) -> list[_Source]:
-    """The number that a move writes between constants, counted as one that tensors are multiplied by.
-
-    Infinity says nothing: it is what a mask of attention is made of.
-    """
-    place = _WRITES.get(op.name, -1)
-    number = op.arg(place, "value") if place >= 0 else None
-    if not isinstance(number, int | float) or math.isinf(number) or number_width(float(number)) == 1:
+    """The number that a move writes between constants, counted as one that tensors are multiplied by."""
+    if (number := written_number(op)) is None:
         return []
-    value = _number(float(number))
+    value = _number(number)
     return [(value, Stored(f"number {number!r}", value, Plain("float32"), False, in_code=True), None)]
 
 
