@@ -116,18 +116,19 @@ def followed(
     value: Item, sources: Callable[[Item], Sequence[Item]], find: Callable[[Item, list[Found]], Found]
 ) -> Found:
     """What `find` says of a value and of what it says of its sources: each is asked once, at whatever depth."""
-    if not sources(value):
+    before = sources(value)
+    if not before:
         return find(value, [])
     known: dict[Item, Found] = {}
-    waiting = [value]
+    waiting = [(value, before)]
     while waiting:
-        last = waiting[-1]
-        before = sources(last)
+        last, before = waiting[-1]
         if missing := [source for source in before if source not in known]:
-            waiting += missing
+            waiting += [(source, sources(source)) for source in missing]
             continue
-        known[last] = find(last, [known[source] for source in before])
         waiting.pop()
+        if last not in known:
+            known[last] = find(last, [known[source] for source in before])
     return known[value]
 
 

@@ -187,7 +187,9 @@ def has_sign_bit(value: Value) -> bool:
 
 def pending(value: Value) -> Grid | None:
     """The grid of an activation that is still codes times one scale: from a conversion, through moves, ReLU and max."""
-    return followed(value, _moved_activations, _pending)
+    while len(moved := _moved_activations(value)) == 1:  # as nearly always
+        value = moved[0]
+    return followed(value, _moved_activations, _pending) if moved else _pending(value, [])
 
 
 def _moved_activations(value: Value) -> list[Value]:

@@ -293,7 +293,7 @@ def _sources_of(use: _Use, found: list[list[_Source]]) -> list[_Source]:
         return [(grid.codes, _stored(grid.codes, op, grid, value), None), *sides]
     itself = _stored(value, op, constant_grid(value))
     producer = value.producer
-    if producer is None or not _moved_from(use):
+    if producer is None or not found:
         return [(value, itself, None)]
     moved = {s[0]: s for sources in (*found, _written_numbers(producer)) for s in sources}
     if not moved and producer.name in ("aten.tril", "aten.triu"):
