@@ -153,12 +153,11 @@ _Readers = Mapping[Value, set[str | None]]
 
 def _readers(recorded: Trace) -> _Readers:
     """On all paths of a conditional model."""
-    read = ((op.module, v) for op in recorded.ops for v in op.inputs)
+    read = [(op.module, v) for op in recorded.ops for v in op.inputs if v.data is not None]
     found: dict[Value, set[str | None]] = {}
-    for module, value in (*read, *((None, v) for v in recorded.outputs)):
-        if value.is_constant:
-            for leaf in value.leaves():
-                found.setdefault(leaf, set()).add(module)
+    for module, value in (*read, *((None, v) for v in recorded.outputs if v.data is not None)):
+        for leaf in (value,) if value.producer is None else value.leaves():
+            found.setdefault(leaf, set()).add(module)
     return found
 
 
@@ -288,7 +287,9 @@ def _merge_forward(layer: nn.Module, norm: _BatchNorm) -> None:
 def _bias_in_front(layer: nn.Module, shift: Tensor) -> Tensor:
     """W t + b."""
     weight = layer.weight.detach()  # type: ignore[operator]
-    bias = (_by_group(weight, layer) * _by_input(shift, layer)).flatten(2).sum(2).flatten()
+    taps = _by_group(weight, layer)
+    sums = taps.flatten(3).sum(3) if taps.dim() > 3 else taps  # a channel's weights meet the same shift
+    bias = (sums @ shift.view(len(sums), -1, 1)).flatten()
     return bias if layer.bias is None else bias + layer.bias.detach().double()  # type: ignore[operator]
 
 
