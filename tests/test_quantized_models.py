@@ -302,6 +302,14 @@ def test_narrowing_in_two_steps_denies_the_freebie(narrow):
     assert (found.freebie, found.layers[-1].input_bits) == (False, 8)
 
 
+def test_a_mask_made_of_an_input_does_not_deny_the_freebie():
+    class Masked(FakeQuantized):
+        def forward(self, x):
+            return F.linear(x.masked_fill(x.to(torch.int64).to(torch.bool), 0.0), self.weight)
+
+    assert count(Masked(0.1), 2, 4).freebie
+
+
 @pytest.mark.parametrize(
     ("move", "bits"),
     [

@@ -225,7 +225,7 @@ def freebie_applies(stored: Iterable[Stored], trace: Trace) -> bool:
 def narrows(op: Op) -> bool:
     """Whether an operation quantizes an activation below 16 bits, by a quantizer or by a dtype."""
     if op.name in ("aten._to_copy", "aten.copy"):
-        return dtype_width(data_inputs(op)[0]) >= FREEBIE_BITS > dtype_width(op.out)
+        return dtype_width(data_inputs(op)[0]) >= FREEBIE_BITS > dtype_width(op.out) and op.out.dtype != torch.bool
     return is_conversion(op) and grid_of(op).code_bits < FREEBIE_BITS
 
 
