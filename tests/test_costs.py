@@ -350,6 +350,24 @@ def test_unknown_operation_outside_of_any_submodule_is_said_to_be_in_the_models_
         count(module(lambda self, x: torch.special.i0(x)), (1, 4))
 
 
+@pytest.mark.parametrize(
+    ("function", "mults", "adds"),
+    [
+        (lambda x: torch.addmv(x[0], x, x[0], alpha=0.3), 16 + 4, 16),
+        (lambda x: torch.addmv(x[0], x, x[0], alpha=0.3, beta=0), 16 + 4, 12),
+        (lambda x: torch.addbmm(x, x[None], x[None], beta=0.3), 64 + 16, 64),
+        (lambda x: torch.addr(x, x[0], x[1], alpha=0.3, beta=0.7), 16 + 2 * 16, 16),
+        (lambda x: torch.index_add(x, 0, torch.tensor([1, 2]), x[:2], alpha=0.3), 8, 8),
+        (lambda x: torch.index_add(x, 0, torch.tensor([1, 2]), x[:2]), 0, 8),
+        (lambda x: x.scatter_reduce(0, torch.zeros(4, 4, dtype=torch.int64), x, "mean"), 16, 16),
+        (lambda x: x.scatter_reduce(0, torch.zeros(4, 4, dtype=torch.int64), x, "sum"), 0, 16),
+    ],
+)
+def test_factors_of_sums_multiply(function, mults, adds):
+    found = math_of(module(lambda self, x: function(x)), torch.zeros(4, 4))
+    assert (found.mults, found.adds) == (mults, adds)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize(
     ("layer", "shape"),

@@ -83,16 +83,24 @@ def mm(op: Op) -> Cost:
 
 def addmm(op: Op) -> Cost:
     """beta * bias + alpha * (A @ B): a linear layer, or attention with a mask; a factor other than 1 multiplies."""
+    return matrix_product(op.args[1], op.args[2], bias=_has_bias(op)) + _factors(op)
+
+
+def _has_bias(op: Op) -> bool:
+    return bool(op.kwargs.get("beta", 1) != 0)
+
+
+def _factors(op: Op) -> Cost:
+    """alpha and beta: a multiplication an output for each that is not 1."""
     beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
-    scaled = op.out.numel * ((beta not in (0, 1, -1)) + (alpha not in (1, -1)))
-    return matrix_product(op.args[1], op.args[2], bias=beta != 0) + Cost(mults=scaled)
+    return Cost(mults=op.out.numel * ((beta not in (0, 1, -1)) + (alpha not in (1, -1))))
 
 
 def addbmm(op: Op) -> Cost:
     """bias + the sum of the products of a batch: dot products that go over the batch, too."""
     a = op.args[1]
     terms = a.shape[0] * a.shape[2]
-    return dot_products(op.out.numel * terms, op.out.numel, 1, op.kwargs.get("beta", 1) != 0)
+    return dot_products(op.out.numel * terms, op.out.numel, 1, _has_bias(op)) + _factors(op)
 
 
 def matrix_product(a: Value, b: Value, bias: bool) -> Cost:
@@ -122,7 +130,7 @@ def vector_product(op: Op) -> Cost:
 
 def addmv(op: Op) -> Cost:
     """A matrix times a vector, with bias."""
-    return _times_vector(op.args[1], op.args[2], bias=op.kwargs.get("beta", 1) != 0)
+    return _times_vector(op.args[1], op.args[2], bias=_has_bias(op)) + _factors(op)
 
 
 def _times_vector(a: Value, vector: Value, bias: bool) -> Cost:
@@ -139,7 +147,7 @@ def _times_vector(a: Value, vector: Value, bias: bool) -> Cost:
 
 def outer(op: Op) -> Cost:
     """bias [M, N] + a [M] times b [N]: a multiplication and an addition an element."""
-    return Cost(mults=op.out.numel, adds=op.out.numel)
+    return Cost(mults=op.out.numel, adds=op.out.numel if _has_bias(op) else 0) + _factors(op)
 
 
 def grouped_mm(op: Op) -> Cost:

@@ -112,9 +112,11 @@ def _log2(n: int) -> int:
 
 
 def scattered_sum(op: Op) -> Cost:
-    """One addition for each element that is added somewhere. *(ours)*"""
+    """One addition for each element that is added somewhere; a mean divides, and a factor multiplies. *(ours)*"""
     source = next(v for v in reversed(op.inputs) if v.dtype == op.out.dtype)
-    return Cost(accumulations=source.numel)
+    divides = "mean" in op.args  # of scatter_reduce
+    scales = op.kwargs.get("alpha", 1) not in (1, -1)  # of index_add
+    return Cost(mults=op.out.numel * divides + source.numel * scales, accumulations=source.numel)
 
 
 def index_put(op: Op) -> Cost:
