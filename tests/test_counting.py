@@ -615,6 +615,33 @@ def test_what_cannot_be_traced_is_an_input_error(model, example, message):
         trace(model, example)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: torch.eye(4).to_sparse(), "sparse_coo"),
+        (lambda: torch.eye(4).to_sparse_csr(), "sparse_csr"),
+        (lambda: torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8), "quantized by torch"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_input_errors(make, told):
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("held", make())
+
+        def forward(self, x):
+            return x @ self.held.to_dense()
+
+    with pytest.raises(InputError, match=f"tensor 'held' is .*{told}.* make it dense"):
+        trace(Holds(), torch.zeros(1, 4))
+
+
+def test_an_input_that_is_not_dense_is_an_input_error():
+    with pytest.raises(InputError, match="the example input is sparse or nested"):
+        trace(nn.Linear(4, 4), torch.eye(4).to_sparse())
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 @pytest.mark.parametrize("around", [lambda layer: layer, nn.Sequential])
 def test_a_torchscript_module_is_an_input_error(around):

@@ -268,6 +268,8 @@ def _check(model: nn.Module, example_input: Example) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("a TorchScript module shows none of its operations; give the original module")
     given = example_input if isinstance(example_input, Tensor | Sequence | Mapping) else None
+    if any(isinstance(item, Tensor) and item.layout != torch.strided for item in tree_flatten(given)[0]):
+        raise InputError("the example input is sparse or nested; give a dense one with the shape of one example")
     if not any(isinstance(item, Tensor) for item in tree_flatten(given)[0]):
         raise InputError("the example input is no tensor, nor several; give one with the shape of one example")
 
@@ -280,8 +282,15 @@ def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
             for name, tensor in getattr(module, kind).items():
                 if nn.parameter.is_lazy(tensor):
                     raise InputError("the model has lazy parameters without a shape; run it once on real data first")
-                if tensor is not None:  # a tied parameter has its first name
-                    recorder.known(f"{path}.{name}" if path else name, tensor)
+                if tensor is None:
+                    continue
+                full = f"{path}.{name}" if path else name  # a tied parameter has its first name
+                if tensor.layout != torch.strided or tensor.is_quantized:
+                    what = "quantized by torch" if tensor.is_quantized else tensor.layout
+                    raise InputError(
+                        f"tensor {full!r} is {what}; make it dense, zeros are found, and so are quantizers"
+                    )
+                recorder.known(full, tensor)
     with ExitStack() as stack:
         stack.enter_context(_evaluation(modules))
         stack.enter_context(_swapped(modules, recorder))
