@@ -394,12 +394,11 @@ def test_what_has_one_name_is_not_one_row(base, submission, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_result_goes_by_the_name_of_now(submission, tmp_path):
-    other = tmp_path / "renamed"
-    for folder in (submission, other):
-        if folder is other:
-            submission.rename(other)
-        (row,) = comparing.compare(folder, results=tmp_path / "r.sqlite", executor="here").rows
+def test_a_result_goes_by_the_name_of_now(base, tmp_path):
+    for folder in (tmp_path / "one", tmp_path / "renamed"):
+        folder.mkdir()
+        shutil.copy(base, folder / "recipe.toml")
+        (row,) = comparing.compare(folder / "recipe.toml", results=tmp_path / "r.sqlite", executor="here").rows
         assert row.name == folder.name
 
 

@@ -169,10 +169,8 @@ def test_a_path_that_no_calibration_data_take_is_left_or_told():
 
         def __init__(self):
             super().__init__()
-            self.trunk, self.near = (
-                nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)),
-                nn.Linear(4, 2),
-            )
+            self.trunk = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+            self.near = nn.Linear(4, 2)
             self.far = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 2))
 
         def run(self, x):

@@ -236,11 +236,16 @@ def constant_grid(value: Value) -> Grid | None:
 
     Seen through moves; the index of each element's scale moves along. None where the values lie on no grid.
     """
-    return followed(value, lambda v: data_inputs(v.producer) if _moves(v.producer) else (), _constant_grid)  # type: ignore[arg-type]
+    return followed(value, _moved_constants, _constant_grid)
 
 
-def _moves(op: Op | None) -> bool:
-    return op is not None and op.name in FREE and not (op.name == WRITE_OP or is_conversion(op) or is_reinterpreted(op))
+def moves(op: Op) -> bool:
+    """Whether `op` makes of constants others with the same elements, by no conversion and no partial write."""
+    return op.name in FREE and not (op.name == WRITE_OP or is_conversion(op) or is_reinterpreted(op))
+
+
+def _moved_constants(value: Value) -> tuple[Value, ...]:
+    return data_inputs(value.producer) if value.producer is not None and moves(value.producer) else ()
 
 
 def _constant_grid(value: Value, grids: list[Grid | None]) -> Grid | None:
@@ -250,7 +255,7 @@ def _constant_grid(value: Value, grids: list[Grid | None]) -> Grid | None:
         return None
     if is_conversion(op):
         return grid_of(op)
-    if _moves(op):
+    if moves(op):
         return _moved(op, value, grids)
     if op.name == "aten.mul":
         for codes, scale in permutations((v for v in op.inputs if v.is_constant), 2):

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from micronet_eval.formats import SMALLEST_SCALE, AffineQuantizer, block_indices
 from micronet_eval.precision import through_views
-from micronet_eval.structure import Mask, ScaleShift, layer_type, replace
+from micronet_eval.structure import Mask, ScaleShift, layer_type, original_of, replace
 from micronet_eval.trace import Buffer, Example, Op, Trace, Value, changed, trace
 
 _DOT_PRODUCTS = ("aten.convolution", "aten.addmm", "aten.mm")
@@ -306,10 +306,7 @@ def _by_group(weight: Tensor, layer: nn.Module) -> Tensor:
 
 def _weight(layer: nn.Module) -> Tensor:
     """The weight that may be scaled: of a masked one, the values behind the mask."""
-    masked = parametrize.is_parametrized(layer)
-    weight = layer.parametrizations["weight"].original if masked else layer.weight  # type: ignore[index,union-attr]
-    assert isinstance(weight, Tensor)
-    return weight
+    return original_of(layer, "weight")
 
 
 def _scale_shift(norm: _BatchNorm) -> ScaleShift:

@@ -433,7 +433,7 @@ def _assign(model: nn.Module, places: _Places, name: str, value: Tensor, number_
     """Sets a tensor at its place, and at every other place where the architecture has the same tensor."""
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
-    place = owner._buffers.get(attribute) if attribute in owner._buffers else owner._parameters.get(attribute)
+    place = owner._buffers.get(attribute, owner._parameters.get(attribute))
     if place is not None and value.dtype.itemsize > place.dtype.itemsize:
         raise OffGrid(f"tensor {name!r} is {number_format.spec}, wider than {place.dtype} of the architecture")
     if attribute in owner._buffers:

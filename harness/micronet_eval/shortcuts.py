@@ -120,9 +120,8 @@ class Shortcuts:
         self.recorder, self.call_module = recorder, call
         self.called: dict[Any, _Called] = {}
         self.forwards = {kind: kind.forward for kind in KINDS if _is_torchs(kind)}
-        self.whole: dict[
-            Any, bool
-        ] = {}  # names of all a layer has -> whether it has its options and no step of its own
+        # The names of all that a layer has -> whether its options are among them, and no step of its own.
+        self.whole: dict[Any, bool] = {}
         stand_ins = (stand_in for _, stand_in in recorder.kept.values())
         self.own = {id(t): Layout(t.dtype, t.shape) for t in stand_ins if type(t) is Tensor and not t.is_complex()}
 

@@ -43,7 +43,7 @@ from micronet_eval.grids import (
     grid_of,
     has_only_signs,
     is_conversion,
-    is_reinterpreted,
+    moves,
     through_views,
     values_of,
 )
@@ -51,7 +51,7 @@ from micronet_eval.masks import ELEMENT, Block, candidates, fewest, kept_element
 from micronet_eval.nonzeros import count_true, is_nonzero
 from micronet_eval.precision import number_width, numbers, written_number
 from micronet_eval.shapes import hashable
-from micronet_eval.trace import FILLS, WRITE_OP, Op, Trace, Value, constant
+from micronet_eval.trace import FILLS, Op, Trace, Value, constant
 
 FREEBIE_BITS = 16
 
@@ -265,17 +265,16 @@ def _moved_from(use: _Use) -> list[_Use]:
     """The constants that one is moved from; none where it is stored as itself."""
     value = through_views(use[0])
     producer = value.producer
-    if producer is None or producer.name not in FREE or producer.name in (WRITE_OP, *FILLS) or is_conversion(producer):
+    if producer is None or not moves(producer) or producer.name in FILLS or not producer.inputs:
+        return []  # made of other values, or of numbers
+    if _costs_nothing(value) or _codes_of(value, constant_grid(value)) is not None:
         return []
-    if not producer.inputs or is_reinterpreted(producer) or _costs_nothing(value) or _of_codes(value) is not None:
-        return []  # made of numbers, or of bits, or of nothing
     return [(source, producer) for source in producer.inputs if source.is_constant]
 
 
-def _of_codes(value: Value) -> Grid | None:
-    """The grid of a constant that is made of codes, which are stored in its place."""
-    grid = constant_grid(value)
-    return grid if grid is not None and grid.codes is not None and grid.codes is not value else None
+def _codes_of(value: Value, grid: Grid | None) -> Value | None:
+    """The codes that a constant on a grid is made of, which are stored in its place."""
+    return grid.codes if grid is not None and grid.codes is not value else None
 
 
 def _sources_of(use: _Use, found: list[list[_Source]]) -> list[_Source]:
@@ -283,15 +282,16 @@ def _sources_of(use: _Use, found: list[list[_Source]]) -> list[_Source]:
     value, op = through_views(use[0]), use[1]
     if _costs_nothing(value):
         return []
-    if (grid := _of_codes(value)) is not None and grid.codes is not None:
+    grid = constant_grid(value)
+    if grid is not None and (codes := _codes_of(value, grid)) is not None:
         parts = [v for v in (*grid.scales, *grid.zero_points) if isinstance(v, Value) and v.is_constant]
         sides: list[_Source] = [
             (v, _side(v, grid), None)
             for v in map(through_views, parts)
             if v.data is None or v.data.is_meta or v.data.any()
         ]
-        return [(grid.codes, _stored(grid.codes, op, grid, value), None), *sides]
-    itself = _stored(value, op, constant_grid(value))
+        return [(codes, _stored(codes, op, grid, value), None), *sides]
+    itself = _stored(value, op, grid)
     producer = value.producer
     if producer is None or not found:
         return [(value, itself, None)]
@@ -323,13 +323,14 @@ def _written_numbers(op: Op) -> list[_Source]:
     """The number that a move writes between constants, counted as one that tensors are multiplied by."""
     if (number := written_number(op)) is None:
         return []
-    value = _number(number)
-    return [(value, Stored(f"number {number!r}", value, Plain("float32"), False, in_code=True), None)]
+    stored = _number(number)
+    return [(stored.value, stored, None)]
 
 
 @cache
-def _number(number: float) -> Value:
-    return constant(torch.tensor(number))
+def _number(number: float) -> Stored:
+    """The same for the same number, so that it is stored once."""
+    return _in_code(f"number {number!r}", torch.tensor(number), Plain("float32"))
 
 
 def _in_code(name: str, tensor: Tensor, number_format: Format, is_overhead: bool = False) -> Stored:

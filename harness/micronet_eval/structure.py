@@ -102,6 +102,16 @@ def layer_type(module: nn.Module) -> type[nn.Module]:
     return parametrize.type_before_parametrizations(module)
 
 
+def original_of(layer: nn.Module, name: str) -> Tensor:
+    """The trained tensor behind a parameter's parametrizations."""
+    if parametrize.is_parametrized(layer, name):
+        original = layer.parametrizations[name].original  # type: ignore[index,union-attr]
+        assert isinstance(original, Tensor)
+        return original
+    parameter: Tensor = getattr(layer, name)
+    return parameter
+
+
 def describe(module: nn.Module) -> dict[str, Any] | None:
     """A layer of LAYERS, or a Sequential of them, as plain data; None for everything else."""
     kind = layer_type(module)

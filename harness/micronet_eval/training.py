@@ -26,6 +26,7 @@ from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
 from micronet_eval.parallel import Team, team
 from micronet_eval.strategy import Context
+from micronet_eval.structure import original_of
 from micronet_eval.submission import Table
 from micronet_eval.trace import Example
 
@@ -235,7 +236,7 @@ class _Fit:
         """The teacher's logits."""
         assert self.teacher is not None
         with torch.no_grad(), self.precision():
-            return _outputs(self.teacher, inputs).float()
+            return logits_of(self.teacher, inputs).float()
 
     def epoch(self, batches: Iterable[tuple[Tensor, ...]], progress: Progress) -> str:
         """One pass over the data; says how it went."""
@@ -263,7 +264,7 @@ class _Fit:
         inputs = self.placed(inputs)
         self.optimizer.zero_grad()
         with self.precision():
-            outputs = _outputs(self.whole, inputs).float()
+            outputs = logits_of(self.whole, inputs).float()
         if largest >= outputs.shape[-1]:
             raise InputError(f"train: label {largest} has no output; the model has {outputs.shape[-1]}")
         loss = _loss(outputs, labels, other, share, training)
@@ -304,7 +305,7 @@ class _Fit:
         self.model.eval()
         with torch.no_grad(), self.precision(), parametrize.cached():
             for inputs, labels in loader(dataset, 256, 0, self.team):
-                outputs = _outputs(self.model, self.placed(inputs))
+                outputs = logits_of(self.model, self.placed(inputs))
                 right += int((outputs.argmax(-1) == labels.to(self.team.device)).sum())
                 examples += labels.numel()
         if trained:
@@ -389,14 +390,6 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     )
 
 
-def _trained(module: nn.Module, name: str) -> Tensor:
-    """The tensor that is trained where a module has a parameter of that name."""
-    masked = parametrize.is_parametrized(module, name)
-    trained = module.parametrizations[name].original if masked else getattr(module, name)  # type: ignore[index,union-attr]
-    assert isinstance(trained, Tensor)
-    return trained
-
-
 @contextmanager
 def learning_rate_factors(model: nn.Module) -> Iterator[None]:
     """Multiplies what an optimizer's step in here changes by the factors that a pruner set for some elements.
@@ -409,7 +402,7 @@ def learning_rate_factors(model: nn.Module) -> Iterator[None]:
         (parameter, parameter.detach().clone(), factor)
         for module in model.modules()
         for name, factor in getattr(module, "learning_rate_factors", {}).items()
-        if (parameter := _trained(module, name)).shape == factor.shape
+        if (parameter := original_of(module, name)).shape == factor.shape
     ]
     yield
     with torch.no_grad():
@@ -468,9 +461,10 @@ def _loss(outputs: Tensor, labels: Tensor, other: Tensor, share: float, training
     return against(labels) if share == 1 else share * against(labels) + (1 - share) * against(labels[other])
 
 
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What a model says; a language model says its state, too, which is left out."""
     outputs = model(inputs)
-    logits: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs  # a language model returns its state, too
+    logits: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from micronet_eval.formats import Affine, AffineQuantizer
 from micronet_eval.strategy import Context
-from micronet_eval.structure import QUANTIZERS, quantizers_of, replace, set_quantizers, traced
+from micronet_eval.structure import QUANTIZERS, original_of, quantizers_of, replace, set_quantizers, traced
 from micronet_eval.trace import trace
 from micronet_plugins.calibration import Calibration, Observed, affine_format, observe
 from micronet_plugins.layerwise import (
@@ -22,7 +22,7 @@ from micronet_plugins.layerwise import (
     quantize_each,
     weights_of,
 )
-from micronet_plugins.weights import DOT_PRODUCTS, original_of
+from micronet_plugins.weights import DOT_PRODUCTS
 
 
 class ScaledQuantizer(WeightQuantizer):

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer, block_indices
 from micronet_eval.strategy import Context
-from micronet_eval.structure import Mask, layer_type
+from micronet_eval.structure import Mask, layer_type, original_of
 from micronet_plugins.calibration import Calibration, affine_format
 from micronet_plugins.layerwise import (
     Granularity,
@@ -23,7 +23,7 @@ from micronet_plugins.layerwise import (
     set_weight,
     weights_of,
 )
-from micronet_plugins.weights import original_of, upper_factor_of_inverse
+from micronet_plugins.weights import upper_factor_of_inverse
 
 _BLOCK = 128  # columns
 

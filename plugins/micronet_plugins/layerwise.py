@@ -17,9 +17,18 @@ from micronet_eval.formats import ActivationQuantizer, AffineQuantizer, FixedPoi
 from micronet_eval.merge import is_norm, merged, without_batch_norm
 from micronet_eval.placement import multiplied_nodes
 from micronet_eval.strategy import Context, Quantizer
-from micronet_eval.structure import OF_INPUT, StructureError, copied, layer_type, quantizers_of, set_quantizers, traced
+from micronet_eval.structure import (
+    OF_INPUT,
+    StructureError,
+    copied,
+    layer_type,
+    original_of,
+    quantizers_of,
+    set_quantizers,
+    traced,
+)
 from micronet_plugins.calibration import Observed, affine_format, exponent_of, observe
-from micronet_plugins.weights import DOT_PRODUCTS, original_of
+from micronet_plugins.weights import DOT_PRODUCTS
 
 Granularity = Literal["tensor", "channel", "group"]
 

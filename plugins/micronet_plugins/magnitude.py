@@ -88,13 +88,16 @@ def allocated(
     """
     magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
     if scope == "layer":
-        return [min(round(sparsity * m.numel()), int(limit * m.numel())) for m in magnitudes]
+        return [share_of(m.numel(), sparsity, limit) for m in magnitudes]
     if scope == "erk":
         densities = erk_densities([dimensions(layer) for layer in layers], 1 - sparsity, 1 - limit)
-        return [
-            min(round((1 - d) * m.numel()), int(limit * m.numel())) for d, m in zip(densities, magnitudes, strict=True)
-        ]
+        return [share_of(m.numel(), 1 - d, limit) for d, m in zip(densities, magnitudes, strict=True)]
     return zeros_by_layer(worths(magnitudes, scope, costs or [1.0] * len(layers)), sparsity, limit)
+
+
+def share_of(count: int, share: float, limit: float) -> int:
+    """The nearest whole number to a share of so many, not above the limit's."""
+    return min(round(share * count), int(limit * count))
 
 
 def worths(magnitudes: Sequence[Tensor], scope: Literal["global", "lamp"], costs: Sequence[float]) -> list[Tensor]:

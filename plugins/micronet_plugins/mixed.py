@@ -19,11 +19,10 @@ from micronet_eval.merge import without_batch_norm
 from micronet_eval.placement import readers
 from micronet_eval.precision import LINEAR
 from micronet_eval.strategy import Context, Quantizer
-from micronet_eval.structure import StructureError, copied, quantizers_of, traced
+from micronet_eval.structure import StructureError, copied, original_of, quantizers_of, traced
 from micronet_eval.trace import trace
 from micronet_plugins.calibration import Observed, exponent_of, observe
 from micronet_plugins.layerwise import least_error, quantize_rest, set_fixed_point, weights_of
-from micronet_plugins.weights import original_of
 
 
 class Mixed(Quantizer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import Mask, copied
-from micronet_eval.training import loader
+from micronet_eval.training import loader, logits_of
 from micronet_plugins.magnitude import LIMIT, SPARSITY, set_mask, zero_smallest, zeros_by_layer
 from micronet_plugins.weights import dot_products, parametrizations_of, sharing, weight_of
 
@@ -120,8 +120,7 @@ def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator
     model.train()
     for step, (inputs, labels) in enumerate(chain.from_iterable(repeat(batches, options.epochs)), 1):
         optimizer.zero_grad()
-        outputs = model(inputs)
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs  # a language model returns its state, too
+        logits = logits_of(model, inputs)
         if (largest := int(labels.max())) >= logits.shape[-1]:
             raise InputError(f"training: label {largest} has no output; the model has {logits.shape[-1]}")
         nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()).backward()  # type: ignore[no-untyped-call]

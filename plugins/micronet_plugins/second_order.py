@@ -7,11 +7,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from micronet_eval.strategy import Context, Sparsifier
-from micronet_eval.structure import copied
-from micronet_plugins.magnitude import LIMIT, SHARING, SPARSITY, Scope, allocated, set_mask
+from micronet_eval.structure import copied, original_of
+from micronet_plugins.magnitude import LIMIT, SHARING, SPARSITY, Scope, allocated, set_mask, share_of
 from micronet_plugins.weights import (
     grouped,
-    parametrizations_of,
     second_moments,
     ungrouped,
     upper_factor_of_inverse,
@@ -43,7 +42,7 @@ class Wanda(Sparsifier):
             scores = scores.masked_fill(weight == 0, -1)
             ranks = scores.argsort(dim=2, stable=True).argsort(2)
             inputs = weight.shape[2]
-            zeros = min(round(count / weight.numel() * inputs), int(self.limit * inputs))
+            zeros = share_of(inputs, count / weight.numel(), self.limit)
             set_mask(model, layer, ungrouped(layer, ranks >= zeros))
         return model
 
@@ -77,9 +76,8 @@ class OBS(Sparsifier):
                 for matrix, h in zip(matrices, moment, strict=True)
             ]
             weight, kept = (ungrouped(layer, torch.stack(parts)) for parts in zip(*found, strict=True))
-            masked = parametrizations_of(layer)
             with torch.no_grad():
-                (layer.weight if masked is None else masked.original).copy_(weight)  # type: ignore[operator]
+                original_of(layer, "weight").copy_(weight)
             set_mask(model, layer, kept)
         return model
 

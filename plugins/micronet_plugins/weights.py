@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context
-from micronet_eval.structure import Mask, build_layer, describe
+from micronet_eval.structure import Mask, build_layer, describe, original_of
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -41,16 +41,6 @@ def parametrizations_of(layer: nn.Module) -> ParametrizationList | None:
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     return cast(ParametrizationList, cast(nn.ModuleDict, layer.parametrizations)["weight"])
-
-
-def original_of(layer: nn.Module, name: str) -> Tensor:
-    """The trained tensor behind a parameter's parametrizations."""
-    if parametrize.is_parametrized(layer, name):
-        original = layer.parametrizations[name].original  # type: ignore[index,union-attr]
-        assert isinstance(original, Tensor)
-        return original
-    parameter: Tensor = getattr(layer, name)
-    return parameter
 
 
 def sharing(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
