@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace as replaced
 from functools import cache
 from typing import Any, Literal, TypeGuard
@@ -29,6 +29,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MERGES_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
 
 Direction = Literal["backward", "forward"]
+ScaleAndShift = tuple[Tensor, Tensor]
 BOTH: tuple[Direction, ...] = ("backward", "forward")
 
 
@@ -236,16 +237,37 @@ def _scaled(layer: nn.Module, quantizer: AffineQuantizer, norm: _BatchNorm) -> t
     return (scaled, codes * scaled.double()[where]) if bool(fit.all() & (scaled >= SMALLEST_SCALE).all()) else None
 
 
-def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: _BatchNorm) -> ScaleAndShift:
     """weight / sqrt(var + eps) and bias - mean * scale, in float64."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return scale.detach(), shift.detach()
+    return _scales_and_shifts([norm])[norm]
+
+
+@torch.no_grad()
+def _scales_and_shifts(norms: Iterable[_BatchNorm]) -> dict[_BatchNorm, ScaleAndShift]:
+    """Those of each norm. Norms on one device are computed together: calling torch takes longer than computing."""
+    on_device: dict[torch.device, list[_BatchNorm]] = {}
+    for norm in dict.fromkeys(norms):
+        assert norm.running_mean is not None
+        on_device.setdefault(norm.running_mean.device, []).append(norm)
+    found: dict[_BatchNorm, ScaleAndShift] = {}
+    for together in on_device.values():
+        means: list[Tensor] = [norm.running_mean for norm in together]  # type: ignore[misc]
+        variances: list[Tensor] = [norm.running_var for norm in together]  # type: ignore[misc]
+        weights: list[Tensor] = [
+            torch.ones_like(m) if n.weight is None else n.weight for n, m in zip(together, means, strict=True)
+        ]
+        biases: list[Tensor] = [
+            torch.zeros_like(m) if n.bias is None else n.bias for n, m in zip(together, means, strict=True)
+        ]
+        sizes = [len(mean) for mean in means]
+        mean, variance, weight, bias = (torch.cat(of).double() for of in (means, variances, weights, biases))
+        eps = mean.new_tensor([norm.eps for norm in together])
+        eps = eps.repeat_interleave(torch.tensor(sizes, device=eps.device), output_size=len(mean))
+        scale = (variance + eps).rsqrt() * weight
+        shift = bias - mean * scale
+        pairs = zip(scale.split_with_sizes(sizes), shift.split_with_sizes(sizes), strict=True)
+        found |= zip(together, pairs, strict=True)
+    return found
 
 
 def _merge_backward(layer: nn.Module, norm: _BatchNorm) -> None:
@@ -288,7 +310,8 @@ def _bias_in_front(layer: nn.Module, shift: Tensor) -> Tensor:
     """W t + b."""
     weight = layer.weight.detach()  # type: ignore[operator]
     taps = _by_group(weight, layer)
-    sums = taps.flatten(3).sum(3) if taps.dim() > 3 else taps  # a channel's weights meet the same shift
+    # A channel's weights meet the same shift.
+    sums = taps.flatten(3).sum(3) if taps.shape[3:].numel() > 1 else taps.reshape(taps.shape[:3])
     bias = (sums @ shift.view(len(sums), -1, 1)).flatten()
     return bias if layer.bias is None else bias + layer.bias.detach().double()  # type: ignore[operator]
 
@@ -336,6 +359,7 @@ class _Rewriting:
         self.buffers = dict(recorded.buffers)
         self.moved: dict[Buffer, Buffer] = {}
         self.folded = recorded.folded
+        self.factors = _scales_and_shifts(norm for norm in modules.values() if is_norm(norm))
         self.shifts: dict[str, tuple[Value, Value]] = {}
 
     def without_norms(self, merges: Mapping[str, tuple[str, Direction]]) -> Trace:
@@ -380,7 +404,7 @@ class _Rewriting:
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         scales = []
         for path, way in norms:
-            scale, shift = _scale_and_shift(self._norm(path))
+            scale, shift = self.factors[self._norm(path)]
             exact = _bias_behind(bias, scale, shift) if way == "backward" else _bias_in_front(layer, shift)
             bias = exact.to(weight.dtype)
             scales.append(scale)
