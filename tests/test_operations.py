@@ -755,12 +755,18 @@ def test_a_look_up_by_what_is_no_single_table_is_no_permutation(function):
     assert math_of(picked, torch.ones(2, 2), places).mults == 0
 
 
-def test_a_mask_as_an_index_is_refused():
-    """How many rows it takes depends on its values, so that it is never taken for a permutation."""
-    picked = Call(lambda self, x: x[self.every])
-    picked.register_buffer("every", torch.ones(3, dtype=torch.bool))
-    with pytest.raises(InputError, match="depends on values"):
-        math_of(picked, torch.ones(3, 4))
+@pytest.mark.parametrize("kept", [[True, True, True], [True, False, True]])
+def test_a_constant_mask_as_an_index_picks_rows_in_their_order(kept):
+    """It is no permutation, even where it takes all."""
+    picked = Call(lambda self, x: x[self.every].relu())
+    picked.register_buffer("every", torch.tensor(kept))
+    assert math_of(picked, torch.ones(3, 4)).mults == 4 * sum(kept)  # the ReLU's
+
+
+@pytest.mark.parametrize("forward", [lambda self, x: x[x > 0], lambda self, x: (x > 0)[x > 0]])
+def test_a_computed_mask_as_an_index_is_refused(forward):
+    with pytest.raises(InputError, match=r"aten\.index depends on values"):
+        math_of(Call(forward), torch.ones(3))
 
 
 def test_places_beyond_a_dimension_are_no_permutation_of_it():
@@ -792,8 +798,6 @@ def test_numbers_written_in_the_forward_keep_their_values():
 def test_a_choice_by_the_values_of_the_input_is_an_error():
     with pytest.raises(InputError, match="depends on values that are not known"):
         count(Call(lambda self, x: x * 2 if x.sum() > 0 else x), (3,))
-    with pytest.raises(InputError, match="depends on values that are not known"):
-        count(Call(lambda self, x: x[x > 0]), (3,))
 
 
 def test_shapes_that_depend_on_constants_are_known():

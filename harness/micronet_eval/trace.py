@@ -495,13 +495,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as error:
             if not _VALUE_DEPENDENT & set(func.tags):
                 raise
-            if any(v.known is None for v in op.inputs):
+            looked_at = op.args[1] if op.name == "aten.index" else op.inputs  # what is indexed only moves
+            if any(v is not None and v.known is None for v in looked_at):
                 raise RuntimeError(f"{op.name} depends on values that are not known before the model runs") from error
-        real = func(*changed(args, Tensor, self._data), **changed(kwargs, Tensor, self._data))
+        real = func(*changed(args, Tensor, self._example), **changed(kwargs, Tensor, self._example))
         return tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, real)
 
     def _data(self, tensor: Tensor) -> Tensor | None:
         return self.value(tensor).data
+
+    def _example(self, tensor: Tensor) -> Tensor:
+        """The values of a constant, zeros of an activation."""
+        data = self._data(tensor)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype) if data is None else data
 
     def _to_meta(self, tensor: Tensor) -> Tensor:
         """Tensors that the model keeps outside of its parameters and buffers are constants, too, each known once."""

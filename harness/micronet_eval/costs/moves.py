@@ -114,7 +114,7 @@ def _by_table(op: Op) -> bool:
         return False
     found = op.args[2:3] if op.name == "aten.index_select" else op.args[1]
     tables: list[Value] = [t for t in found if t is not None]
-    return len(tables) == 1 and tables[0].is_constant
+    return len(tables) == 1 and tables[0].is_constant and tables[0].dtype != torch.bool  # a mask keeps the order
 
 
 def _chain(op: Op) -> list[Op]:
