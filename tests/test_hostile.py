@@ -7,7 +7,9 @@ import pickle
 import resource
 import shutil
 import socket
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from conftest import MODEL, RECIPE, own_folder
 from pydantic import ValidationError
 
 from micronet_eval import bounds, isolation, packing, quality
-from micronet_eval.batches import check_batches
+from micronet_eval.batches import check_apart, check_batches
 from micronet_eval.errors import InputError, SubmissionError
 from micronet_eval.evaluation import evaluate, score
 from micronet_eval.graph import MOST_NUMBERS, Graph, model_of, uncounted_numbers
@@ -132,7 +134,7 @@ os._exit(0)
         model_of(graph_of_file(tmp_path / "model.py", {}, Isolation()))
 
 
-@pytest.mark.attack("reads /etc/passwd, the test labels, its neighbours", "there are no such files")
+@pytest.mark.attack("reads /etc/passwd, the folder of --data, its neighbours", "there are no such files")
 @pytest.mark.parametrize("place", ["/etc/passwd", "/etc/shadow", "{data}/test_labels", "{folder}/../beside"])
 def test_code_in_bubblewrap_reads_nothing_else(sandbox, tmp_path, place):
     folder = tmp_path / "folder"
@@ -236,6 +238,30 @@ def test_batches_are_compared_where_nothing_is_measured(tmp_path, monkeypatch):
         evaluate(own_folder(tmp_path / "own", ACROSS))
 
 
+@pytest.mark.attack(
+    "normalizes with the statistics of the batch, looks at the others in it", "refused: others change nothing"
+)
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        "self.head(x) + nn.functional.batch_norm(x.view(-1, 4, 12), None, None, training=True).flatten(1)[:, :10]",
+        "self.head(x) - self.head(x).mean(0)",
+        "self.head(x).cumsum(0)",
+    ],
+)
+def test_a_model_that_looks_at_the_others_of_its_batch(tmp_path, outputs):
+    code = MODEL.replace(LAST, f"x = x.view(x.shape[0], -1)\n        return {outputs}")
+    with pytest.raises(InputError, match=r"depend on the others of its batch|does something else for 49 examples"):
+        evaluate(own_folder(tmp_path / "own", code))
+
+
+def test_examples_that_have_no_part_in_each_other():
+    inputs = torch.rand(9, 64)
+    check_apart(torch.nn.Linear(64, 10), inputs)
+    with pytest.raises(InputError, match="depend on the others"):
+        check_apart(torch.nn.BatchNorm1d(64, track_running_stats=False).eval(), inputs)
+
+
 class BySize(torch.nn.Module):
     """Knows by the size of its batch that it is traced: all its weights only then have no part in it."""
 
@@ -295,6 +321,43 @@ def test_a_forward_that_looks_at_values_is_no_graph(tmp_path):
     assert "cannot be traced" in run_code(tmp_path, code)
 
 
+def test_options_that_are_longer_than_a_command_line(level, tmp_path):
+    (tmp_path / "model.py").write_text(MODEL.replace("build(width=4)", "build(width=4, note='')"))
+    assert graph_of_file(tmp_path / "model.py", {"note": "a" * 200_000}, Isolation()).layers
+
+
+@pytest.mark.attack("gives back its answer a byte at a time", "ended at `--limits wall`")
+def test_an_answer_that_trickles():
+    read, write = os.pipe()
+
+    def trickle():
+        with contextlib.suppress(OSError):  # nobody reads any more
+            for _ in range(60):
+                os.write(write, bytes(1 << 20))
+            while True:
+                os.write(write, b"0")
+
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    threading.Thread(target=trickle, daemon=True).start()
+    try:
+        with pytest.raises(isolation._Ended, match=r"ran for more than 1 seconds \(--limits wall\)"):
+            isolation._answer(process, read, Limits(wall=1), watched=True)
+    finally:
+        os.close(read)
+        isolation._kill(process)
+
+
+@pytest.mark.attack("brings a recipe, so that its code is run again", "refused: no recipe makes code")
+def test_code_is_not_run_to_reproduce_it(own, run, tmp_path):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "model.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    status, out, err = run("reproduce", folder)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "field 'architecture.file'" in err
+    assert not (tmp_path / "was here").exists()
+
+
 EVIL = "x=__import__('os').system('true')"
 
 
@@ -348,7 +411,9 @@ def test_isolation_that_is_required_and_cannot_be_had(own, run, monkeypatch):
     assert "install it" in err
 
 
-@pytest.mark.parametrize("text", ["memory", "memory=", "memory=-1", "memory=4T", "cpu=1e9", "colour=1", "wall=²"])
+@pytest.mark.parametrize(
+    "text", ["memory", "memory=", "memory=-1", "memory=4T", "cpu=1e9", "colour=1", "wall=²", "cpu=" + "9" * 5_000]
+)
 def test_limits_that_are_none(own, run, text):
     status, _, err = run(own, "--limits", text)
     assert status == 2
@@ -513,12 +578,13 @@ def test_numbers_of_64_bits_in_the_file(own, tmp_path, kind):
 
 
 @pytest.mark.attack("hides weights in a graph of many operations and arguments", "refused: at most 20,000 arguments")
-def test_a_graph_that_is_too_large():
-    many = [{"node": "x"}] * 20_001
+@pytest.mark.parametrize("argument", [{"node": "x"}, []])
+def test_a_graph_that_is_too_large(argument):
+    many = [argument] * 20_001
     nodes = [{"op": "placeholder", "name": "x", "target": "x"},
              {"op": "call_function", "name": "a", "target": "torch.cat", "args": [many]},
              {"op": "output", "name": "output", "target": "output", "args": [{"node": "a"}]}]  # fmt: skip
-    with pytest.raises(StructureError, match=r"20,002 arguments; at most 20,000"):
+    with pytest.raises(StructureError, match=r"20,003 arguments; at most 20,000"):
         model_of(Graph.model_validate({"layers": {}, "tensors": {}, "nodes": nodes}))
 
 
@@ -563,6 +629,17 @@ def test_an_evaluation_without_end(submission, run):
     status, out, err = run(submission, "--limits", "evaluation=2")
     assert (status, out) == (3, "")
     assert err == f"micronet-eval: {submission}: it took more than 2 seconds (--limits evaluation)\n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_import_without_end(submission, run, tmp_path):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text().replace("depth = 10", "depth = 6000004"))
+    torch.save({}, tmp_path / "state.pt")
+    words = ("import", submission, tmp_path / "state.pt", "-o", tmp_path / "out", "--limits", "evaluation=2")
+    status, _, err = run(*words)
+    assert (status, err.count("\n")) == (3, 1)
+    assert "it took more than 2 seconds" in err
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

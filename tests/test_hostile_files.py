@@ -12,14 +12,19 @@ import pytest
 import tomli_w
 import torch
 from conftest import OWN_MANIFEST
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from micronet_eval import packing
 from micronet_eval.errors import InputError, printable
 from micronet_eval.evaluation import evaluate, score
+from micronet_eval.files import digest, read_whole
+from micronet_eval.formats import of_activations
 from micronet_eval.formats.number import OffGrid, format_of
 from micronet_eval.structure import StructureError, build_layer
 from micronet_eval.validating import validate
 
+ONE = np.float32(1).tobytes()
 TOO_LARGE = b'{"values":{"dtype":"U8","shape":[9876543210],"data_offsets":[0,9876543210]}}'
 
 if sys.version_info >= (3, 11):
@@ -80,6 +85,29 @@ def test_a_model_that_is_a_link(own, run, tmp_path, link):
     status, _, err = run(folder)
     assert status == 2
     assert "no ordinary file" in err
+
+
+@pytest.mark.attack("weights or manifest are a link to a neighbour's, to /proc", "refused")
+@pytest.mark.parametrize("name", ["weights.safetensors", "submission.toml"])
+def test_files_that_are_links(submission, run, tmp_path, name):
+    (submission / name).rename(tmp_path / name)
+    (submission / name).symlink_to(tmp_path / name)
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{name} is a link" in err
+
+
+def test_a_link_counts_as_where_it_leads(tmp_path):
+    """What it leads to may have no end: the memory of a process is an ordinary file without a size."""
+    (tmp_path / "link").symlink_to("/proc/self/pagemap")
+    (tmp_path / "other").symlink_to("/proc/self/mem")
+    assert b"" != digest(tmp_path / "link") != digest(tmp_path / "other") != b""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="a file of Linux")
+def test_files_that_hide_their_size():
+    with pytest.raises(InputError, match="has more than 100 bytes"):
+        read_whole(Path("/proc/self/maps"), 100)
 
 
 @pytest.mark.attack("model.py by `..` or an absolute path", "refused")
@@ -172,9 +200,37 @@ def test_negative_zero_loses_its_sign_and_denormals_are_counted(bits, kept):
     assert _unpacked(plain).view(torch.int32).item() == kept
 
 
-def _unpacked(plain):
-    structure = packing.Structure(tensors=[("weight", "float32", "plain")])
-    streams = dict.fromkeys(("values", "masks", "overhead"), torch.zeros(0, dtype=torch.uint8).numpy())
+@pytest.mark.attack("a plain tensor with other values than its format, or of another dtype", "refused")
+@pytest.mark.parametrize(
+    ("plain", "spec", "overhead"),
+    [
+        (torch.zeros(1), "signs:affine:-1:1:1x1", ONE),  # zero has no code there, and would become +1
+        (torch.ones(1, dtype=torch.complex64), "fixed-point:5", b"\0"),
+        (torch.ones(1, dtype=torch.float64), "fixed-point:5", b"\0"),
+        (torch.ones(1).to(torch.float8_e5m2), "affine:-7:7:1x1", ONE),
+        (torch.ones(1).to(torch.float8_e5m2), "codebook:1", ONE),
+    ],
+)
+def test_plain_tensors_of_another_format(plain, spec, overhead):
+    with pytest.raises(InputError, match="tensor 'weight' of torch"):
+        _unpacked(plain, spec, overhead)
+
+
+@pytest.mark.attack("streams of numbers that are no bytes", "refused")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int32])
+def test_streams_that_are_no_bytes(submission, dtype):
+    path = submission / "weights.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({**tensors, "values": torch.zeros(8).to(dtype)}, path, metadata)
+    with pytest.raises(InputError, match="must be bytes"):
+        packing.read(path)
+
+
+def _unpacked(plain, spec="float32", overhead=b""):
+    structure = packing.Structure(tensors=[("weight", spec, "plain")])
+    empty = np.zeros(0, np.uint8)
+    streams = {"values": empty, "masks": empty, "overhead": np.frombuffer(overhead, np.uint8)}
     packed = packing.Packed(structure, streams, {"weight": plain.view(1, 1)})
     return packing.unpack(packed, torch.nn.Linear(1, 1, bias=False)).weight.detach()
 
@@ -301,7 +357,7 @@ def test_a_notebook_shows_names_as_text(submission):
 @pytest.mark.parametrize(
     "spec",
     ["signs:" * 5_000 + "int8", "fixed-point:" + "9" * 5_000, "affine:0:" + "9" * 60 + ":1x1:zeros",
-     "codebook:" + "9" * 30,
+     "codebook:" + "9" * 30, "affine:-7:7:" + "9" * 30 + "x1",
      "fixed-point:\u0668"],
 )  # fmt: skip
 def test_formats_without_end(spec):
@@ -365,6 +421,40 @@ def test_names_in_the_weights_that_are_long(submission, run, what):
 def test_layers_that_are_placed(option):
     with pytest.raises(StructureError, match=f"no option '{option}' in a file"):
         build_layer({"type": "Linear", "in_features": 1, "out_features": 1, option: "cpu"})
+
+
+@pytest.mark.attack("a layer in the weights that computes across the examples of a batch", "refused")
+def test_layers_that_look_at_the_others_of_a_batch(submission, run):
+    layer = {"type": "BatchNorm2d", "num_features": 16, "track_running_stats": False}
+    changed(submission, layers={"0": layer})
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "computes across the examples of a batch" in err
+
+
+@pytest.mark.attack("hides weights as numbers of layers in the weights", "refused: at most 16 such numbers")
+def test_layers_with_many_numbers(submission, run):
+    norms = [{"type": "GroupNorm", "num_groups": 1, "num_channels": 1, "eps": 1e-5 * i} for i in range(1, 18)]
+    changed(submission, layers={"0": {"type": "Sequential", "layers": norms}})
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "layers with 17 numbers, such as eps" in err
+
+
+@pytest.mark.attack("a tensor under a second name, through its parametrization", "refused")
+def test_a_tensor_by_the_name_of_its_parametrization():
+    structure = packing.Structure(tensors=[("weight", "fixed-point:4", "dense"),
+                                           ("parametrizations.weight.original", "float32", "dense")])  # fmt: skip
+    streams = {"values": np.zeros(5, np.uint8), "masks": np.zeros(0, np.uint8), "overhead": np.zeros(1, np.uint8)}
+    with pytest.raises(InputError, match=r"'parametrizations.weight.original' has no place"):
+        packing.unpack(packing.Packed(structure, streams, {}), torch.nn.Linear(1, 1, bias=False))
+
+
+@pytest.mark.attack("quantizers of activations with endless numbers", "refused")
+@pytest.mark.parametrize("declared", [f"affine:-{'9' * 5_000}:7", "affine:-9999999999:5:zeros"])
+def test_quantizers_with_endless_numbers(declared):
+    with pytest.raises(OffGrid, match="no quantizer of activations"):
+        of_activations(declared)
 
 
 @pytest.mark.attack("layers nested too deep", "refused")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from micronet_eval import evaluate
+from micronet_eval import evaluate, ranking
 from micronet_eval.errors import InputError
 from micronet_eval.evaluation import PathCost
 from micronet_eval.quality import Quality
@@ -65,6 +65,15 @@ def test_what_fails_stands_below_with_its_reason(judge):
     assert [(e.rank, e.name) for e in known.entries] == [(1, "good"), (None, "best")]
     assert known.entries[1].reason == "its quality misses >= 97.00%: 9 of 10 correct"
     assert (unknown.task, unknown.entries[0].reason) == ("", "weights.safetensors is missing")
+
+
+def test_a_fault_that_one_submission_shows_is_none_of_the_others(submission, monkeypatch):
+    def fails(*words, **options):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(ranking, "evaluate", fails)
+    (board,) = ranking.leaderboard(submission)
+    assert [entry.reason for entry in board.entries] == ["ZeroDivisionError: by zero"]
 
 
 def test_each_task_has_its_board(judge):

@@ -30,12 +30,24 @@ def check_file(path: Path, most: int) -> None:
 def read_whole(path: Path, most: int) -> bytes:
     """The bytes of a file that passes `check_file`. Raises InputError; FileNotFoundError and OSError pass."""
     check_file(path, most)
-    return path.read_bytes()
+    with path.open("rb") as file:  # files of the kernel say that they have no bytes
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise InputError(f"{path} has more than {most:,} bytes, which is the most that is read")
+    return data
+
+
+def check_own(path: Path) -> None:
+    """Raises InputError where a file of a submission is a link: it could take what is the reader's for its own."""
+    if path.is_symlink():
+        raise InputError(f"{path} is a link; a submission brings its own files: put the file itself there")
 
 
 def digest(path: Path) -> bytes:
-    """The SHA-256 of an ordinary file; of one too large to be read its size, of anything else nothing."""
+    """The SHA-256 of an ordinary file, or of where a link leads; of one too large to be read its size, else nothing."""
     try:
+        if path.is_symlink():
+            return hashlib.sha256(os.fsencode(path.readlink())).digest()
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
             return b""

@@ -187,7 +187,7 @@ def _node(node: fx.Node) -> Node:
         target=str(target),
         args=_encode(list(node.args)) if node.op != "placeholder" else [],
         kwargs={key: _encode(value) for key, value in node.kwargs.items()},
-        module=next(reversed(stack)),
+        module=next(reversed(stack)).partition("@")[0],  # a second call of a module is path@1
     )
 
 
@@ -255,7 +255,7 @@ def _place(root: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _fx_graph(graph: Graph) -> fx.Graph:
     made, built = fx.Graph(), dict[str, fx.Node]()
-    words = sum(len(tree_flatten((node.args, node.kwargs))[0]) for node in graph.nodes)
+    words = sum(_words(item) for node in graph.nodes for item in (*node.args, *node.kwargs.values()))
     if words > MOST_WORDS:
         raise StructureError(f"its nodes have {words:,} arguments; at most {MOST_WORDS:,} are possible")
     for node in graph.nodes:
@@ -278,6 +278,13 @@ def _fx_graph(graph: Graph) -> fx.Graph:
     if [node.op for node in graph.nodes].count("output") != 1 or graph.nodes[-1].op != "output":
         raise StructureError("the graph has no output at its end")
     return made
+
+
+def _words(item: Any) -> int:
+    """How many arguments there are in one, each list one more: it may be empty."""
+    if isinstance(item, dict):
+        return sum(map(_words, item.values()))
+    return 1 + sum(map(_words, item)) if isinstance(item, list) else 1
 
 
 def _decode(item: Any, built: Mapping[str, fx.Node]) -> Any:

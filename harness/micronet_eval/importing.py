@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from micronet_eval import packing
+from micronet_eval.bounds import bounded
 from micronet_eval.errors import InputError
 from micronet_eval.files import LARGEST, check_file, locked, read_whole, write_together
 from micronet_eval.isolation import AUTO, Isolation
@@ -21,9 +22,14 @@ def import_weights(folder: str | Path, path: str | Path, output: str | Path, iso
     """Writes the submission that the submission.toml in `folder` describes, with the weights of a state dict.
 
     The state dict has the architecture's names, or others that the architecture translates when it is loaded (by
-    torch's `register_load_state_dict_pre_hook`). Raises InputError where it does not fit, or is none.
+    torch's `register_load_state_dict_pre_hook`). Raises InputError where it does not fit, or is none, SubmissionError
+    where the submission's code fails, or its architecture takes more time or memory than it may.
     """
-    folder, path, output = Path(folder), Path(path), Path(output)
+    with bounded(isolation.limits.evaluation, str(folder)):
+        _import(Path(folder), Path(path), Path(output), isolation)
+
+
+def _import(folder: Path, path: Path, output: Path, isolation: Isolation) -> None:
     manifest = read_manifest(folder)
     task, architecture = task_of(manifest, folder / MANIFEST), manifest.architecture
     if output.exists() and not output.is_dir():
@@ -64,8 +70,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read as a state dict: {why}") from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, no state dict; save model.state_dict()")
-    if wrong := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
-        raise InputError(f"{path} is no state dict: {wrong[0]!r} is no tensor; save model.state_dict()")
+    if wrong := [name for name, tensor in state.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]:
+        raise InputError(f"{path} is no state dict: {wrong[0]!r} names no tensor; save model.state_dict()")
     return state
 
 

@@ -3,13 +3,15 @@
 The worker calls `build()` and writes the graph of the model as JSON (graph.py) to a file descriptor of its own. Here it
 is validated, built again and evaluated: whatever the code does to its own process, it cannot touch a count.
 
-`python -m micronet_eval.isolation FILE OPTIONS LIMITS LEVEL DESCRIPTOR` is the worker.
+`python -m micronet_eval.isolation FILE LIMITS LEVEL DESCRIPTOR` is the worker; it reads the options of `build` from its
+standard input.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import site
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -69,8 +71,10 @@ class Limits:
         for part in filter(None, text.split(",")):
             name, _, value = (word.strip() for word in part.partition("="))
             digits, unit = (value[:-1], _UNITS[value[-1]]) if value[-1:] in _UNITS else (value, 1)
-            if name not in names or not (digits.isascii() and digits.isdigit() and 0 < int(digits) < 1 << 40):
-                raise InputError(f"--limits {part!r} is no limit; write NAME=NUMBER[K|M|G] with: {', '.join(names)}")
+            if name not in names or not re.fullmatch(r"0*[1-9][0-9]{0,11}", digits):
+                raise InputError(
+                    f"--limits {part[:50]!r} is no limit; write NAME=NUMBER[K|M|G] with: {', '.join(names)}"
+                )
             found[name] = int(digits) * unit
         return cls(**found)
 
@@ -202,16 +206,19 @@ def _run(path: Path, options: dict[str, Any], isolation: Isolation) -> bytes:
     own = asdict(limits if level != "none" else replace(limits, **dict.fromkeys(asdict(limits), 0)))
     bwrap = bubblewrap()
     wrapped = _sandbox(bwrap, path, limits) if level == "bubblewrap" and bwrap else []
-    read, write = os.pipe()
-    with tempfile.TemporaryDirectory() as scratch:
-        words = [json.dumps(options, default=str), json.dumps(own), level, str(write)]
-        command = (
-            [*wrapped, sys.executable, "-P", "-s"] if sys.version_info >= (3, 11) else [*wrapped, sys.executable, "-s"]
-        )
+    python = [sys.executable, "-P", "-s"] if sys.version_info >= (3, 11) else [sys.executable, "-s"]
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        asked = stack.enter_context(tempfile.TemporaryFile())
+        asked.write(json.dumps(options, default=str).encode())
+        asked.seek(0)
+        read, write = os.pipe()
+        stack.callback(os.close, read)
+        words = [inside, json.dumps(own), level, str(write)]
         try:
             process = subprocess.Popen(
-                [*command, "-m", "micronet_eval.isolation", inside, *words],
-                stdin=subprocess.DEVNULL,
+                [*wrapped, *python, "-m", "micronet_eval.isolation", *words],
+                stdin=asked,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd=scratch,
@@ -221,33 +228,31 @@ def _run(path: Path, options: dict[str, Any], isolation: Isolation) -> bytes:
             )
         finally:
             os.close(write)
-        try:
-            return _answer(process, read, limits, watched=level != "none")
-        finally:
-            _kill(process)
-            os.close(read)
+        stack.callback(_kill, process)
+        return _answer(process, read, limits, watched=level != "none")
 
 
 def _answer(process: subprocess.Popen[bytes], read: int, limits: Limits, watched: bool) -> bytes:
     """What a worker writes until it ends. Raises _Ended where it hits a limit, or ends in another way."""
     os.set_blocking(read, False)
-    answer, deadline = b"", time.monotonic() + limits.wall
+    answer, deadline = bytearray(), time.monotonic() + limits.wall
     while True:
-        ended = process.poll()
+        ended, part = process.poll(), b""
         with suppress(BlockingIOError):
-            while part := os.read(read, 1 << 20):
-                answer += part
-                if len(answer) > ANSWER_LIMIT:
-                    raise _Ended(f"gave back more than {ANSWER_LIMIT >> 20} MiB")
-        if ended == 0 and answer:
-            return answer
-        if ended is not None:
+            part = os.read(read, ANSWER_LIMIT)
+        answer += part
+        if len(answer) > ANSWER_LIMIT:
+            raise _Ended(f"gave back more than {ANSWER_LIMIT >> 20} MiB")
+        if ended == 0 and answer and not part:
+            return bytes(answer)
+        if ended is not None and not part:
             raise _Ended(_how(ended))
         if time.monotonic() > deadline:
             raise _Ended(f"ran for more than {limits.wall} seconds (--limits wall)")
         if watched:
             _watch(process.pid, limits)
-        time.sleep(TICK)
+        if not part:
+            time.sleep(TICK)
 
 
 def _how(status: int) -> str:
@@ -361,18 +366,19 @@ def _threads() -> int:
     return count
 
 
-def _work(file: str, options: str, limits: str, level: str, descriptor: str) -> None:
+def _work(file: str, limits: str, level: str, descriptor: str) -> None:
     """Runs a file's `build` and writes the graph of what it returns, or what went wrong."""
     import runpy
 
     _restrict(Limits(**json.loads(limits)), level)
+    options = json.load(sys.stdin)
     try:
         build = runpy.run_path(file, run_name="model").get("build")
         if build is None:
             raise LookupError("it has no function build()")
         from micronet_eval.graph import graph_of
 
-        answer = graph_of(build(**json.loads(options))).model_dump_json()
+        answer = graph_of(build(**options)).model_dump_json()
     except BaseException as error:  # somebody's code; SystemExit and KeyboardInterrupt, too
         answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
     with os.fdopen(int(descriptor), "w") as out:

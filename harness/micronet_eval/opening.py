@@ -14,6 +14,7 @@ from micronet_eval.bounds import bounded
 from micronet_eval.conditional import exact_shares
 from micronet_eval.costs import Formula
 from micronet_eval.errors import InputError
+from micronet_eval.files import check_own
 from micronet_eval.graph import MOST_NUMBERS, uncounted_numbers
 from micronet_eval.isolation import AUTO, NO_CODE, Isolation, Level
 from micronet_eval.language import Shares, Steps, cutoffs_of, example_input, per_token, shares_of_clusters, steps
@@ -107,6 +108,7 @@ def _open(folder: Path, data: Path | None, isolation: Isolation) -> Opened:
     where = folder / MANIFEST
     task = task_of(manifest, where)
     weights = folder / WEIGHTS
+    check_own(weights)
     if manifest.architecture.file is not None and task.metric == "perplexity":
         raise InputError(
             f"{where}: field 'architecture.file': model.py cannot be a language model; register one by name"

@@ -43,10 +43,12 @@ from micronet_eval.formats import (
     ActivationQuantizer,
     Format,
     OffGrid,
+    Plain,
     format_of,
     of_activations,
     of_weights,
 )
+from micronet_eval.graph import MOST_NUMBERS
 from micronet_eval.masks import ELEMENT, Block, block_mask, elements, mask_shape
 from micronet_eval.nonzeros import seen
 from micronet_eval.storage import stored_tensors
@@ -292,6 +294,9 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
     """
     structure, model = packed.structure, architecture
     try:
+        if len(numbers := set(_fractions(list(structure.layers.values())))) > MOST_NUMBERS:
+            told = f"layers with {len(numbers)} numbers, such as eps, that are not counted"
+            raise StructureError(f"{told}; at most {MOST_NUMBERS} are possible")
         for path, description in structure.layers.items():
             with without_weights():
                 replace(model, path, build_layer(description))
@@ -315,6 +320,17 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
     except (OffGrid, StructureError) as error:
         raise InputError(f"the weights do not fit: {error}") from error
     return model
+
+
+def _fractions(description: Any) -> Iterator[float]:
+    """The numbers in a description of layers that are not whole."""
+    if isinstance(description, float):
+        yield description
+    if isinstance(description, dict):
+        description = list(description.values())
+    if isinstance(description, list):
+        for item in description:
+            yield from _fractions(item)
 
 
 def _same(parameter: Tensor, used: Tensor) -> bool:
@@ -358,7 +374,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor | None:
 def _read_tensor(
     packed: Packed, readers: dict[str, _BitReader], model: nn.Module, name: str, spec: str, layout: Layout
 ) -> tuple[Tensor, Format]:
-    place = _tensor(model, name)
+    place = None if "parametrizations" in name.split(".") else _tensor(model, name)
     if place is None:
         raise OffGrid(f"tensor {name!r} has no place in the architecture")
     shape = place.shape
@@ -374,7 +390,13 @@ def _read_tensor(
         if tensor is None or tensor.shape != shape:
             raise OffGrid(f"tensor {name!r} is missing from the file, or is not of shape {tuple(shape)}")
         number_format = format_of(spec, shape, read_side)
-        value = number_format.decode(torch.from_numpy(_codes(name, constant(tensor), number_format)))
+        try:
+            Plain.of(tensor.dtype)  # raises OffGrid for complex numbers
+            value = number_format.decode(torch.from_numpy(_codes(name, constant(tensor), number_format)))
+        except (OffGrid, RuntimeError) as error:  # 8-bit floats are not compared with others
+            raise OffGrid(f"tensor {name!r} of {tensor.dtype} is no {spec}: {error}") from error
+        if value.dtype != tensor.dtype or not torch.equal(value, tensor):
+            raise OffGrid(f"tensor {name!r} of {tensor.dtype} has values that {spec} does not have")
     elif layout == "overhead":
         number_format = format_of(spec, shape, read_side)
         value = number_format.decode(read_side(int(np.prod(shape)), number_format.code_bits).reshape(shape))
@@ -484,6 +506,8 @@ def read(path: Path) -> Packed:
             names = set(file.keys())
             if missing := [name for name in _STREAMS if name not in names]:
                 raise InputError(f"{path}: the packed model lacks {', '.join(missing)}")
+            if any(file.get_slice(name).get_dtype() != "U8" for name in _STREAMS):
+                raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes")
             streams = {name: file.get_tensor(name) for name in _STREAMS}
         with safe_open(path, framework="pt") as file:
             plain = {name: file.get_tensor(name) for name in sorted(names - set(_STREAMS))}
@@ -491,8 +515,8 @@ def read(path: Path) -> Packed:
         raise InputError(f"{path} is missing: a submission needs its packed weights") from None
     except (SafetensorError, OSError, MemoryError) as error:
         raise InputError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
-    if any(stream.dtype != np.uint8 or stream.ndim != 1 for stream in streams.values()):
-        raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes")
+    if any(stream.ndim != 1 for stream in streams.values()):
+        raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes in a row")
     if metadata != _metadata(streams, plain):
         raise InputError(f"{path}: version or checksum do not match the contents; the file was damaged or changed")
     structure = _structure(path, streams.pop("structure"))

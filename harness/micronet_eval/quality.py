@@ -115,6 +115,15 @@ def count_correct(
     return correct, total
 
 
+def first_batch(task: Task, data: Path | None) -> Tensor:
+    """The first examples of the test set; uniform noise where that is missing."""
+    try:
+        inputs, _ = next(_batches(task.dataset(data, "test"), BATCH))
+    except DataMissing:
+        return torch.rand(BATCH, *task.input_shape, generator=torch.Generator().manual_seed(0))
+    return torch.as_tensor(inputs)
+
+
 def _classes(outputs: Any, labels: Tensor) -> Tensor:
     """The class of the largest output of each example. Raises InputError where the outputs are not one row for each.
 

@@ -146,6 +146,8 @@ def judge(
         return judged(name, folder, evaluate(folder, data, progress, isolation=isolation))
     except (InputError, SubmissionError) as error:
         return judged(name, folder, error)
+    except Exception as error:  # a fault of ours that one submission shows is none of the others
+        return judged(name, folder, InputError(f"{type(error).__name__}: {error}"))
 
 
 def judged(name: str, folder: Path, outcome: Report | Exception) -> Judged:

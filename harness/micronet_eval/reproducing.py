@@ -53,6 +53,11 @@ def reproduce(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if manifest.architecture.file is not None:
+        raise InputError(
+            f"{folder / MANIFEST}: field 'architecture.file': a recipe makes a registered architecture, by name, so "
+            "that no recipe makes this submission"
+        )
     before = packing.read(folder / WEIGHTS)
     try:
         text = read_whole(folder / RECIPE, TABLE_LIMIT)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -123,7 +124,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
             return None
         layers = [describe(child) for child in children.values()]
         return None if None in layers else {"type": "Sequential", "layers": layers}
-    if LAYERS.get(kind.__name__) is not kind:
+    if LAYERS.get(kind.__name__) is not kind or _mixes_examples(module):
         return None
     options: dict[str, Any] = {"type": kind.__name__}
     for name, parameter in inspect.signature(kind).parameters.items():
@@ -155,9 +156,17 @@ def build_layer(description: dict[str, Any]) -> nn.Module:
     if placed := {"device", "dtype"} & options.keys():
         raise StructureError(f"a {kind} has no option {placed.pop()!r} in a file")
     try:
-        return LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        layer = LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise StructureError(f"a {kind} cannot be built from {options}: {error}") from error
+    if _mixes_examples(layer):
+        raise StructureError(f"a {kind} without running statistics computes across the examples of a batch")
+    return layer
+
+
+def _mixes_examples(layer: nn.Module) -> bool:
+    """Whether a layer computes, in evaluation too, with the statistics of the batch that an example is in."""
+    return isinstance(layer, _BatchNorm) and layer.running_mean is None
 
 
 def copied(model: nn.Module) -> nn.Module:

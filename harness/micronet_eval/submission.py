@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError, hidden, printable
-from micronet_eval.files import check_file
+from micronet_eval.files import check_own, read_whole
 from micronet_eval.isolation import AUTO, Isolation, graph_of_file
 
 if sys.version_info >= (3, 11):
@@ -172,8 +172,7 @@ def checked(table: Mapping[str, Any], model: type[Model], path: str | Path) -> M
 def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, Any]:
     """A TOML file as it is, with fractions as `number`. Raises InputError that names the file."""
     try:
-        check_file(path, TABLE_LIMIT)
-        text = path.read_text(encoding="utf-8")
+        text = read_whole(path, TABLE_LIMIT).decode()
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -229,8 +228,13 @@ def faults_of(fault: Any) -> tuple[str, str]:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a submission's folder. Raises InputError."""
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError:  # a name that is too long
+        is_folder = False
+    if not is_folder:
         raise InputError(f"{folder} is no folder: a submission is a folder with {MANIFEST} and {WEIGHTS}")
+    check_own(folder / MANIFEST)
     return read_toml(folder / MANIFEST, Manifest)
 
 

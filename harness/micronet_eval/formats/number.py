@@ -403,7 +403,7 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
 
 
 LONGEST_SPEC = 200
-_AFFINE = re.compile(r"-?\d+:-?\d+:\d+(x\d+)*(:shifts)?(:zeros)?")
+_AFFINE = re.compile(r"-?\d{1,6}:-?\d{1,6}:\d{1,12}(x\d{1,12})*(:shifts)?(:zeros)?")
 _SPECS = (
     "fixed-point:BITS", "signed:BITS:DTYPE", "unsigned:BITS:DTYPE", "affine:LOW:HIGH:BLOCKS[:shifts][:zeros]",
     "signs:FORMAT", "codebook:K",

@@ -398,7 +398,7 @@ torch.library.register_autograd("micronet::accumulator", _straight_on)
 
 # --- from what a file declares ----------------------------------------------------------------------------------------
 
-_AFFINE_OF_ACTIVATIONS = re.compile(r"affine:(-?\d+):(-?\d+)(:zeros)?")
+_AFFINE_OF_ACTIVATIONS = re.compile(r"affine:(-?\d{1,6}):(-?\d{1,6})(:zeros)?")
 
 
 def of_activations(declared: int | str) -> ActivationQuantizer:
