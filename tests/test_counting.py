@@ -15,7 +15,7 @@ from micronet_eval.errors import InputError
 from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.precision import number_width
 from micronet_eval.scoring import Layer, Module, account, by_module, weighted
-from micronet_eval.structure import Mask
+from micronet_eval.structure import Mask, traced
 from micronet_eval.trace import trace
 
 
@@ -531,6 +531,22 @@ def test_clamping_costs_as_many_comparisons_as_it_has_bounds():
     assert count(Call(lambda x: x.clamp(min=0)), 1, 4).math.mults == 4
     assert count(Call(lambda x: x.clamp(max=1)), 1, 4).math.mults == 4
     assert count(Call(lambda x: x.clamp(0, 1)), 1, 4).math.mults == 8
+
+
+def test_a_module_that_runs_twice_has_one_name():
+    class Block(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            return self.block(self.block(x))
+
+    assert [op.module for op in trace(traced(Twice()), torch.ones(1, 2)).ops] == ["block", "block"]
 
 
 def test_a_module_that_is_there_twice_keeps_its_weights():

@@ -685,7 +685,8 @@ def _node_by_node(graph_module: fx.GraphModule, recorder: _Recorder) -> Iterator
 
     class Watcher(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            recorder.path.append(next(reversed(n.meta.get("nn_module_stack", {"": None})), ""))
+            stack = n.meta.get("nn_module_stack", {"": None})
+            recorder.path.append(next(reversed(stack), "").partition("@")[0])  # a second call of a module is path@1
             result = super().run_node(n)
             recorder.path.pop()
             if isinstance(result, Tensor) and n.op != "output":
