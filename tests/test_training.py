@@ -416,11 +416,13 @@ def test_a_round_of_the_documentation_removes_more_each_time(tmp_path):
 
 
 def test_training_that_diverges_is_one_clear_message(tmp_path):
-    stages = '[[stages]]\ntrain = { epochs = 1, learning_rate = 1e20, optimizer = "sgd" }\n'
-    stages += '[[stages]]\npruner = "low-rank"\nparameters = 20_000\n'
+    stages = '[[stages]]\ntrain = { epochs = 2, learning_rate = 1e20, optimizer = "sgd" }\n'
     (tmp_path / "recipe.toml").write_text(f'task = "digits"{SMALL}{stages}')
-    with pytest.raises(InputError, match=r"field 'stages.0': the model's \S+ is not finite any more"):
-        compress(tmp_path / "recipe.toml", tmp_path / "small")
+    lines = []
+    with pytest.raises(InputError, match=r"field 'stages.0': .*loss of an epoch is (nan|inf); .*smaller learning_rate"):
+        compress(tmp_path / "recipe.toml", tmp_path / "small", log=lines.append)
+    assert len(lines) == 1  # no epoch
+    assert not (tmp_path / "small").exists()
 
 
 def test_test_data_is_never_looked_at(tmp_path, guarded):
@@ -436,6 +438,55 @@ def test_what_nothing_was_compressed_from_cannot_teach(tmp_path):
     with pytest.raises(InputError, match=r"stages.0.*distill learns from the uncompressed model"):
         compress(tmp_path / "recipe.toml", tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+# --- faults of a late stage -------------------------------------------------------------------------------------------
+
+TWICE = f'task = "digits"{SMALL}' + 2 * "[[stages]]\ntrain = { epochs = 2, learning_rate = 0.01 }\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ('augment = "nowhere.toml"', "nowhere.toml is missing"),
+        ('augment = "policy.toml"', "the policy is for 3 channels, the images have 1"),
+        ("distill = {}", "distill learns from the uncompressed model"),
+    ],
+)
+def test_what_a_late_stage_lacks_is_told_before_anything_is_trained(tmp_path, monkeypatch, option, message):
+    operation = "{ name = 'invert', probability = 1, magnitude = 1 }"
+    policy = f"low = [0, 0, 0]\nhigh = [1, 1, 1]\nsub_policies = [[{operation}]]"
+    monkeypatch.chdir(tmp_path)
+    Path("policy.toml").write_text(policy)
+    Path("recipe.toml").write_text(f"{option}, epochs".join(TWICE.rsplit("epochs", 1)))
+    lines = []
+    with pytest.raises(InputError, match=f"field 'stages.1': .*{message}"):
+        compress("recipe.toml", "small", log=lines.append)
+    assert lines == []
+
+
+def test_what_is_kept_outlasts_a_fault_of_a_late_stage(tmp_path, monkeypatch):
+    """An image that cannot be read in the second epoch of the second stage: what was done is not done again."""
+    digits, read = plugins.lookup("task", "digits"), []
+
+    class Damaged(TensorDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            if len(read) > 3.5 * len(self):
+                raise InputError("an image is damaged")
+            return super().__getitem__(index)
+
+    (tmp_path / "recipe.toml").write_text(TWICE)
+    with monkeypatch.context() as patched:
+        damaged = Damaged(*digits.dataset(None, "train").tensors)
+        patched.setattr("micronet_eval.recipe.data_of", lambda *words: (damaged, None))
+        with pytest.raises(InputError, match=r"field 'stages.1': an image is damaged"):
+            compress(tmp_path / "recipe.toml", tmp_path / "small")
+    kept = {path.name for path in (tmp_path / "small" / KEPT).iterdir()}
+    assert kept == {"recipe.sha256", "1.json", "1.pt", "2.epoch.pt"}
+    lines = []
+    compress(tmp_path / "recipe.toml", tmp_path / "small", log=lines.append, resume=True)
+    assert [line[:14] for line in lines if line.startswith("  epoch")] == ["  epoch 2 of 2"]
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

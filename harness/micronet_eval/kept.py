@@ -44,6 +44,11 @@ class Kept:
             return
         write_whole(folder / "recipe.sha256", hashlib.sha256(recipe).hexdigest().encode())
 
+    @property
+    def empty(self) -> bool:
+        """Whether neither a stage nor an epoch was kept."""
+        return not any(self.folder.glob("*.pt"))
+
     def step(self, number: int) -> Step | None:
         """The step that a stage came to, if it was run before."""
         path = self.folder / f"{number}.json"

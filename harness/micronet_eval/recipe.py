@@ -43,6 +43,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from micronet_eval import packing, plugins
+from micronet_eval.augmentation import augmenter
 from micronet_eval.errors import InputError
 from micronet_eval.files import locked, write_together
 from micronet_eval.importing import load_state, read_state_dict
@@ -249,8 +250,9 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
             kept = Kept(folder / KEPT, text, resume)
             try:
                 run.all(kept)
-            except InputError:  # it would fail again
-                kept.remove()
+            except InputError:
+                if kept.empty:  # nothing to go on from
+                    kept.remove()
                 raise
             if team().first:
                 state = {state_dict: safetensors(_contiguous(run.model))} if state_dict else {}
@@ -317,8 +319,7 @@ class _Run:
         self.recipe = recipe = read_toml(path, Recipe)
         try:
             self.task: Task = plugins.lookup("task", recipe.task)
-            for name, stage in named_stages(recipe.stages):
-                strategy_of(stage, name)
+            _check(recipe, self.task)
             self.training, self.held_out = data_of(recipe, self.task, data)
             self.teachers = {folder: _teacher(folder, self.task) for folder in _teachers(recipe)}
         except (InputError, DataMissing) as error:
@@ -425,10 +426,7 @@ class _Run:
         if training.distill is None:
             return None
         folders = training.distill.folders
-        teacher = Ensemble([self.teachers[folder] for folder in folders]) if folders else self.teacher
-        if teacher is None:
-            raise InputError("train: distill learns from the uncompressed model; compress it first, or name a teacher")
-        return teacher
+        return Ensemble([self.teachers[folder] for folder in folders]) if folders else self.teacher
 
     def _done(self, batches: int) -> None:
         self.trained += batches
@@ -456,6 +454,23 @@ class _Run:
             score=score,
             quality=quality,
         )
+
+
+def _check(recipe: Recipe, task: Task) -> None:
+    """Raises InputError where a stage cannot run, as far as that is known before the first one is."""
+    compressed = False
+    for name, stage in named_stages(recipe.stages):
+        compressed = strategy_of(stage, name) is not None or compressed
+        if (training := stage.train) is None:
+            continue
+        try:
+            augmenter(training)(torch.zeros(1, *task.input_shape))
+            if training.distill is not None and not training.distill.folders and not compressed:
+                raise InputError(
+                    "train: distill learns from the uncompressed model; compress it first, or name a teacher"
+                )
+        except InputError as error:
+            raise InputError(f"field '{name}': {error}") from error
 
 
 def _teachers(recipe: Recipe) -> set[str]:

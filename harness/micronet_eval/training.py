@@ -159,7 +159,7 @@ def train(
 
     After each epoch all that goes on from there is written to `checkpoint`; where that file is there already, training
     goes on from it. `log` is told how each epoch went, and how many of `held_out` are right after it. Raises InputError
-    where the data has labels that the model has no outputs for.
+    where the data has labels that the model has no outputs for, and where the loss is not finite any more.
     """
     group = team()
     dataset = context.training_data.dataset
@@ -251,6 +251,8 @@ class _Fit:
             progress(1)
         self.team.agree(self.model.state_dict().values())  # batch norm's statistics differ
         total, correct, count = self.team.sums(loss, right, examples)
+        if not math.isfinite(total):
+            raise InputError(f"train: the mean loss of an epoch is {total / count}; take a smaller learning_rate")
         return f"loss {total / count:.4f}, {correct / count:.2%} right"
 
     def step(self, inputs: Tensor, labels: Tensor, taught: Tensor | None = None) -> tuple[Tensor, Tensor]:
