@@ -76,6 +76,29 @@ def test_a_start_that_has_seen_what_is_held_out_is_refused(trained, tmp_path):
     compress(recipe(tmp_path / "recipe.toml", 'merge = "batch-norm"', head=head), tmp_path / "out")
 
 
+def test_a_start_cannot_hide_behind_a_recipe_that_did_not_make_it(tmp_path):
+    stage, folder = "train = { epochs = 1, learning_rate = 0.01 }", tmp_path / "made"
+    train_only(recipe(tmp_path / "recipe.toml", stage, head=RECIPE.replace("validation = 0.2", "")), folder)
+    compress(recipe(tmp_path / "recipe.toml", stage), folder)
+    path = recipe(tmp_path / "recipe.toml", stage, head=f'start = "{folder}"\n{RECIPE}')
+    with pytest.raises(InputError, match=r"field 'start': .*trained.safetensors is missing"):
+        compress(path, tmp_path / "out")
+
+
+def test_a_start_may_know_all_of_other_data(tmp_path):
+    """Noise, here. Where that had a start of its own, what is held out may have been seen there."""
+    stage, noise = "train = { epochs = 1, learning_rate = 0.01 }", 'data = "noise"'
+    every = RECIPE.replace("validation = 0.2", "")
+    train_only(recipe(tmp_path / "every.toml", stage, head=every), tmp_path / "every")
+    for start in ("", f'start = "{tmp_path / "every"}"'):
+        made = tmp_path / f"noise {bool(start)}"
+        train_only(recipe(tmp_path / "noise.toml", stage, head=f"{start}\n{noise}\n{every}"), made)
+    head = f'start = "{tmp_path / "noise "}%s"\n{RECIPE}'
+    compress(recipe(tmp_path / "recipe.toml", 'merge = "batch-norm"', head=head % False), tmp_path / "out")
+    with pytest.raises(InputError, match=r"field 'start': .* may have seen what is held out here"):
+        compress(recipe(tmp_path / "recipe.toml", 'merge = "batch-norm"', head=head % True), tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [

@@ -206,7 +206,8 @@ def compress(
     """Runs a recipe and writes the submission that comes out of it. The same recipe gives the same files.
 
     What it has done is kept in `folder` until it ends; `resume` goes on from there, and ends with the same files.
-    Raises InputError where the recipe is wrong, the training data is missing, or there is nothing to resume.
+    Weights that `train` left in `folder` to start from go. Raises InputError where the recipe is wrong, the training
+    data is missing, or there is nothing to resume.
     """
     path, root = Path(path), None if data is None else Path(data)
     _make(path, Path(folder), resume, lambda: _Run(path, root, log, progress))
@@ -256,7 +257,10 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
                 raise
             if team().first:
                 state = {state_dict: safetensors(_contiguous(run.model))} if state_dict else {}
-                write_together(folder, {RECIPE: text, **state, **_written(run)})
+                files = {RECIPE: text, **state, **_written(run)}
+                if not state_dict:  # the recipe beside it would no longer tell what it was trained on
+                    (folder / TRAINED).unlink(missing_ok=True)
+                write_together(folder, files)
                 kept.remove()
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
@@ -491,7 +495,15 @@ def _start(model: nn.Module, recipe: Recipe) -> None:
     folder = Path(recipe.start)
     load_state(model, read_state_dict(folder / TRAINED), folder / TRAINED, recipe.architecture.name)
     there = read_toml(folder / RECIPE, Recipe)
-    if recipe.validation and (there.seed != recipe.seed or there.validation < recipe.validation):
+    if not recipe.validation:
+        return
+    if (there.task, there.data) != (recipe.task, recipe.data):  # other examples, but for those of its own start
+        if there.start:
+            raise InputError(
+                f"{folder} was trained on other data from the start {there.start}, which may have seen what is held "
+                "out here; name one that had no start"
+            )
+    elif there.seed != recipe.seed or there.validation < recipe.validation:
         raise InputError(
             f"{folder} was trained on examples that are held out here; hold them out there, too: "
             f"seed = {recipe.seed} and validation = {recipe.validation} in both recipes"
