@@ -54,6 +54,13 @@ def tiny(register):
     return task
 
 
+@pytest.mark.parametrize("make", [lstm_lm, transformer_lm])
+def test_everything_is_made_on_the_device_of_the_weights(make):
+    with torch.device("meta"):
+        model = make(11, cutoffs=(3, 6), factor=2)
+    assert model(torch.zeros(2, 9, dtype=torch.int64, device="meta"))[0].shape == (2, 9, 11)
+
+
 # --- what a token costs -----------------------------------------------------------------------------------------------
 
 

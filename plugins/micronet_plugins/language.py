@@ -202,8 +202,8 @@ class Attention(nn.Module):
         """[heads, queries, keys]: the number for the distance, minus infinity outside of the window."""
         if queries == 1:
             return self.distance[:, None, self.context - keys :]
-        ends = torch.arange(keys - queries, keys)[:, None]
-        index = torch.arange(keys) - ends + self.context - 1
+        positions = torch.arange(keys, device=self.distance.device)
+        index = positions - positions[keys - queries :, None] + self.context - 1
         inside = (index >= 0) & (index < self.context)
         return self.distance[:, index.clamp(0, self.context - 1)].masked_fill(~inside, -torch.inf)
 
