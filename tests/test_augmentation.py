@@ -1,7 +1,9 @@
 """Augmentation of whole batches, policies of torchvision's operations, and the search for them."""
 
 import math
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from micronet_eval.augmentation import (
     operate,
 )
 from micronet_eval.errors import InputError
-from micronet_eval.policy_search import Search, loss, plain, ranges, search
+from micronet_eval.policy_search import Search, loss, loss_of, plain, ranges, search
 from micronet_eval.submission import read_toml
 from micronet_eval.training import Training
 
@@ -199,12 +201,40 @@ def test_ranges_are_those_of_each_channel():
     assert ranges(TensorDataset(pixels, torch.zeros(5))) == ([0, -3, 2], [1, 7, 3])
 
 
-def test_the_search_needs_optuna(tmp_path, monkeypatch, run, guarded):
-    (tmp_path / "recipe.toml").write_text(RECIPE.replace("AUGMENT", "").replace("epochs = 2", "epochs = 1"))
+def test_the_search_needs_optuna_and_a_file_to_write(tmp_path, monkeypatch, run, guarded):
+    """What is told before the first network is trained."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("AUGMENT", ""))
+    for output in (tmp_path, recipe / "policy.toml"):
+        code, out, err = run("augment", recipe, "-o", output)
+        assert (code, out) == (2, "")
+        assert f"{output} is a folder, or a part of its path is a file; name another file" in err
     monkeypatch.setitem(sys.modules, "optuna", None)
-    code, _, err = run("augment", tmp_path / "recipe.toml", "-o", tmp_path / "policy.toml", "--folds", 2)
-    assert code == 2
+    code, out, err = run("augment", recipe, "-o", tmp_path / "policy.toml")
+    assert (code, out) == (2, "")
     assert "pip install 'micronet-eval[train]'" in err
+
+
+def test_a_network_of_the_search_that_diverges_is_one_clear_message(tmp_path, monkeypatch, run, guarded):
+    """Whether the last step alone does it, or one before."""
+    recipe = tmp_path / "recipe.toml"
+    for rate in ("1e20", "0.01"):
+        recipe.write_text(RECIPE.replace("AUGMENT", ', optimizer = "sgd"').replace("0.01", rate))
+        code, _, err = run("augment", recipe, "-o", tmp_path / "policy.toml", "--folds", 2)
+        assert (code, err.count("\n")) == (2, 1)
+        assert re.search(rf"{recipe}: train: the .*loss of .* is (nan|inf); take a smaller learning_rate", err)
+        monkeypatch.setattr("micronet_eval.policy_search.train", lambda model, *words, **options: spoilt(model))
+
+
+def spoilt(model):
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+
+
+def test_a_policy_of_which_the_loss_is_no_number_is_the_last():
+    losses = [None, math.inf, 0.0, 2.0]
+    ranked = sorted((SimpleNamespace(value=value) for value in losses), key=loss_of)
+    assert [trial.value for trial in ranked[:2]] == [0.0, 2.0]
 
 
 def test_what_has_no_training_has_no_policy(tmp_path, run, guarded):

@@ -454,6 +454,8 @@ def augment(recipe: Path, output: Path, folds: int, trials: int, top: int, examp
     from micronet_eval.parallel import team
     from micronet_eval.policy_search import Search, search
 
+    if output.is_dir() or not next(parent for parent in output.absolute().parents if parent.exists()).is_dir():
+        raise InputError(f"{output} is a folder, or a part of its path is a file; name another file")
     how = Search(folds=folds, trials=trials, top=top, examples=examples)
     with _training() as (log, progress):
         policy = search(recipe, how, data, log if team().first else lambda line: None, progress)

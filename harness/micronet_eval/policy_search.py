@@ -7,6 +7,7 @@ learned to know. No network is trained again for a policy. The best policies of 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def search(
 
     `progress` is called with the batches that are trained so far, and all that there are. The same recipe gives the
     same policy. Raises InputError where the recipe is wrong, has no training, or is not for images, where training data
-    are missing, and where optuna is not installed.
+    are missing, where a network's loss is not finite, and where optuna is not installed.
     """
+    _optuna()
     path, root = Path(path), None if data is None else Path(data)
     recipe = read_toml(path, Recipe)
     try:
@@ -89,10 +91,13 @@ def search(
         batches = loader(Subset(examples, rest.tolist()), training.batch_size, seed)
         context = Context(torch.zeros(1, *task.input_shape), batches, seed, plugins.formulas())
         log(f"fold {number + 1} of {how.folds}: training on {len(rest):,} examples")
-        train(model, plain(training), context, log, progress=trained)
         held_out = Subset(examples, fold[: how.examples].tolist())
-        for subs in _best(model.to(team().device), held_out, how, low, high, seed, log):
-            found += subs
+        try:
+            train(model, plain(training), context, log, progress=trained)
+            for subs in _best(model.to(team().device), held_out, how, low, high, seed, log):
+                found += subs
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     return Policy(low=low, high=high, sub_policies=found)
 
 
@@ -116,11 +121,10 @@ def _best(
     model: nn.Module, held_out: Dataset[Any], how: Search, low: list[float], high: list[float], seed: int, log: Log
 ) -> list[SubPolicies]:
     """The policies with the lowest loss of those that a tree of Parzen estimators (TPE) tries."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError("policies are searched by optuna; pip install 'micronet-eval[train]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna = _optuna()
+    without = loss(model, held_out, lambda images: images, seed)
+    if not math.isfinite(without):
+        raise InputError(f"train: the loss of a fold is {without}; take a smaller learning_rate")
     names = [name for name in OPERATIONS if len(low) == 3 or name != "saturation"]  # grey has none
 
     def suggested(trial: Any, place: str) -> Operation:
@@ -138,10 +142,24 @@ def _best(
     tried: list[SubPolicies] = []
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     study.optimize(objective, how.trials)
-    ranked = sorted(study.trials, key=lambda trial: float(trial.value or 0))
-    without = loss(model, held_out, lambda images: images, seed)
-    log(f"  loss {without:.4f} without augmentation, {study.best_value:.4f} by the best policy of {how.trials}")
+    ranked = sorted(study.trials, key=loss_of)
+    best = loss_of(ranked[0])
+    log(f"  loss {without:.4f} without augmentation, {best:.4f} by the best policy of {how.trials}")
     return [tried[trial.number] for trial in ranked[: how.top]]
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError("policies are searched by optuna; pip install 'micronet-eval[train]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def loss_of(trial: Any) -> float:
+    """Of a trial that failed, as its loss was no number, infinity."""
+    return math.inf if trial.value is None else float(trial.value)
 
 
 def loss(model: nn.Module, examples: Dataset[Any], change: Change, seed: int) -> float:
