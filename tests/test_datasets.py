@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import random
 import tarfile
 from functools import partial
 
@@ -125,9 +126,12 @@ def test_imagenet_that_is_incomplete_says_what_there_is(photos):
 
 def test_an_image_that_is_damaged_names_its_file(photos):
     path = photos / "imagenet" / "val" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match=f"{path} is damaged"):
-        tiny(photos, "test")[0]
+    noise = Image.frombytes("RGB", (300, 200), random.Random(0).randbytes(300 * 200 * 3))
+    noise.save(parts := io.BytesIO(), "PNG")  # the pixels in several parts; the last one gets a name that none has
+    for content in (path.read_bytes()[:100], b"\0\0\0\0".join(parts.getvalue().rsplit(b"IDAT", 1))):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path} is damaged"):
+            tiny(photos, "test")[0]
 
 
 def test_imagenet_that_is_not_there_says_how_to_get_it(tmp_path):

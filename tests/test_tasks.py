@@ -61,7 +61,12 @@ def test_fashion_mnist_that_is_not_there_says_where_it_was_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(lambda b: b[:-1] + b"?", "is damaged"), (lambda b: b[:40], "cannot be read")]
+    ("change", "message"),
+    [
+        (lambda b: b[:-1] + b"?", "is damaged"),
+        (lambda b: b[:40], "cannot be read"),
+        (lambda b: b[:12] + 8 * b"\xff" + b[20:], "cannot be read"),
+    ],
 )
 def test_fashion_mnist_that_is_damaged_names_the_file(tmp_path, files, change, message):
     for name, content in files.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -66,7 +67,7 @@ def fashion_mnist(root: Path | None, split: Split) -> Dataset[Any]:
         try:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataMissing(f"{path} cannot be read ({error}); {how}") from None
         if hashlib.sha256(content).hexdigest() != checksum:
             raise DataMissing(f"{path} is damaged: its checksum is another than Fashion-MNIST's; {how}")
@@ -166,7 +167,7 @@ def _open_image(path: str) -> Any:
 
     try:
         return default_loader(path)
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # PIL's for a PNG file
         raise InputError(f"{path} is damaged: {error}; unpack ImageNet again") from error
 
 
