@@ -432,3 +432,14 @@ def test_noise_is_no_text(text, tiny, tmp_path):
     (tmp_path / "recipe.toml").write_text(LSTM.replace("batch_size = 2\n", 'data = "noise"\n', 1))
     with pytest.raises(InputError, match="field 'data': noise stands in for images"):
         compress(tmp_path / "recipe.toml", tmp_path / "small", text)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("mixup = 0.2", "not of tokens"), ("cutmix = 0.2", "out of images"), ("crop = 1", "images")]
+)
+def test_what_is_for_images_is_refused_before_anything_is_trained(text, tiny, tmp_path, option, message):
+    (tmp_path / "recipe.toml").write_text(LSTM.replace("epochs = 20,", f"epochs = 20, {option},"))
+    lines = []
+    with pytest.raises(InputError, match=f"field 'stages.0': train: .*{message}"):
+        compress(tmp_path / "recipe.toml", tmp_path / "small", text, log=lines.append)
+    assert lines == []

@@ -153,6 +153,11 @@ def test_cutmix_is_for_images(inputs):
         mix(inputs, Training(epochs=1, learning_rate=1, cutmix=1.0))
 
 
+def test_tokens_are_not_mixed():
+    with pytest.raises(InputError, match="mixup takes means of two inputs, not of tokens"):
+        mix(torch.zeros(4, 6, dtype=torch.int64), Training(epochs=1, learning_rate=1, mixup=1.0))
+
+
 def test_a_teacher_of_another_task():
     teacher = nn.Linear(6, 4)
     training = Training(epochs=1, learning_rate=0.1, distill={})

@@ -74,7 +74,7 @@ from micronet_eval.submission import (
 )
 from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import trace
-from micronet_eval.training import Ensemble, Log, Training, loader, train
+from micronet_eval.training import Ensemble, Log, Training, loader, mix, train
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
@@ -462,13 +462,14 @@ class _Run:
 
 def _check(recipe: Recipe, task: Task) -> None:
     """Raises InputError where a stage cannot run, as far as that is known before the first one is."""
+    example = torch.zeros(1, *task.input_shape, dtype=torch.int64 if task.metric == "perplexity" else torch.float32)
     compressed = False
     for name, stage in named_stages(recipe.stages):
         compressed = strategy_of(stage, name) is not None or compressed
         if (training := stage.train) is None:
             continue
         try:
-            augmenter(training)(torch.zeros(1, *task.input_shape))
+            mix(augmenter(training)(example), training)
             if training.distill is not None and not training.distill.folders and not compressed:
                 raise InputError(
                     "train: distill learns from the uncompressed model; compress it first, or name a teacher"

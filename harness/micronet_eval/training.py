@@ -443,6 +443,8 @@ def mix(inputs: Tensor, training: Training) -> tuple[Tensor, Tensor, float]:
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     other = torch.randperm(len(inputs))
     if not cut:
+        if not inputs.is_floating_point():
+            raise InputError("train: mixup takes means of two inputs, not of tokens; leave it out")
         return torch.lerp(inputs[other], inputs, share), other, share
     if inputs.dim() < 4:
         shape = "x".join(map(str, inputs.shape))
