@@ -430,6 +430,22 @@ def test_training_that_diverges_is_one_clear_message(tmp_path):
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "train = { epochs = 1, learning_rate = 0.01, batch_size = 449 }",
+        'sparsifier = "gradual"\nbatch_size = 449',
+        "statistics = { batches = 4 }",
+    ],
+)
+def test_a_last_batch_of_one_example_that_batch_norm_cannot_normalize(tmp_path, stage):
+    """Of 1,348 images, one is left; the last feature maps of the network have one pixel."""
+    small = SMALL.replace('"wide-resnet"\ndepth = 10\nwidth = 1', '"resnet"')
+    (tmp_path / "recipe.toml").write_text(f'task = "digits"\nbatch_size = 449{small}[[stages]]\n{stage}\n')
+    with pytest.raises(InputError, match=r"stages.0': the last batch has one example, .* take another batch_size"):
+        compress(tmp_path / "recipe.toml", tmp_path / "small")
+
+
 def test_test_data_is_never_looked_at(tmp_path, guarded):
     text = ROUNDS.replace("RULE", "quality = 0.1").replace('"digits"', '"guarded"')
     (tmp_path / "recipe.toml").write_text(text)

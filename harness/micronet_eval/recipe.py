@@ -74,7 +74,7 @@ from micronet_eval.submission import (
 )
 from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import trace
-from micronet_eval.training import Ensemble, Log, Training, loader, mix, train
+from micronet_eval.training import Ensemble, Log, Training, loader, logits_of, mix, train
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
@@ -604,7 +604,7 @@ def estimate_statistics(model: nn.Module, statistics: Statistics, context: Conte
         norm.train()
     with torch.no_grad():
         for inputs in context.calibration(statistics.batches):
-            model(inputs)
+            logits_of(model, inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()

@@ -466,8 +466,18 @@ def _loss(outputs: Tensor, labels: Tensor, other: Tensor, share: float, training
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """What a model says; a language model says its state, too, which is left out."""
-    outputs = model(inputs)
+    """What a model says; a language model says its state, too, which is left out.
+
+    Raises InputError where batch norm is trained on one example, of one pixel.
+    """
+    try:
+        outputs = model(inputs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "the last batch has one example, which batch norm cannot normalize; take another batch_size"
+        ) from error
     logits: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits
 
