@@ -432,6 +432,8 @@ def test_an_unknown_strategy(refused):
         ('task = "digits"', 'task = "digit"', "unknown task 'digit'; nearest: digits"),
         ('data = "noise"', 'data = "some"', "field 'data': Input should be 'task' or 'noise'"),
         ('data = "noise"', "seed = 1.5", "field 'seed': Input should be a valid integer"),
+        ('data = "noise"', "seed = -1", "field 'seed': Input should be greater than or equal to 0"),
+        ('data = "noise"', "seed = 2147483648", "field 'seed': Input should be less than 2147483648"),
         ('"wide-resnet"', '"wideresnet"', "field 'architecture': unknown architecture 'wideresnet'; nearest: wide-"),
         ("depth = 10", "depth = 11", "field 'architecture': depth 11"),
         ("channels = 1", "channels = 3", "the model does not run on input 1x1x8x8"),

@@ -165,11 +165,12 @@ class Recipe(Table):
 
     `validation` is the share of the training data that is held out: nothing is trained or calibrated on it, and quality
     is measured on it after every stage. Test data is never looked at. `start` is a folder that `train` wrote: the
-    weights there are those that the stages begin with.
+    weights there are those that the stages begin with. Stages and processes count on from `seed`; numpy takes less than
+    2^32.
     """
 
     task: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     data: Literal["task", "noise"] = "task"
     validation: float = Field(0.0, ge=0, lt=1)
     batch_size: int = Field(32, gt=0)
