@@ -19,7 +19,7 @@ from micronet_eval.scoring import account
 from micronet_eval.structure import without_weights
 from micronet_eval.task import DataMissing, Task
 from micronet_eval.trace import trace, trace_each
-from micronet_plugins.language import WIKITEXT103, Cell, Stream, lstm_lm, transformer_lm, wikitext
+from micronet_plugins.language import WIKITEXT103, Cell, Stream, lstm_lm, transformer_lm, vocabulary, wikitext
 
 # The files' format: a space at both ends of a line, empty lines are one space, headings between signs of equality.
 TRAIN = " \n = A <unk> = \n \n the cat sat on the mat . \n the dog sat . \n" * 40
@@ -296,6 +296,13 @@ def test_the_format_of_wikitext103(text):
     inputs, labels = stream[0]
     assert (inputs.dtype, len(stream), len(labels)) == (torch.int64, 1, 15)
     assert torch.equal(inputs[1:], labels[:-1])
+
+
+def test_another_training_text_has_another_vocabulary(text):
+    path = text / "wikitext-103" / "wiki.train.tokens"
+    assert len(vocabulary(path)) == 11
+    path.write_text("a zebra")
+    assert vocabulary(path) == {"a": 0, "zebra": 1, "<eos>": 2}
 
 
 def test_missing_or_damaged_data_is_one_clear_message(text):

@@ -287,9 +287,15 @@ def read_words(path: Path) -> Iterator[str]:
             yield "<eos>"
 
 
-@lru_cache(maxsize=1)
 def vocabulary(path: Path) -> dict[str, int]:
     """Every word of a training text, the most frequent first, words that are as frequent in the order of the text."""
+    state = path.stat()
+    return _vocabulary(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(path: Path, size: int, modified: int) -> dict[str, int]:
+    """The last one is kept, as both splits need it, until its file is another."""
     return {word: i for i, (word, _) in enumerate(Counter(read_words(path)).most_common())}
 
 
