@@ -17,6 +17,7 @@ from micronet_eval.quality import measure, negative_log_likelihood
 from micronet_eval.recipe import compress
 from micronet_eval.scoring import account
 from micronet_eval.structure import without_weights
+from micronet_eval.submission import read_manifest
 from micronet_eval.task import DataMissing, Task
 from micronet_eval.trace import trace, trace_each
 from micronet_plugins.language import WIKITEXT103, Cell, Stream, lstm_lm, transformer_lm, vocabulary, wikitext
@@ -376,6 +377,18 @@ def test_a_language_model_is_packed_and_evaluated(recipe, text, tiny, tmp_path):
     assert unknown.quality.measured is None
     assert unknown.math.ops32 > report.math.ops32
     assert "costliest" in unknown.warnings[0]
+
+
+@pytest.mark.parametrize("recipe", [LSTM, ATTENTION], ids=["lstm", "transformer"])
+def test_the_score_of_a_step_is_that_of_the_tokens_held_out(recipe, text, tiny, tmp_path):
+    (tmp_path / "recipe.toml").write_text(recipe.replace("batch_size = 2\n", "batch_size = 2\nvalidation = 0.3\n", 1))
+    compress(tmp_path / "recipe.toml", tmp_path / "small", text)
+    held_out = torch.cat([labels for _, labels in wikitext(text, "train", words=11)][-2:])  # of 6 pieces
+    rare = Decimal(int((held_out >= 5).sum())) / len(held_out)
+    manifest = tmp_path / "small" / "submission.toml"
+    manifest.write_text(manifest.read_text() + f"\n[frequencies]\nclusters = [{1 - rare}, {rare}]\n")
+    score = evaluate(tmp_path / "small", tmp_path).score.total
+    assert read_manifest(tmp_path / "small").provenance.steps[-1].score == pytest.approx(score, rel=1e-9)
 
 
 def test_frequencies_of_the_manifest_weigh_the_clusters(text, tiny, tmp_path, run):

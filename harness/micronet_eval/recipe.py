@@ -48,7 +48,7 @@ from micronet_eval.errors import InputError
 from micronet_eval.files import locked, write_together
 from micronet_eval.importing import load_state, read_state_dict
 from micronet_eval.kept import KEPT, Kept
-from micronet_eval.language import example_input
+from micronet_eval.language import example_input, per_token, shares_of_clusters, steps
 from micronet_eval.merge import BOTH, merged, without_batch_norm
 from micronet_eval.opening import open_submission
 from micronet_eval.parallel import team
@@ -73,7 +73,7 @@ from micronet_eval.submission import (
     read_toml,
 )
 from micronet_eval.task import METRICS, DataMissing, Task
-from micronet_eval.trace import trace
+from micronet_eval.trace import Example, trace, trace_each
 from micronet_eval.training import Ensemble, Log, Training, loader, logits_of, mix, train
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
@@ -448,8 +448,7 @@ class _Run:
         if (held_out := self.held_out) is not None:
             task = replace(self.task, dataset=lambda root, split: held_out)
             quality = measure(self.model, task, None).measured
-            whole = mean_account(trace(merged(self.model, self.example), self.example), plugins.formulas())
-            score = score_of(whole, self.task.storage, self.task.math).total
+            score = _score(merged(self.model, self.example), self.example, task)
         return Step(
             stage=name,
             parameters=counted.storage.parameters,
@@ -459,6 +458,17 @@ class _Run:
             score=score,
             quality=quality,
         )
+
+
+def _score(model: nn.Module, example: Example, task: Task) -> float:
+    """As `evaluate` gives it; of a language model by how frequent tokens are in the task's data."""
+    if task.metric == "perplexity":
+        each, (shares, _) = steps(model, task.tokens), shares_of_clusters(model, task, None, None)
+        recorded = trace_each(model, each.inputs)
+        whole = per_token(model, recorded, each, task.tokens, plugins.formulas(), shares)
+    else:
+        whole = mean_account(trace(model, example), plugins.formulas())
+    return score_of(whole, task.storage, task.math).total
 
 
 def _check(recipe: Recipe, task: Task) -> None:
