@@ -28,6 +28,7 @@ train = { epochs = 2, learning_rate = 0.001 }
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -37,6 +38,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import safe_open
 from safetensors.torch import save as safetensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -81,6 +83,8 @@ NOISE_EXAMPLES = 256
 
 TRAINED = "trained.safetensors"
 """The state dict of the architecture, as `train` writes it beside the submission."""
+
+_RECIPE = "recipe"  # the key of its metadata that has the SHA-256 of what it was trained by
 
 
 class Statistics(Table):
@@ -207,8 +211,7 @@ def compress(
     """Runs a recipe and writes the submission that comes out of it. The same recipe gives the same files.
 
     What it has done is kept in `folder` until it ends; `resume` goes on from there, and ends with the same files.
-    Weights that `train` left in `folder` to start from go. Raises InputError where the recipe is wrong, the training
-    data is missing, or there is nothing to resume.
+    Raises InputError where the recipe is wrong, the training data is missing, or there is nothing to resume.
     """
     path, root = Path(path), None if data is None else Path(data)
     _make(path, Path(folder), resume, lambda: _Run(path, root, log, progress))
@@ -257,11 +260,9 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
                     kept.remove()
                 raise
             if team().first:
-                state = {state_dict: safetensors(_contiguous(run.model))} if state_dict else {}
-                files = {RECIPE: text, **state, **_written(run)}
-                if not state_dict:  # the recipe beside it would no longer tell what it was trained on
-                    (folder / TRAINED).unlink(missing_ok=True)
-                write_together(folder, files)
+                made_by = {_RECIPE: hashlib.sha256(text).hexdigest()}
+                state = {state_dict: safetensors(_contiguous(run.model), made_by)} if state_dict else {}
+                write_together(folder, {RECIPE: text, **state, **_written(run)})
                 kept.remove()
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
@@ -509,6 +510,13 @@ def _start(model: nn.Module, recipe: Recipe) -> None:
     there = read_toml(folder / RECIPE, Recipe)
     if not recipe.validation:
         return
+    with safe_open(folder / TRAINED, framework="pt") as file:
+        made_by = (file.metadata() or {}).get(_RECIPE)
+    if made_by not in (None, hashlib.sha256((folder / RECIPE).read_bytes()).hexdigest()):
+        raise InputError(
+            f"{folder / RECIPE} is not what {TRAINED} there was trained by, and what that has seen is not known; "
+            "train it again in a folder of its own"
+        )
     if (there.task, there.data) != (recipe.task, recipe.data):  # other examples, but for those of its own start
         if there.start:
             raise InputError(
