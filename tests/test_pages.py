@@ -297,6 +297,13 @@ def test_one_point_alone_can_be_drawn():
     assert 0 <= spot.x <= 460 and 0 <= spot.y <= 300
 
 
+@pytest.mark.parametrize("qualities", [(99.5,), (-0.5,), (0.9, 99.5), (1.5, 1.5), (-2.0, 0.5)])
+def test_steps_whose_quality_is_no_share_can_be_drawn(qualities):
+    """Their authors write them, and nothing else depends on them; percentages are such, and perplexities."""
+    plot = path_plot([Point(0.1, quality, "a", "", True) for quality in qualities], METRICS["top-1"])
+    assert all(plot.top <= spot.y <= plot.bottom for spot in plot.spots)
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 

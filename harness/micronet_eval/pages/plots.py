@@ -116,7 +116,7 @@ def _plot(points: Sequence[Point], joined: Sequence[Point], metric: Metric, publ
     up, down = (TOP, BOTTOM) if metric.lower_is_better else (BOTTOM, TOP)
     share = metric.style.endswith("%")
     y = Axis.over([p.quality for p in points], up, down)
-    if share:
+    if share and all(0 <= p.quality <= 1 for p in points):  # steps are told by the authors: a share may be none
         y = replace(y, low=max(y.low, 0.0), high=min(y.high, 1.0))
     ys = y.ticks()
     digits = 0
