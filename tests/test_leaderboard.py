@@ -194,3 +194,11 @@ def test_the_table_cuts_no_figure(judge, width):
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert "0.04600" in text and "80.11%?" in text and "13." in text and "WaveComp" in text
+
+
+def test_the_name_of_a_task_is_never_markup(judge):
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO())
+    console.print(render_boards(boards([judge("a", task="[bold]x[/y]")]), 80))
+    assert "[bold]x[/y]" in console.file.getvalue()

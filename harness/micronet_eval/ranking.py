@@ -348,8 +348,8 @@ def render_boards(found: Sequence[Board], width: int = 80) -> RenderableType:
 
 def _ours(board: Board, width: int) -> Table:
     figures = ("score", "storage", "math") if width >= NARROW else ("score",)
-    table = Table(title=board.task or "task unknown", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-                  pad_edge=False)  # fmt: skip
+    title = Text(board.task or "task unknown", "bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("submission", overflow="fold", min_width=12)
     for name in (*figures, "quality"):
@@ -367,8 +367,8 @@ def _ours(board: Board, width: int) -> Table:
 
 
 def _theirs(board: Board) -> Table:
-    table = Table(title=f"{board.task}, published in 2019", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
-                  title_style="bold")  # fmt: skip
+    title = Text(f"{board.task}, published in 2019", "bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("entry", overflow="fold")
     table.add_column("score", justify="right", no_wrap=True)
