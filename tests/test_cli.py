@@ -361,6 +361,16 @@ def test_no_word_of_a_list_is_lost(run, monkeypatch, width, words):
     assert max(len(line) for line in out.splitlines()) <= width
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("style", ["table", "csv"])
+def test_letters_that_the_output_cannot_show_are_escaped(run, monkeypatch, tmp_path, encoding, style):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    status, _, err = run("validate", "\u017e", "--format", style)
+    assert (status, err) == (2, "")
+    shown = sys.stdout.buffer.getvalue().decode()
+    assert "\u017e" in shown or "\\u017e" in shown
+
+
 def on_a_terminal(*words):
     """What the command writes to a terminal that is its standard input, output and error."""
     ours, its = pty.openpty()

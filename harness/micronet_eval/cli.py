@@ -615,6 +615,9 @@ def main() -> None:
     gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long,
     atexit.register(_end)  # and so it does at the end, when all of it goes anyway
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not all that stands in for one
+            stream.reconfigure(errors="backslashreplace")  # names have letters that the terminal's encoding may lack
     try:
         plugins.add_commands(cli)
         cli()
