@@ -215,6 +215,42 @@ def test_exit_status_0_where_quality_cannot_be_measured(run, on_task):
     assert "not measured: no data in somewhere; claimed 99.00%" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("words", [["evaluate"], ["leaderboard"], ["check"], ["compare"]])
+def test_exit_status_2_where_a_name_is_too_long(run, words):
+    name = "a" * 300
+    assert run(*words, name) == (2, "", f"micronet-eval: {name}: File name too long\n")
+
+
+def test_a_name_that_is_too_long_is_a_finding(run):
+    status, out, err = run("validate", "a" * 300, "--format", "csv")
+    assert (status, err) == (2, "")
+    assert "folder.exists" in out and "File name too long" in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "leaderboard", "compare"])
+def test_a_folder_for_pages_is_looked_at_before_anything_is_measured(run, submission, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("micronet_eval.evaluation.evaluate", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    for name, told in [("full", "holds no pages of this program"), ("a" * 300, "File name too long")]:
+        status, out, err = run(command, submission, "--html", tmp_path / name)
+        assert (status, out) == (2, "")
+        assert told in err and "name another folder by --html" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to write to")
+def test_exit_status_2_where_the_disk_is_full():
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([COMMAND, "tasks"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "micronet-eval: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [["tasks"], ["validate", "nowhere"]])
+def test_output_that_is_closed_is_left_out(words):
+    ended = subprocess.run(["sh", "-c", f"'{COMMAND}' {' '.join(words)} >&-"], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (2 * (words[0] == "validate"), "")
+
+
 # --- count ------------------------------------------------------------------------------------------------------------
 
 

@@ -560,6 +560,8 @@ def test_the_command(run, base, tmp_path, monkeypatch, width):
             ["compare", "--on", "BASE", "--pruner", "random", "--columns", "scor"],
             "unknown column 'scor'; nearest: score",
         ),
+        (["compare", "BASE", "--results", ""], "--results: . is no file; name one"),
+        (["compare", "BASE", "--results", "/"], "--results: / is no file; name one"),
         (["compare", "--on", "BASE", "--pruner", "random", "--sort", "scor"], "unknown order 'scor'; nearest: score"),
     ],
 )

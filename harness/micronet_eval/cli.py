@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import os
 import signal
 import sys
 import time
@@ -51,7 +52,20 @@ _data = click.option(
     "--data", type=click.Path(path_type=Path), envvar="MICRONET_DATA", help="Folder with data sets (or MICRONET_DATA)."
 )
 _ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
-_html = click.option("--html", type=click.Path(path_type=Path), help="Folder to write web pages to, too.")
+
+
+def _replaceable(context: click.Context, parameter: click.Parameter, html: Path | None) -> Path | None:
+    """The folder of --html, of which is told before anything is measured that it cannot be written."""
+    if html is not None:
+        from micronet_eval.pages.site import check
+
+        check(html)
+    return html
+
+
+_html = click.option(
+    "--html", type=click.Path(path_type=Path), callback=_replaceable, help="Folder to write web pages to, too."
+)
 _isolation = click.option(
     "--isolation",
     "mode",
@@ -615,14 +629,24 @@ def main() -> None:
     gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long,
     atexit.register(_end)  # and so it does at the end, when all of it goes anyway
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not all that stands in for one
-            stream.reconfigure(errors="backslashreplace")  # names have letters that the terminal's encoding may lack
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started us closed it
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names have letters that the encoding may lack
     try:
         plugins.add_commands(cli)
         cli()
     except (InputError, SubmissionError) as error:
         sys.exit(_complain(error))
+    except OSError as error:
+        sys.exit(_complain(_refused(error)))
+
+
+def _refused(error: OSError) -> InputError:
+    """What the system refused, as the message that it is: a name that is too long, a full disk."""
+    told = error.strerror or str(error)
+    return InputError(f"{error.filename}: {told}" if error.filename else told)
 
 
 def _share(text: str) -> tuple[str, float]:

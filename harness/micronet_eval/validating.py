@@ -81,6 +81,8 @@ def validate(folder: str | Path, data: str | Path | None = None, isolation: Isol
             found.extend(_findings(place, None if data is None else Path(data), isolation))
     except SubmissionError as error:
         found.append(_from(error, "model.measures", place))
+    except OSError as error:
+        found.append(_found("folder.exists", place, f"it cannot be read: {error.strerror}"))
     return found
 
 

@@ -131,6 +131,8 @@ def compare(
     cells = grid([[c for text in _several(texts) for c in parse(kind, text)] for kind, texts in kinds.items()])
     if cells and on is None:
         raise InputError("strategies are compared on a trained network: give the recipe that trains it by --on")
+    if not store.name:
+        raise InputError(f"--results: {store} is no file; name one, for example compare.sqlite")
     kept = store.with_suffix(".kept")
     strategies = [] if on is None else jobs_of(cells, Path(on), seeds, fine_tune, root, kept)
     todo = jobs_in(list(map(Path, paths)), seeds, root, isolation, {job.name for job in strategies}) + strategies

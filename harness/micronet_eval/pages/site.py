@@ -17,14 +17,22 @@ GENERATOR = "micronet-eval"
 ASSETS = ("style.css", "site.js")
 
 
+def check(folder: Path) -> None:
+    """Raises InputError where a folder holds anything but such pages, or is none that could be written."""
+    try:
+        if folder.exists() and not _is_site(folder):
+            raise InputError(f"{folder} exists and holds no pages of this program; name another folder by --html")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder by --html") from error
+
+
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """A folder with the assets in it, to write pages to, that takes the place of `folder` when all went well.
 
     One that holds such pages already is replaced. Raises InputError where it holds anything else, or cannot be written.
     """
-    if folder.exists() and not _is_site(folder):
-        raise InputError(f"{folder} exists and holds no pages of this program; name another folder by --html")
+    check(folder)
     place = folder.absolute().parent
     try:
         place.mkdir(parents=True, exist_ok=True)
