@@ -68,6 +68,19 @@ def test_the_command(run, submission, tmp_path):
     assert (tmp_path / "s.md").read_text().count("### small") == 2
 
 
+def test_the_summary_is_appended_to_the_file_that_is_there(run, submission, tmp_path):
+    summary = tmp_path / "s.md"
+    summary.write_text("before\n")
+    summary.chmod(0o600)
+    (tmp_path / "link.md").symlink_to(summary)
+    (submission / "weights.safetensors").unlink()
+    run("check", submission, "--summary", tmp_path / "link.md")
+    assert summary.read_text().startswith("before\n### small: not evaluated\n")
+    assert (tmp_path / "link.md").is_symlink() and summary.stat().st_mode & 0o777 == 0o600
+    run("check", submission, "--summary", tmp_path / "new" / "s.md")
+    assert (tmp_path / "new" / "s.md").exists()
+
+
 def test_what_cannot_be_evaluated_is_told_in_the_files_too(run, submission, tmp_path):
     (submission / "weights.safetensors").write_bytes(b"nothing <&|")
     junit, summary = tmp_path / "j.xml", tmp_path / "s.md"

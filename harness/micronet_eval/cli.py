@@ -752,8 +752,9 @@ def _write_checks(junit: Path | None, cases: str, summary: Path | None, text: st
             write_whole(junit, cases.encode())
         path = summary
         if summary is not None:
-            before = summary.read_bytes() if summary.exists() else b""
-            write_whole(summary, before + text.encode())
+            summary.parent.mkdir(parents=True, exist_ok=True)
+            with summary.open("a", encoding="utf-8") as file:  # it may be a link, and others may append to it
+                file.write(text)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
