@@ -20,6 +20,7 @@ from torch import nn
 from micronet_eval import cli, evaluate, score
 from micronet_eval.plugins import lookup
 from micronet_eval.strategy import Quantizer
+from micronet_eval.tables import to_markdown
 from micronet_eval.task import DataMissing
 
 COMMAND = Path(sys.executable).with_name("micronet-eval")
@@ -146,6 +147,11 @@ def test_markdown(run, submission):
     assert head == "| submission | task | params32 | ops32 | storage | math | score | quality | passed |"
     assert line == "| " + " | ".join(["---"] * 9) + " |"
     assert row.startswith(f"| small | digits | {evaluate(submission).storage.params32} | ")
+
+
+def test_what_markdown_would_obey_is_text():
+    table = to_markdown([{"a_b|": "c\\|d <b>\n`e`", "*": None}])
+    assert table.splitlines() == [r"| a\_b\| | \* |", "| --- | --- |", r"| c\\\|d \<b\> \`e\` |  |"]
 
 
 def test_several_folders_are_one_table(run, submission, tmp_path):

@@ -470,11 +470,11 @@ def test_columns_for_people_and_programs(table):
     assert chosen.to_markdown().splitlines() == [
         "|  | strategy | score | quality |",
         "| --- | --- | --- | --- |",
-        "| * | good_1 | 0.30000 ±0.14142 | 95.00% ±7.07% |",
+        r"| \* | good\_1 | 0.30000 ±0.14142 | 95.00% ±7.07% |",
         "|  | worse & more | 0.50000 | 80.00% |",
         "|  | broken | failed |  |",
         "",
-        "- good_1: failed: unlucky",
+        r"- good\_1: failed: unlucky",
         "- broken: failed: why",
     ]
     assert chosen.to_latex().splitlines() == [

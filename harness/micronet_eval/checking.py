@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from micronet_eval.errors import printable
 from micronet_eval.evaluation import Report, evaluate
+from micronet_eval.tables import in_markdown
 from micronet_eval.task import METRICS
 
 
@@ -68,7 +69,7 @@ def error_junit(submission: str, error: Exception) -> str:
 
 def error_summary(submission: str, error: Exception) -> str:
     """Markdown, as `to_summary`, of a submission that could not be evaluated."""
-    return f"### {_escaped(submission)}: not evaluated\n\n{_escaped(printable(str(error)))}\n"
+    return f"### {in_markdown(submission)}: not evaluated\n\n{in_markdown(printable(str(error)))}\n"
 
 
 def _junit(submission: str, cases: Sequence[tuple[str, str, str]]) -> str:
@@ -92,19 +93,12 @@ def to_summary(report: Report, found: Sequence[Check]) -> str:
     total = f"score {report.score.total:.6g}" if report.score else "no score"
     fails = any(check.holds is False for check in found)
     lines = [
-        f"### {_escaped(report.submission)}: {'failed' if fails else 'passed'}, {total}",
+        f"### {in_markdown(report.submission)}: {'failed' if fails else 'passed'}, {total}",
         "",
         "| check | | figures |",
         "|---|---|---|",
     ]
     verdicts: dict[bool | None, str] = {True: "holds", False: "**fails**", None: "not measured"}
-    lines += [f"| {_escaped(c.name)} | {verdicts[c.holds]} | {_escaped(c.figures)} |" for c in found]
+    lines += [f"| {in_markdown(c.name)} | {verdicts[c.holds]} | {in_markdown(c.figures)} |" for c in found]
     storage = f"{report.storage.params32:,.0f} 32-bit parameters, {report.math.ops32:,.0f} 32-bit operations"
-    return "\n".join([*lines, "", f"{storage}; rules {report.ruleset}.", *map(_escaped, report.warnings), ""])
-
-
-def _escaped(text: str) -> str:
-    """As text in a Markdown table: no markup, no cells."""
-    for sign in "\\`*_{}[]<>#|":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+    return "\n".join([*lines, "", f"{storage}; rules {report.ruleset}.", *map(in_markdown, report.warnings), ""])

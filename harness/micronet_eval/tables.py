@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 Table = Sequence[Mapping[str, object]]
 """Rows with the same keys, which are the heads of the columns."""
 
+MARKDOWN = {sign: f"\\{sign}" for sign in "\\`*_{}[]<>#|"}
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
 LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
@@ -25,21 +26,22 @@ def to_csv(table: Table) -> str:
 def to_markdown(table: Table) -> str:
     """Rows as a Markdown table."""
     head = list(table[0])
-    lines = [head, ["---"] * len(head), *([in_markdown(row[name]) for name in head] for row in table)]
+    rows = [[in_markdown(row[name]) for name in head] for row in table]
+    lines = [[in_markdown(name) for name in head], ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def in_markdown(value: object) -> str:
-    """A value in one line of Markdown, and in one cell."""
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    """A value as text in one line of Markdown, and in one cell: no markup, no HTML."""
+    return _escaped(value, MARKDOWN)
 
 
 def to_latex(table: Table, bold: Sequence[bool]) -> str:
     """Rows as a tabular with the rules of booktabs; the first column to the left, the others to the right."""
     head = list(table[0])
-    lines = [[_latex(name) for name in head]]
+    lines = [[_escaped(name, LATEX) for name in head]]
     for row, strong in zip(table, bold, strict=True):
-        cells = [_latex(row[name]) for name in head]
+        cells = [_escaped(row[name], LATEX) for name in head]
         lines.append([rf"\textbf{{{cells[0]}}}", *cells[1:]] if strong else cells)
     first, *rest = (" & ".join(line) + r" \\" for line in lines)
     columns = "l" + "r" * (len(head) - 1)
@@ -48,5 +50,5 @@ def to_latex(table: Table, bold: Sequence[bool]) -> str:
     )
 
 
-def _latex(value: object) -> str:
-    return "" if value is None else "".join(LATEX.get(sign, sign) for sign in " ".join(str(value).split()))
+def _escaped(value: object, signs: Mapping[str, str]) -> str:
+    return "" if value is None else "".join(signs.get(sign, sign) for sign in " ".join(str(value).split()))
