@@ -357,7 +357,7 @@ def test_a_strategy_without_options(run, register, style):
 # --- width and terminal -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [60, 200])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_no_figure_of_a_report_is_cut(run, submission, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     claim(submission, "storage = 123_456_789_012\nmath = 345_678_901_234\nscore = 0.0123456")
@@ -368,12 +368,13 @@ def test_no_figure_of_a_report_is_cut(run, submission, monkeypatch, width):
     figures = [report.storage.bits, report.storage.value_bits, report.storage.mask_bits, report.storage.overhead_bits]
     figures += [report.storage.file_bytes, report.math.mults, report.math.adds, report.math.macs]
     figures += [123_456_789_012, 345_678_901_234, *(layer.storage_bits for layer in report.layers)]
-    words = set(out.replace("(", " ").split())
+    words = {word.strip("(),:;") for word in out.split()}
     assert {f"{figure:,}" for figure in figures} <= words
     assert {f"{report.score.total:.6g}", f"{report.score.math:.6g}", "0.0123456"} <= words
+    assert {"params32", "ops32", "score", "quality", "holds", "fails", "FAILED"} <= words
 
 
-@pytest.mark.parametrize("width", [60, 200])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_no_figure_of_several_reports_is_cut(run, submission, tmp_path, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     other = shutil.copytree(submission, tmp_path / "another-one-with-a-name-that-is-long")
@@ -381,8 +382,9 @@ def test_no_figure_of_several_reports_is_cut(run, submission, tmp_path, monkeypa
     report = evaluate(submission)
     assert "…" not in out
     assert max(len(line) for line in out.splitlines()) <= width
-    for figure in (report.score.storage, report.score.math, report.score.total):
+    for figure in (report.score.storage, report.score.math, report.score.total)[-1 if width < 80 else 0 :]:
         assert out.count(f" {figure:.5f} ") == 2
+    assert " small " in out and "another-" in out
     assert out.count(f" {report.quality.measured:.2%} ") == 2
 
 

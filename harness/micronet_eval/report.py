@@ -24,14 +24,16 @@ from micronet_eval.task import METRICS
 
 COSTLIEST = 10
 WIDE = 100  # columns of a terminal from which on everything is shown of each module
-NARROW = 72  # columns of a terminal below which less is shown of each operation
+NARROW = 80  # columns of a terminal below which less is shown of each operation and submission
+SMALL = 56  # columns of a terminal below which only the costs are shown of each operation
 VERDICTS = {True: Text("holds", "green"), False: Text("fails", "bold red"), None: Text("not measured", "yellow")}
 
 
 def render(report: Report, all_layers: bool = False, width: int = 80) -> RenderableType:
     """One report: summary, claims beside measurements, where the cost lies."""
     heading = " · ".join(filter(None, (report.submission, report.task, report.ruleset)))
-    parts: list[RenderableType] = [Rule(Text(heading, "bold"), align="left"), _summary(report), _details(report)]
+    parts: list[RenderableType] = [Rule(Text(heading, "bold"), align="left"), _summary(report, width)]
+    parts.append(_details(report))
     if report.quality is not None:
         parts.append(Text.assemble(("Quality: ", "bold"), _reason(report.quality), overflow="fold"))
     if report.provenance:
@@ -44,24 +46,29 @@ def render(report: Report, all_layers: bool = False, width: int = 80) -> Rendera
     return Group(*parts)
 
 
-def render_many(reports: Sequence[Report]) -> Table:
-    """Several reports, a row each."""
+def render_many(reports: Sequence[Report], width: int = 80) -> Table:
+    """Several reports, a row each; narrow terminals show less of each."""
+    columns: dict[str, Callable[[Report], RenderableType]] = {
+        "task": lambda report: Text(report.task or ""),
+        "storage": lambda report: _short(report.score.storage) if report.score else "",
+        "math": lambda report: _short(report.score.math) if report.score else "",
+        "score": lambda report: _short(report.score.total) if report.score else "",
+        "quality": _quality,
+        "claims": lambda report: _verdict_of_claims(report.claims),
+    }
+    if width < NARROW:
+        del columns["task"], columns["storage"], columns["math"]
+    if width < SMALL:
+        del columns["claims"]
     table = Table(title="Submissions")
-    table.add_column("submission", overflow="fold")
-    table.add_column("task", overflow="fold")
-    for name in ("storage", "math", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("quality", justify="right", no_wrap=True)
-    table.add_column("claims", overflow="fold")
+    table.add_column("submission", overflow="fold", min_width=8)
+    for name in columns:
+        if name in ("task", "claims"):
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for report in reports:
-        total = report.score
-        table.add_row(
-            Text(report.submission),
-            Text(report.task or ""),
-            *((_short(total.storage), _short(total.math), _short(total.total)) if total else ("", "", "")),
-            _quality(report),
-            _verdict_of_claims(report.claims),
-        )
+        table.add_row(Text(report.submission), *(cell(report) for cell in columns.values()))
     return table
 
 
@@ -83,13 +90,9 @@ def rows(reports: Sequence[Report]) -> list[dict[str, object]]:
     ]
 
 
-def _summary(report: Report) -> Table:
+def _summary(report: Report, width: int) -> Table:
+    """What was measured beside what was claimed: as columns, on narrow terminals as text that may be folded."""
     claims = {claim.name: claim for claim in report.claims}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    for name in ("measured", "claimed", "of baseline"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("claim")
     ratio = report.score
     lines: list[tuple[str, str, str, str]] = [
         ("params32", f"{report.storage.params32:,.0f}", "storage", _share(ratio.storage if ratio else None)),
@@ -97,12 +100,28 @@ def _summary(report: Report) -> Table:
     ]
     if ratio:
         lines.append(("score", f"{ratio.total:.6g}", "score", ""))
-    for label, measured, name, share in lines:
-        table.add_row(Text(label, "bold"), measured, _claimed(claims.get(name)), share, _verdict(claims.get(name)))
+    rows: list[tuple[str, str | Text, str, str | Text, Text]] = [
+        (label, measured, _claimed(claims.get(name)), share, _verdict(claims.get(name)))
+        for label, measured, name, share in lines
+    ]
     if report.quality is not None:
         claim = claims.get("quality")
         claimed = "" if claim is None else METRICS[report.quality.metric].show(claim.claimed)
-        table.add_row(Text("quality", "bold"), _quality(report), claimed, _threshold(report), _verdict(claim))
+        rows.append(("quality", _quality(report), claimed, _threshold(report), _verdict(claim)))
+    table = Table(box=None, show_header=width >= NARROW, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    if width < NARROW:
+        table.add_column(overflow="fold")
+    else:
+        for name in ("measured", "claimed", "of baseline"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("claim")
+    for label, measured, claimed, share, verdict in rows:
+        cells: tuple[str | Text, ...] = (measured, claimed, share, verdict)
+        if width < NARROW:
+            beside = (", ", share, "" if label == "quality" else " of baseline") if share else ()
+            cells = (Text.assemble(measured, *beside, *(("; claimed ", claimed, ": ", verdict) if claimed else ())),)
+        table.add_row(Text(label, "bold"), *cells)
     return table
 
 
@@ -167,7 +186,8 @@ def _layers(report: Report, every: bool, width: int) -> Table:
     title = "All priced operations" if every else f"The {len(shown)} costliest of {len(report.layers):,} operations"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", overflow="fold", min_width=8)
-    table.add_column("operation", overflow="fold", min_width=8)
+    if width >= SMALL:
+        table.add_column("operation", overflow="fold", min_width=8)
     columns: dict[str, Callable[[Layer], str]] = {
         "mults": lambda layer: _count(layer.mults),
         "adds": lambda layer: _count(layer.adds),
@@ -177,11 +197,13 @@ def _layers(report: Report, every: bool, width: int) -> Table:
     }
     if width < NARROW:
         del columns["mults"], columns["adds"]
+    if width < SMALL:
+        del columns["bits"]
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for layer in shown:
-        operation = layer.op.partition(".")[2].removesuffix("olution").strip("_")
-        table.add_row(Text(layer.module), Text(operation), *(cell(layer) for cell in columns.values()))
+        operation = [Text(layer.op.partition(".")[2].removesuffix("olution").strip("_"))] if width >= SMALL else []
+        table.add_row(Text(layer.module), *operation, *(cell(layer) for cell in columns.values()))
     return table
 
 
@@ -381,4 +403,6 @@ def _cells(change: Change) -> tuple[str, ...]:
 
 def print_report(reports: Sequence[Report], console: Console, all_layers: bool = False) -> None:
     """Prints one report in full, several as a table."""
-    console.print(render(reports[0], all_layers, console.width) if len(reports) == 1 else render_many(reports))
+    console.print(
+        render(reports[0], all_layers, console.width) if len(reports) == 1 else render_many(reports, console.width)
+    )
