@@ -388,6 +388,16 @@ def test_no_figure_of_several_reports_is_cut(run, submission, tmp_path, monkeypa
     assert out.count(f" {report.quality.measured:.2%} ") == 2
 
 
+@pytest.mark.parametrize("width", [40, 60, 200])
+@pytest.mark.parametrize("option", [("--depth", "1"), ("--cross-check",)])
+def test_no_figure_of_a_model_is_cut(run, monkeypatch, width, option):
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = run("count", "torchvision:resnet18", "--input", "1x3x64x64", *option)[1]
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines()) <= width
+    assert ("187 M" if option[0] == "--depth" else "agree") in out  # of the last column
+
+
 @pytest.mark.parametrize("width", [60, 200])
 def test_no_figure_of_the_tasks_is_cut(run, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))

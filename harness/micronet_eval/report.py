@@ -25,7 +25,7 @@ from micronet_eval.task import METRICS
 COSTLIEST = 10
 WIDE = 100  # columns of a terminal from which on everything is shown of each module
 NARROW = 80  # columns of a terminal below which less is shown of each operation and submission
-SMALL = 56  # columns of a terminal below which only the costs are shown of each operation
+SMALL = 56  # columns of a terminal below which only the figures that matter most are shown
 VERDICTS = {True: Text("holds", "green"), False: Text("fails", "bold red"), None: Text("not measured", "yellow")}
 
 
@@ -41,7 +41,7 @@ def render(report: Report, all_layers: bool = False, width: int = 80) -> Rendera
     parts += [Text.assemble(("Warning: ", "bold yellow"), warning) for warning in report.warnings]
     parts.append(_layers(report, all_layers, width))
     if report.cross_check is not None:
-        parts.append(_cross_check(report, report.cross_check, all_layers))
+        parts.append(_cross_check(report, report.cross_check, all_layers, width))
     parts.append(Text(_coverage(report), "dim"))
     return Group(*parts)
 
@@ -225,6 +225,8 @@ def render_modules(report: Report, modules: Sequence[ModuleCost], width: int = 8
         del columns["mults"], columns["adds"]
     if width < NARROW:
         del columns["MACs"]
+    if width < SMALL:
+        del columns["of math"], columns["of storage"]
     for name in columns:
         table.add_column(name, justify="right", no_wrap=width >= WIDE)
     for module in modules:
@@ -300,7 +302,7 @@ def _verdict_of_claims(claims: Sequence[Claim]) -> Text:
     )
 
 
-def _cross_check(report: Report, check: CrossCheck, every: bool) -> RenderableType:
+def _cross_check(report: Report, check: CrossCheck, every: bool, width: int) -> RenderableType:
     """The modules that differ, and what is left to say about the whole."""
     most = sorted(check.differences, key=lambda d: (-d.unexplained, -abs(d.dense - (d.fvcore or 0)), -d.dense))
     shown = check.differences if every else most[:COSTLIEST]
@@ -308,14 +310,15 @@ def _cross_check(report: Report, check: CrossCheck, every: bool) -> RenderableTy
     title = f"MACs: {len(check.differences):,} of {check.modules:,} modules differ{which}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", overflow="fold", min_width=8)
-    for name in ("ours", "fvcore", "torch"):
+    shows = 3 if width >= SMALL else 2  # columns of counts; the last two seldom differ
+    for name in ("ours", "fvcore", "torch")[:shows]:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
+    table.add_column("why", overflow="fold", min_width=8)
     for d in shown:
         why = Text("; ".join(d.why), "bold red" if d.unexplained else "")
-        table.add_row(Text(d.module or "(forward)"), *map(_macs, (d.ours, d.fvcore, d.flop_counter)), why)
+        table.add_row(Text(d.module or "(forward)"), *map(_macs, (d.ours, d.fvcore, d.flop_counter)[:shows]), why)
     table.add_section()
-    table.add_row("all", *map(_macs, (check.ours, check.fvcore, check.flop_counter)), _unexplained(check))
+    table.add_row("all", *map(_macs, (check.ours, check.fvcore, check.flop_counter)[:shows]), _unexplained(check))
     beside = [f"Beside MACs we price {report.math.mults - check.ours:,} mults and {report.math.adds:,} adds"]
     if check.fvcore_other:
         beside.append(f"fvcore counts {', '.join(f'{n:,} of {op}' for op, n in check.fvcore_other.items())}")
