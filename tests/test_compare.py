@@ -510,6 +510,33 @@ def test_wide_terminals_show_more(table):
     assert head(200) == ["strategy", "params32", "ops32", "storage", "math", "score", "quality", "time"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "width", "spread"),
+    [
+        *((None, width, width in (60, 100, 120, 200)) for width in (40, 60, 72, 80, 90, 100, 120, 200)),
+        *((("score", "quality"), width, width >= 60) for width in (40, 60, 72, 200)),
+    ],
+)
+def test_no_figure_and_no_name_is_cut(table, columns, width, spread):
+    """Deviations take the room of names: they are the first to go, and the note below says so."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(replace(table, columns=columns))
+    shown, _, note = console.file.getvalue().partition("broken: why")
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert {"good_1", "worse", "broken", "failed", "0.30000", "95.00%"} <= set(shown.split())
+    assert re.search(r"good_1 .* 95.00%", shown)
+    assert ("±" in shown) is ("mean ± standard deviation" in note) is spread
+
+
+def test_columns_that_were_asked_for_are_folded_where_they_do_not_fit(table):
+    console = Console(width=60, file=io.StringIO())
+    console.print(replace(table, columns=("task", "params32", "ops32", "storage", "score", "quality", "passed")))
+    shown = console.file.getvalue()
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 60
+    assert {"yes", "no"} <= set(shown.split()) and " goo" in shown
+
+
 @pytest.mark.parametrize("width", [60, 200])
 def test_the_live_view_says_how_far_it_is(table, width):
     console = Console(width=width, height=24, file=io.StringIO())

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from micronet_eval.comparing.jobs import Result
-from micronet_eval.comparing.table import Row, chosen, rows, sorted_rows, written
+from micronet_eval.comparing.table import COLUMNS, Row, chosen, rows, sorted_rows, written
 
-NARROW = 72  # columns of a terminal below which deviations are left out
+STRATEGY = 16  # columns of a terminal that the names of strategies have at least where all else fits
 ROOM = 8
 """Lines of the terminal that a live view leaves to what is not a row."""
 
@@ -23,30 +23,49 @@ ROOM = 8
 def render(found: Sequence[Row], width: int = 80, columns: Sequence[str] | None = None) -> RenderableType:
     """A row for each strategy; those that no other beats in score and quality are marked, and lead the eye.
 
-    Without `columns`, narrow terminals show fewer of them.
+    Narrow terminals show no deviations and, without `columns`, fewer columns.
     """
     failed = [Text(f"{row.name}: {error}", "red") for row in found for error in row.errors]
     seeds = max((row.seeds for row in found), default=0)
-    figures = "mean" if width < NARROW else "mean ± standard deviation"
+    names, spread = _fitting(found, width, columns)
+    figures = "mean ± standard deviation" if spread else "mean"
     notes = [f"{figures} of {seeds} seeds" if seeds > 1 else ""]
     notes.append("* no other row is better in both score and quality" if any(row.best for row in found) else "")
-    return Group(_table(found, width, columns), *failed, Text("; ".join(filter(None, notes)), "dim"))
+    return Group(_table(found, names, spread, width), *failed, Text("; ".join(filter(None, notes)), "dim"))
 
 
-def _table(found: Sequence[Row], width: int, columns: Sequence[str] | None) -> Table:
+def _fitting(found: Sequence[Row], width: int, columns: Sequence[str] | None) -> tuple[list[str], bool]:
+    """The columns that fit, and whether figures have their deviations, which are the first to go."""
+    steps = sorted({column.width for column in COLUMNS.values() if column.width < width}, reverse=True)
+    fewer = [] if columns is not None else [(chosen(None, step), False) for step in steps]
     names = chosen(columns, width)
+    tries = [(names, True), (names, False), *fewer]
+    return next((given for given in tries if _needed(found, *given) <= width), tries[-1])
+
+
+def _needed(found: Sequence[Row], names: Sequence[str], spread: bool) -> int:
+    """Columns of a terminal that a table takes: each cell with three between them, the mark, the edges."""
+    cells = [_cells(row, names, spread) for row in found]
+    return 6 + STRATEGY + sum(3 + max(map(len, [name, *(row[name] for row in cells)])) for name in names)
+
+
+def _cells(row: Row, names: Sequence[str], spread: bool) -> dict[str, str]:
+    cells = {name: str(cell) for name, cell in written(row, names).items()}
+    return cells if spread else {**cells, **{name: cells[name].partition(" ±")[0] for name in names}}
+
+
+def _table(found: Sequence[Row], names: Sequence[str], spread: bool, width: int) -> Table:
+    fits = _needed(found, names, spread) <= width  # if not, all are folded: no name and no figure is lost
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    table.add_column("strategy", overflow="fold", min_width=16)
+    table.add_column("strategy", overflow="fold")
     for name in names:
-        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "task" else "right", overflow="fold", no_wrap=fits)
     for row in found:
-        cells = {**written(row, names), "strategy": row.name.replace(",", ", ")}  # where it may be folded
-        if width < NARROW:
-            cells = {name: str(cell).partition(" ±")[0] for name, cell in cells.items()}
+        cells = {**_cells(row, names, spread), "strategy": row.name.replace(",", ", ")}  # where it may be folded
         styles = {"strategy": "bold" if row.best else "", "quality": "red" if row.passed is False else ""}
         table.add_row(
-            *(Text(str(cell), "bold red" if cell == "failed" else styles.get(name, "")) for name, cell in cells.items())
+            *(Text(cell, "bold red" if cell == "failed" else styles.get(name, "")) for name, cell in cells.items())
         )
     return table
 
@@ -86,7 +105,7 @@ class LiveView:
             yield Text(f"{row.name}:", "red", no_wrap=True, overflow="ellipsis")
             yield Text(f"  {row.errors[0]}", "red", no_wrap=True, overflow="ellipsis")
         if good:
-            yield _table(good[:most], width, None)
+            yield _table(good[:most], *_fitting(good[:most], width, None), width)
             if len(good) > most:
                 yield Text(f"and {len(good) - most} more, by score", "dim")
 

@@ -97,7 +97,7 @@ def _beats(other: Row, row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is written for people; `width` are the columns of a terminal from which on it is shown unasked.
+    """How a column is written for people; `width`: from so many columns of a terminal on it is shown unasked.
 
     `value` is what it is sorted by, the lowest first; None where nothing is to be sorted.
     """
