@@ -67,6 +67,12 @@ def test_every_wrong_field_is_a_finding(good, run):
         ("weights.file", lambda f: (f / WEIGHTS).write_bytes(b""), "truncated or damaged"),
         ("weights.file", lambda f: (f / WEIGHTS).unlink(), "is missing"),
         ("model.fits", lambda f: edit(f, "width = 1", "width = 2"), "the weights do not fit"),
+        (
+            "manifest.field",
+            lambda f: edit(f, "[provenance]", "[claims]\nquality = 99.5\n[provenance]"),
+            "submission.toml: field 'claims.quality': Input should be less than or equal to 1, a share; correct the",
+        ),
+        ("manifest.field", lambda f: edit(f, "depth = 10", "depth = 11"), "field 'architecture': depth 11"),
         ("score.claims", lambda f: edit(f, "[provenance]", "[claims]\nstorage = 1\n[provenance]"), "claims.storage: "),
     ],
 )

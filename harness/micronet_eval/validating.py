@@ -5,6 +5,7 @@ An evaluation stops at the first mistake. Here every part is looked at, as far a
 
 from __future__ import annotations
 
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -102,7 +103,7 @@ def _findings(folder: Path, data: Path | None, isolation: Isolation) -> Iterator
     try:
         opened = open_submission(folder, data, isolation)
     except InputError as error:
-        yield _from(error, "model.fits", folder / WEIGHTS)
+        yield _misfit(error, "model.fits", folder)
     except SubmissionError as error:
         yield _from(error, "code.runs" if manifest.architecture.file else "model.fits", folder / CODE)
     if opened is None:
@@ -114,7 +115,7 @@ def _findings(folder: Path, data: Path | None, isolation: Isolation) -> Iterator
     try:
         yield from _report(measured(opened, data), folder)
     except (InputError, SubmissionError) as error:
-        yield _from(error, "model.measures", folder / WEIGHTS)
+        yield _misfit(error, "model.measures", folder)
 
 
 def _files(folder: Path) -> Iterator[Finding]:
@@ -185,7 +186,13 @@ def _tried(rule: str, place: Path, look: Callable[[], object]) -> Iterator[Findi
         yield _from(error, rule, place)
 
 
-def _from(error: Exception, rule: str, place: Path) -> Finding:
+def _misfit(error: Exception, rule: str, folder: Path) -> Finding:
+    """The finding of an error that only the whole submission shows: of the field that it names, or of the weights."""
+    named = re.match(rf"({re.escape(str(folder / MANIFEST))}: field '[^']*'): ", str(error))
+    return _from(error, "manifest.field", named[1]) if named else _from(error, rule, folder / WEIGHTS)
+
+
+def _from(error: Exception, rule: str, place: Path | str) -> Finding:
     """The finding that an error tells; its message often begins with the place, and ends with the mend."""
     told = str(error).removeprefix(f"{place}: ").removeprefix(f"{place} ")
     what, semicolon, mend = told.rpartition("; ")
