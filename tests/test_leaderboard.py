@@ -26,7 +26,7 @@ from micronet_eval.ranking import (
     top_tenth,
 )
 from micronet_eval.scoring import Score
-from micronet_eval.submission import Frequencies, read_manifest
+from micronet_eval.submission import Claims, Frequencies, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,21 @@ def test_the_command_ranks_what_can_be_ranked(run, submission, tmp_path):
     status, out, _ = run("leaderboard", tmp_path, "--format", "csv")
     assert [row["name"] for row in csv.DictReader(io.StringIO(out))] == [e["name"] for e in board["entries"]]
     assert run("leaderboard", tmp_path / "nothing")[0] == 2
+
+
+def test_what_could_not_be_evaluated_has_its_claims_in_the_metric_of_its_task(made):
+    from rich.console import Console
+
+    manifest = read_manifest(made)
+    claims = Claims(score="0.01", quality="0.9955")
+    broken = [
+        Judged("broken", manifest.model_copy(update={"claims": claims, "task": task}), None, error="why")
+        for task in ("digits", "unknown")
+    ]
+    assert [entry_of(judged).metric for judged in broken] == ["top-1", ""]
+    console = Console(width=80, file=io.StringIO())
+    console.print(render_boards(boards(broken), 80))
+    assert console.file.getvalue().count("99.55%?") == console.file.getvalue().count("0.9955?") == 1
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

@@ -16,7 +16,7 @@ from micronet_eval.pages.comparison import parallels
 from micronet_eval.pages.plots import Axis, Point, front, path_plot, score_plot
 from micronet_eval.ranking import Judged, as_json, boards, judged
 from micronet_eval.scoring import Layer, Module
-from micronet_eval.submission import Provenance, Step
+from micronet_eval.submission import Claims, Provenance, Step
 from micronet_eval.task import METRICS
 
 HOSTILE = "<script>alert('x')</script>"
@@ -295,6 +295,14 @@ def test_the_better_quality_is_above(metric, better, worse):
 def test_one_point_alone_can_be_drawn():
     (spot,) = path_plot([Point(0.0, 1.0, "a", "", True)], METRICS["top-1"]).spots
     assert 0 <= spot.x <= 460 and 0 <= spot.y <= 300
+
+
+def test_what_could_not_be_evaluated_is_in_no_plot(found):
+    claims = Claims(score="0.01", quality="0.9955")
+    broken = Judged("broken", found[0].manifest.model_copy(update={"claims": claims}), None, error="why")
+    (board,) = boards([found[0], broken])
+    plot = pages._score_plot(board, board.entries, ["a", "b"])
+    assert [spot.point.label for spot in plot.spots] == ["small"]
 
 
 @pytest.mark.parametrize("qualities", [(99.5,), (-0.5,), (0.9, 99.5), (1.5, 1.5), (-2.0, 0.5)])

@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.evaluation import Report, evaluate
 from micronet_eval.files import read_whole
@@ -193,7 +194,9 @@ def entry_of(judged: Judged) -> Entry:
             None if value is None else Told(float(value), verified=False) for value in (claims.score, claims.quality)
         )
         task = manifest.task if manifest else ""
-        return Entry(judged.name, task, score=score, quality=quality, reason=judged.error)
+        known = plugins.registered("task").get(task)
+        metric = known.thing.metric if known else ""
+        return Entry(judged.name, task, score=score, quality=quality, metric=metric, reason=judged.error)
     measured = report.quality is not None and report.quality.measured is not None
     told = manifest is not None and manifest.frequencies is not None and not measured
     sure = all(path.measured for path in report.paths) and not told

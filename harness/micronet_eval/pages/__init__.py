@@ -96,11 +96,11 @@ def _entries(standings: Sequence[Board], found: Sequence[Judged]) -> list[Entry]
 
 
 def _score_plot(board: Board, entries: Sequence[Entry], slugs: Sequence[str]) -> Plot | None:
-    """Score against quality, where the submissions of a task have both."""
+    """Score against quality, where the submissions of a task have both; what was not evaluated has no storage."""
     points = [
         Point(e.score.value, e.quality.value, e.name, f"submissions/{slug}.html", e.verified)
         for e, slug in zip(entries, slugs, strict=True)
-        if e.task == board.task and e.score and e.quality and e.metric
+        if e.task == board.task and e.score and e.quality and e.storage
     ]
     metric = next((e.metric for e in board.entries if e.metric), "")
     return score_plot(points, METRICS[metric], [p.score for p in board.published]) if points else None
