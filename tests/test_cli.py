@@ -331,6 +331,16 @@ def test_lists_of_what_is_installed(run, command, names):
     assert all(name in table and f"| {name} |" in markdown for name in names)
 
 
+def test_tasks_are_numbers_for_programs(run):
+    (digits,) = [row for row in json.loads(run("tasks", "--format", "json")[1]) if row["name"] == "digits"]
+    told = {"storage": 690_922, "math": 12_630_528, "metric": "top-1", "threshold": 0.97}
+    assert {name: digits[name] for name in told} == told
+    rows = csv.DictReader(io.StringIO(run("tasks", "--format", "csv")[1]))
+    (digits,) = [row for row in rows if row["name"] == "digits"]
+    assert (float(digits["storage"]), digits["metric"], digits["threshold"]) == (690_922, "top-1", "0.97")
+    assert "| 690,922 | 12,630,528 | top-1 " in run("tasks", "--format", "markdown")[1]
+
+
 def test_the_options_of_a_strategy(run):
     status, out, _ = run("strategies", "low-rank", "--format", "json")
     rows = {row["option"]: row for row in json.loads(out)}

@@ -579,18 +579,19 @@ def strategies(name: str | None, style: str) -> None:
 @_format
 def tasks(style: str) -> None:
     """List the installed tasks."""
-    found = plugins.registered("task")
+    text = style in ("table", "markdown")  # for people; programs get numbers, and a field for each thing
     _show_rows(
         [
             {
                 "name": name,
-                "baseline": entry.thing.baseline,
-                "storage": f"{entry.thing.storage:,.0f}",
-                "math": f"{entry.thing.math:,.0f}",
-                "quality": _threshold(entry.thing),
+                "baseline": task.baseline,
+                "storage": f"{task.storage:,.0f}" if text else task.storage,
+                "math": f"{task.math:,.0f}" if text else task.math,
+                **({"quality": _threshold(task)} if text else {"metric": task.metric, "threshold": task.threshold}),
                 "package": entry.package,
             }
-            for name, entry in found.items()
+            for name, entry in plugins.registered("task").items()
+            for task in [entry.thing]
         ],
         style,
     )
