@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from pydantic import Field
@@ -180,6 +181,21 @@ def test_the_base_is_trained_once_for_each_seed(base, tmp_path, monkeypatch):
     assert all(not result.error for result in found)
     assert found[0].score > found[2].score
     assert found[0].quality != found[1].quality or found[0].score != found[1].score
+
+
+def test_the_time_of_a_cell_is_its_own(base, tmp_path, monkeypatch):
+    """The base belongs to all, whoever trains it or waits for it."""
+    clock, real = [0.0], comparing.jobs._lay
+
+    def laid(*words):
+        real(*words)
+        clock[0] += 1000
+
+    monkeypatch.setattr(comparing.jobs, "_lay", laid)
+    monkeypatch.setattr(comparing.jobs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    (job,) = jobs_of(parse("sparsifier", "random"), base, 1, None, None, tmp_path / "kept")
+    result = run(job)
+    assert (result.error, result.seconds, clock) == ("", 0, [1000])
 
 
 def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
@@ -429,13 +445,14 @@ def test_means_spread_and_the_pareto_front():
     def result(name, score, quality, seed=0, **more):
         return Result(name, seed, "digits", storage=0.1, math=score - 0.1, score=score, quality=quality, **more)
 
-    several = [result("good", 0.2, 0.9), result("good", 0.4, 1.0, 1), result("small", 0.1, 0.5)]
+    several = [result("good", 0.2, 0.9, seconds=3), result("good", 0.4, 1.0, 1, seconds=5), result("small", 0.1, 0.5)]
     several.append(result("worse", 0.35, 0.9))
     found = rows([*several, Result("broken", 0, error="why")])
     assert [(row.name, row.best) for row in found] == [
         ("good", True), ("small", True), ("worse", False), ("broken", False)
     ]  # fmt: skip
     assert (found[0].score, found[0].quality, found[0].seeds) == (pytest.approx(0.3), pytest.approx(0.95), 2)
+    assert found[0].seconds == 4
     assert found[0].spread["score"] == pytest.approx(0.02**0.5)
     assert found[3].errors == ("why",)
     assert [row.name for row in sorted_rows(found, "score")] == ["small", "good", "worse", "broken"]

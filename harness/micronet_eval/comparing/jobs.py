@@ -104,6 +104,9 @@ def run(job: Job) -> Result:
     data = None if job.data is None else Path(job.data)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if job.base:
+                _lay(job, Path(folder) / "made", data)
+                start = time.perf_counter()  # all of its jobs share the base, and one of them trains it
             report = evaluate(job.folder or _made(job, Path(folder), data), data, isolation=job.isolation)
         except (InputError, SubmissionError) as error:
             told = str(error).replace(f"{folder}/", "")
@@ -129,19 +132,16 @@ def run(job: Job) -> Result:
 
 
 def _made(job: Job, folder: Path, data: Path | None) -> Path:
-    """The submission that the job's recipe makes; goes on from its base, which the first of its jobs trains."""
+    """The submission that the job's recipe makes; goes on from its base, where it has one."""
     from micronet_eval.recipe import compress
 
     (folder / "recipe.toml").write_text(job.recipe, encoding="utf-8")
-    made = folder / "made"
-    if job.base:
-        _lay(job, made, data)
-    compress(folder / "recipe.toml", made, data, resume=bool(job.base))
-    return made
+    compress(folder / "recipe.toml", folder / "made", data, resume=bool(job.base))
+    return folder / "made"
 
 
 def _lay(job: Job, made: Path, data: Path | None) -> None:
-    """Lays what the base of a job came to where its recipe will resume from."""
+    """Lays what the base of a job came to, which the first of its jobs trains, where its recipe will resume from."""
     from micronet_eval.kept import KEPT, Kept
     from micronet_eval.recipe import trained
 

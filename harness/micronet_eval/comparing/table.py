@@ -76,7 +76,7 @@ def _mean(group: Sequence[Result]) -> Row:
         seeds=len(good),
         spread=spread,
         passed=all(passed) if passed else None,
-        seconds=sum(result.seconds for result in group),
+        seconds=fmean(result.seconds for result in good or group),
         errors=tuple(dict.fromkeys(result.error for result in group if result.error)),
         **figures,
     )
