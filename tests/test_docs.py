@@ -1,5 +1,6 @@
 """The commands and the Python code that README shows are run."""
 
+import io
 import re
 import shlex
 import subprocess
@@ -7,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from micronet_eval import evaluate
+from micronet_eval.report import print_report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,6 +32,13 @@ def test_a_command_of_the_readme_ends_well(command, tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_report_of_the_readme_is_what_is_printed():
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    print_report([evaluate(ROOT / "submissions" / "digits")], console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert "```text\n" + "\n".join(lines) + "\n```" in README
 
 
 @pytest.mark.docs
