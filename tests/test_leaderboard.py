@@ -199,15 +199,18 @@ def test_what_could_not_be_evaluated_has_its_claims_in_the_metric_of_its_task(ma
     assert console.file.getvalue().count("99.55%?") == console.file.getvalue().count("0.9955?") == 1
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_table_cuts_no_figure(judge, width):
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_table_cuts_no_figure(judge, made, width):
     from rich.console import Console
 
+    claims = {"task": "cifar100", "claims": Claims(score="0.25", quality="1.00")}
+    told = Judged("told", read_manifest(made).model_copy(update=claims), None, error="why")
     console = Console(width=width, file=io.StringIO())
     near = judge("x" * 30, 0.01, 0.036, task="cifar100", threshold=0.8, measured=None, claimed=0.8011)
-    console.print(render_boards(boards([near]), width))
+    console.print(render_boards(boards([near, told]), width))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
+    assert "0.25000?" in text and "100.00%?" in text
     assert "0.04600" in text and "80.11%?" in text and "13." in text and "WaveComp" in text
 
 

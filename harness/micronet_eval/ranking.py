@@ -33,6 +33,7 @@ BASELINE = 2.0
 """The score of every task's baseline: once its storage, once its math."""
 
 NARROW = 72  # columns of a terminal below which storage and math are left out
+SMALL = 60  # columns of a terminal below which only names, scores and qualities are shown
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def render_boards(found: Sequence[Board], width: int = 80) -> RenderableType:
         ]
         parts += [Text(f"{e.name}: {e.note}", "dim") for e in board.entries if e.rank and e.note and not e.verified]
         if board.published:
-            parts += ["", _theirs(board)]
+            parts += ["", _theirs(board, width)]
             parts += [Text(f"{p.name}, {p.score:.4f}: {p.note}", "dim") for p in board.published if p.note]
         parts.append("")
     notes = "S and C: in the top 10 % by storage, by compute. A baseline scores 2. ? is claimed, not measured here."
@@ -354,32 +355,35 @@ def _ours(board: Board, width: int) -> Table:
     title = Text(board.task or "task unknown", "bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("submission", overflow="fold", min_width=12)
+    table.add_column("submission", overflow="fold", min_width=12 if width >= SMALL else 6)
     for name in (*figures, "quality"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    if board.published:
-        table.add_column("in 2019", justify="right", no_wrap=True)
+    if width >= SMALL:
+        table.add_column("", no_wrap=True)
+        if board.published:
+            table.add_column("in 2019", justify="right", no_wrap=True)
     for e in board.entries:
         cells = [_figure(getattr(e, name), ".5f") for name in figures]
         quality = _figure(e.quality, METRICS[e.metric].style if e.metric else ".4g")
         place = [f"{e.in_2019}." if e.in_2019 else ""] if board.published else []
-        rank = f"{e.rank}." if e.rank else "-"
-        table.add_row(rank, Text(e.name), *cells, quality, _letters(e.distinctions), *place)
+        more = [_letters(e.distinctions), *place] if width >= SMALL else []
+        table.add_row(f"{e.rank}." if e.rank else "-", Text(e.name), *cells, quality, *more)
     return table
 
 
-def _theirs(board: Board) -> Table:
+def _theirs(board: Board, width: int) -> Table:
     title = Text(f"{board.task}, published in 2019", "bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("entry", overflow="fold")
     table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("organisers", no_wrap=True)
+    if width >= SMALL:
+        table.add_column("", no_wrap=True)
+        table.add_column("organisers", no_wrap=True)
     for place, p in places(board.published):
         state = "verified" if p.verified else "" if p.qualified else "quality missed"
-        table.add_row(f"{place}." if place else "-", Text(p.name), f"{p.score:.4f}", _letters(p.distinctions), state)
+        more = [_letters(p.distinctions), state] if width >= SMALL else []
+        table.add_row(f"{place}." if place else "-", Text(p.name), f"{p.score:.4f}", *more)
     return table
 
 
