@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from conftest import MODEL, RECIPE, own_folder
 from pydantic import ValidationError
 
 from micronet_eval import bounds, isolation, packing, quality
-from micronet_eval.batches import check_apart, check_batches
+from micronet_eval.batches import check_batches
 from micronet_eval.errors import InputError, SubmissionError
 from micronet_eval.evaluation import evaluate, score
 from micronet_eval.graph import MOST_NUMBERS, Graph, model_of, uncounted_numbers
@@ -246,6 +247,9 @@ def test_batches_are_compared_where_nothing_is_measured(tmp_path, monkeypatch):
     [
         "self.head(x) + nn.functional.batch_norm(x.view(-1, 4, 12), None, None, training=True).flatten(1)[:, :10]",
         "self.head(x) - self.head(x).mean(0)",
+        "self.head(x - x[0:1])",
+        "self.head(x - x[-1:])",
+        "self.head(x) + self.head(x).amax(0, keepdim=True)",
         "self.head(x).cumsum(0)",
     ],
 )
@@ -255,11 +259,16 @@ def test_a_model_that_looks_at_the_others_of_its_batch(tmp_path, outputs):
         evaluate(own_folder(tmp_path / "own", code))
 
 
-def test_examples_that_have_no_part_in_each_other():
-    inputs = torch.rand(9, 64)
-    check_apart(torch.nn.Linear(64, 10), inputs)
-    with pytest.raises(InputError, match="depend on the others"):
-        check_apart(torch.nn.BatchNorm1d(64, track_running_stats=False).eval(), inputs)
+@pytest.mark.attack("tells labels by where an example stands in the test set", "the order is drawn")
+@pytest.mark.parametrize(("apart", "right"), [(False, range(1000, 1001)), (True, range(400, 600))])
+def test_a_model_that_knows_the_order_of_the_test_set(apart, right):
+    class ByPlace(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(torch.arange(len(x)) // 50 % 2, 10).float()
+
+    ordered = torch.utils.data.TensorDataset(torch.rand(1000, 64), torch.arange(1000) // 50 % 2)
+    task = replace(lookup("task", "digits"), dataset=lambda root, split: ordered)
+    assert quality.measure(ByPlace(), task, None, apart=apart).measured * 1000 in right
 
 
 class BySize(torch.nn.Module):
@@ -412,7 +421,19 @@ def test_isolation_that_is_required_and_cannot_be_had(own, run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["memory", "memory=", "memory=-1", "memory=4T", "cpu=1e9", "colour=1", "wall=²", "cpu=" + "9" * 5_000]
+    "text",
+    [
+        "memory",
+        "memory=",
+        "memory=-1",
+        "memory=4T",
+        "cpu=1e9",
+        "colour=1",
+        "wall=²",
+        "cpu=" + "9" * 5_000,
+        "cpu=" + "0" * 5_000 + "1",
+        "evaluation=999999999999",
+    ],
 )
 def test_limits_that_are_none(own, run, text):
     status, _, err = run(own, "--limits", text)

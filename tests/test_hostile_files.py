@@ -97,11 +97,13 @@ def test_files_that_are_links(submission, run, tmp_path, name):
     assert f"{name} is a link" in err
 
 
-def test_a_link_counts_as_where_it_leads(tmp_path):
-    """What it leads to may have no end: the memory of a process is an ordinary file without a size."""
+def test_a_file_of_the_kernel_has_an_end(tmp_path):
+    """The memory of a process is an ordinary file of no size, and of terabytes."""
     (tmp_path / "link").symlink_to("/proc/self/pagemap")
-    (tmp_path / "other").symlink_to("/proc/self/mem")
-    assert b"" != digest(tmp_path / "link") != digest(tmp_path / "other") != b""
+    (tmp_path / "file").write_bytes(b"something")
+    assert len(digest(tmp_path / "link")) == 32
+    (tmp_path / "other").symlink_to("file")
+    assert digest(tmp_path / "other") == digest(tmp_path / "file")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="a file of Linux")
@@ -433,8 +435,9 @@ def test_layers_that_look_at_the_others_of_a_batch(submission, run):
 
 
 @pytest.mark.attack("hides weights as numbers of layers in the weights", "refused: at most 16 such numbers")
-def test_layers_with_many_numbers(submission, run):
-    norms = [{"type": "GroupNorm", "num_groups": 1, "num_channels": 1, "eps": 1e-5 * i} for i in range(1, 18)]
+@pytest.mark.parametrize("step", [1e-5, 1])
+def test_layers_with_many_numbers(submission, run, step):
+    norms = [{"type": "GroupNorm", "num_groups": 1, "num_channels": 1, "eps": step * i} for i in range(1, 18)]
     changed(submission, layers={"0": {"type": "Sequential", "layers": norms}})
     status, out, err = run(submission)
     assert (status, out, err.count("\n")) == (2, "", 1)

@@ -85,6 +85,15 @@ def test_a_start_cannot_hide_behind_a_recipe_that_did_not_make_it(tmp_path):
         compress(path, tmp_path / "out")
 
 
+def test_a_start_is_not_overwritten(trained, tmp_path):
+    folder, _ = trained
+    path = recipe(tmp_path / "recipe.toml", 'merge = "batch-norm"', head=f'start = "{folder}"\n{RECIPE}')
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match=r"field 'start': it lies in .*, where nothing may take its place"):
+        compress(path, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_a_start_may_know_all_of_other_data(tmp_path):
     """Noise, here. Where that had a start of its own, what is held out may have been seen there."""
     stage, noise = "train = { epochs = 1, learning_rate = 0.01 }", 'data = "noise"'

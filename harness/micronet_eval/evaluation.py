@@ -18,7 +18,7 @@ from torch import nn
 from micronet_eval import crosscheck, plugins, proof
 from micronet_eval.accumulators import WhatIf, what_if
 from micronet_eval.activation import Activation, activation_peak
-from micronet_eval.batches import check_apart, check_batches
+from micronet_eval.batches import check_batches
 from micronet_eval.bounds import bounded
 from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import SCALE_OP
@@ -29,7 +29,7 @@ from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged, merged_trace
 from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.paths import mean_account
-from micronet_eval.quality import BATCH, Progress, Quality, first_batch, measure, not_measured
+from micronet_eval.quality import BATCH, Progress, Quality, measure, not_measured
 from micronet_eval.rulesets import DEFAULT
 from micronet_eval.rulesets import ruleset as ruleset_of
 from micronet_eval.scoring import Account, Coverage, Layer, Math, Module, Score, Storage, by_module
@@ -191,12 +191,12 @@ def measured(
     counted = opened.account(ruleset)  # what cannot be counted is told before anything is measured
     weights = proof.counted(opened.trace)
     try:
-        quality = measure(opened.model, opened.task, data, opened.claimed_quality, progress)
-        if opened.isolation != NO_CODE:
+        strange = opened.isolation != NO_CODE
+        quality = measure(opened.model, opened.task, data, opened.claimed_quality, progress, apart=strange)
+        if strange:
             examples = quality.examples or BATCH  # where nothing was measured somebody else may
             sizes = sorted({min(BATCH, examples), examples % BATCH} - {0, 1})
             check_batches(opened.model, opened.task.input_shape, opened.trace, sizes)
-            check_apart(opened.model, first_batch(opened.task, data))
         if other := proof.changed(opened.model, weights):
             raise InputError(
                 f"the model changes {other[0]!r} while it runs; what is counted has to be what is measured"

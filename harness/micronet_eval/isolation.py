@@ -45,6 +45,7 @@ ANSWER_LIMIT = 64 << 20
 """Bytes that a worker may give back."""
 
 TICK = 0.02  # seconds between two looks at a worker
+_MOST = dict.fromkeys(("cpu", "wall", "evaluation"), 1 << 32)  # seconds that clocks take
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -71,7 +72,8 @@ class Limits:
         for part in filter(None, text.split(",")):
             name, _, value = (word.strip() for word in part.partition("="))
             digits, unit = (value[:-1], _UNITS[value[-1]]) if value[-1:] in _UNITS else (value, 1)
-            if name not in names or not re.fullmatch(r"0*[1-9][0-9]{0,11}", digits):
+            fits = re.fullmatch(r"[1-9][0-9]{0,11}", digits) and int(digits) * unit < _MOST.get(name, 1 << 50)
+            if name not in names or not fits:
                 raise InputError(
                     f"--limits {part[:50]!r} is no limit; write NAME=NUMBER[K|M|G] with: {', '.join(names)}"
                 )

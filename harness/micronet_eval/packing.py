@@ -294,7 +294,7 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
     """
     structure, model = packed.structure, architecture
     try:
-        if len(numbers := set(_fractions(list(structure.layers.values())))) > MOST_NUMBERS:
+        if len(numbers := set(_numbers(list(structure.layers.values())))) > MOST_NUMBERS:
             told = f"layers with {len(numbers)} numbers, such as eps, that are not counted"
             raise StructureError(f"{told}; at most {MOST_NUMBERS} are possible")
         for path, description in structure.layers.items():
@@ -322,15 +322,17 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
     return model
 
 
-def _fractions(description: Any) -> Iterator[float]:
-    """The numbers in a description of layers that are not whole."""
-    if isinstance(description, float):
-        yield description
+def _numbers(description: Any) -> Iterator[float]:
+    """The numbers in a description of layers that are no sizes."""
     if isinstance(description, dict):
-        description = list(description.values())
-    if isinstance(description, list):
-        for item in description:
-            yield from _fractions(item)
+        for name, value in description.items():
+            if name == "layers":
+                yield from _numbers(value)
+            elif isinstance(value, float) or (name in ("eps", "momentum") and isinstance(value, int)):
+                yield float(value)
+    elif isinstance(description, list):
+        for layer in description:
+            yield from _numbers(layer)
 
 
 def _same(parameter: Tensor, used: Tensor) -> bool:

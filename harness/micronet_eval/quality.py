@@ -13,11 +13,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from micronet_eval.batches import check_apart
 from micronet_eval.conditional import conditional_of
 from micronet_eval.errors import InputError
 from micronet_eval.task import DataMissing, Task
+from micronet_eval.trace import SEED
 
 BATCH = 100
 NORMALISED = 1e-3
@@ -58,11 +60,18 @@ def not_measured(task: Task, claimed: float | None, reason: str) -> Quality:
 
 
 def measure(
-    model: nn.Module, task: Task, data: Path | None, claimed: float | None = None, progress: Progress | None = None
+    model: nn.Module,
+    task: Task,
+    data: Path | None,
+    claimed: float | None = None,
+    progress: Progress | None = None,
+    apart: bool = False,
 ) -> Quality:
     """The task's metric over the whole test set, compared with the threshold without rounding.
 
-    Raises InputError where a language model's outputs are no log-probabilities of the task's tokens.
+    `apart` is for models of strangers: examples come in a drawn order, as that of the test set may tell their labels,
+    and what is said of one may not depend on the others of its batch. That takes three times as long. Raises InputError
+    where it does, and where a language model's outputs are no log-probabilities of the task's tokens.
     """
     try:
         dataset = task.dataset(data, "test")
@@ -77,7 +86,7 @@ def measure(
             passed = measured <= task.threshold
             reason = f"perplexity {measured:.4f}: {loss / total:.6f} nats a token, {total:,} tokens"
         else:
-            correct, total = count_correct(model, dataset, progress, taken)
+            correct, total = count_correct(model, dataset, progress, taken, apart)
             measured = correct / total
             # The threshold as it was written: 0.8 means 8,000 of 10,000, not the float next to it.
             passed = Fraction(correct, total) >= Fraction(str(task.threshold))
@@ -96,32 +105,29 @@ def measure(
 
 
 def count_correct(
-    model: nn.Module, dataset: Dataset[Any], progress: Progress | None, taken: Counter[str]
+    model: nn.Module, dataset: Dataset[Any], progress: Progress | None, taken: Counter[str], apart: bool = False
 ) -> tuple[int, int]:
     """How many examples have their label as the largest output, and how many there are.
 
-    `taken` is told the path that each example took through a conditional model.
+    `taken` is told the path that each example took through a conditional model. `apart` is as in `measure`.
     """
     conditional = conditional_of(model)
     total = len(dataset)  # type: ignore[arg-type]
     correct = done = 0
+    draws = torch.Generator().manual_seed(SEED)
+    if apart:
+        dataset = Subset(dataset, torch.randperm(total, generator=draws).tolist())
     for inputs, labels in _batches(dataset, BATCH):
-        correct += int((_classes(model(inputs), labels) == labels).sum())
+        outputs = model(inputs)
+        correct += int((_classes(outputs, labels) == labels).sum())
+        if apart:
+            check_apart(model, inputs, outputs, draws)
         done += len(labels)
         if conditional is not None:
             taken.update(conditional.taken)
         if progress is not None:
             progress(done, total)
     return correct, total
-
-
-def first_batch(task: Task, data: Path | None) -> Tensor:
-    """The first examples of the test set; uniform noise where that is missing."""
-    try:
-        inputs, _ = next(_batches(task.dataset(data, "test"), BATCH))
-    except DataMissing:
-        return torch.rand(BATCH, *task.input_shape, generator=torch.Generator().manual_seed(0))
-    return torch.as_tensor(inputs)
 
 
 def _classes(outputs: Any, labels: Tensor) -> Tensor:

@@ -252,6 +252,8 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
     text = path.read_bytes()
     try:
         with locked(folder) if team().first else nullcontext():
+            if run.recipe.start and folder.resolve() == Path(run.recipe.start).resolve():
+                raise InputError(f"{path}: field 'start': it lies in {folder}, where nothing may take its place")
             kept = Kept(folder / KEPT, text, resume)
             try:
                 run.all(kept)
