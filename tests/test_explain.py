@@ -186,7 +186,7 @@ def test_a_layer_that_became_several_is_compared_as_one(tmp_path):
     assert layer.architecture == Fraction(40 - 72, 690_922) + Fraction(62 - 128, 12_630_528)
 
 
-def test_the_command_compares_submissions_and_reports(run, submission, tmp_path):
+def test_the_command_compares_submissions_and_reports(run, submission, tmp_path, monkeypatch):
     digits = json.loads(run("submissions/digits", "--format", "json")[1])
     (tmp_path / "digits.json").write_text(json.dumps(digits))
     status, out, err = run("diff", tmp_path / "digits.json", submission, "--format", "json")
@@ -197,6 +197,10 @@ def test_the_command_compares_submissions_and_reports(run, submission, tmp_path)
     assert found["before"]["exact_accumulators"] == digits["what_if"]["exact_accumulators"]["score"]
     _, table, _ = run("diff", "submissions/digits", submission)
     assert "architecture" in table
+    monkeypatch.setenv("COLUMNS", "40")
+    _, table, _ = run("diff", "submissions/digits", submission)
+    assert "…" not in table.partition("\n")[2] and f"{found['after']['score']:.5f}" in table.split()
+    assert max(map(len, table.splitlines())) <= 40
     _, same, _ = run("diff", submission, submission, "--format", "json")
     assert all(m[part] == 0 for m in json.loads(same)["modules"] for part in (*PARTS, "total"))
 

@@ -374,7 +374,11 @@ def explain(folder: Path, module: str, ruleset: str, style: str, isolation: Isol
     if style == "json":
         click.echo(json.dumps([{**asdict(e), "lines": [*map(list, e.lines)]} for e in explanations], indent=2))
     else:
-        _print("render_explanations", explanations)
+        from rich.console import Console
+
+        from micronet_eval.report import render_explanations
+
+        Console().print(render_explanations(explanations))
 
 
 @cli.command()
@@ -391,7 +395,12 @@ def diff(before: Path, after: Path, layers: bool, style: str, isolation: Isolati
     if style == "json":
         click.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        _print("render_diff", found, layers)
+        from rich.console import Console
+
+        from micronet_eval.report import render_diff
+
+        console = Console()
+        console.print(render_diff(found, layers, console.width))
 
 
 @cli.command()
@@ -766,14 +775,6 @@ def _write_pages(found: list[Judged], html: Path | None) -> None:
 
         pages.write(found, html)
         click.echo(f"wrote {html / 'index.html'}", err=True)
-
-
-def _print(renderer: str, *things: Any) -> None:
-    from rich.console import Console
-
-    from micronet_eval import report as reporting
-
-    Console().print(getattr(reporting, renderer)(*things))
 
 
 def _show(reports: list[Report], style: str, layers: bool, several: bool = False) -> None:

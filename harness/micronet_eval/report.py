@@ -356,31 +356,35 @@ def render_explanations(explanations: Sequence[Explanation]) -> RenderableType:
     return Group(*parts, Text.assemble(("together ", "bold"), whole))
 
 
-def render_diff(diff: Diff, every: bool = False) -> RenderableType:
-    """What changed from one report to another: storage, math and score, then the modules that changed most."""
+def render_diff(diff: Diff, every: bool = False, width: int = 80) -> RenderableType:
+    """What changed from one report to another: storage, math and score, then the modules that changed most.
+
+    Small terminals show the score alone, and of modules the whole change.
+    """
     before, after = diff.before, diff.after
     assert before.score is not None and after.score is not None
     heading = f"{before.submission} -> {after.submission} · {after.task} · {after.ruleset}"
+    shows = slice(-1 if width < SMALL else 0, None)  # the last column is the sum of the others
     whole = _plain_table("")
-    for name in ("storage", "math", "score"):
+    for name in ("storage", "math", "score")[shows]:
         whole.add_column(name, justify="right", no_wrap=True)
-    rows = (diff.storage, diff.math, diff.score)
-    whole.add_row("before", *map(_short, (before.score.storage, before.score.math, before.score.total)))
+    rows = [diff.storage, diff.math, diff.score][shows]
+    whole.add_row("before", *map(_short, [before.score.storage, before.score.math, before.score.total][shows]))
     for i, name in enumerate(("architecture", "sparsity", "bit-widths")):
         whole.add_row(name, *(_cells(change)[i] for change in rows))
-    whole.add_row("after", *map(_short, (after.score.storage, after.score.math, after.score.total)))
+    whole.add_row("after", *map(_short, [after.score.storage, after.score.math, after.score.total][shows]))
     changed = [c for c in diff.modules if c.architecture or c.sparsity or c.bits]
     shown = changed if every else changed[:COSTLIEST]
     table = _plain_table("module")
-    for name in ("archit.", "sparsity", "bits", "total"):
+    for name in ("archit.", "sparsity", "bits", "total")[shows]:
         table.add_column(name, justify="right", no_wrap=True)
     for change in shown:
-        table.add_row(Text(change.module or "(forward)"), *_cells(change))
+        table.add_row(Text(change.module or "(forward)"), *_cells(change)[shows])
     if rest := changed[len(shown) :]:
         parts = [sum((getattr(c, part) for c in rest), Fraction(0)) for part in ("architecture", "sparsity", "bits")]
-        table.add_row(f"{len(rest):,} others", *_cells(Change("", *parts)))
+        table.add_row(f"{len(rest):,} others", *_cells(Change("", *parts))[shows])
     table.add_section()
-    table.add_row("all", *_cells(diff.score))
+    table.add_row("all", *_cells(diff.score)[shows])
     figures = [
         f"With {name} accumulators (what if): {one.score:.5f} -> {other.score:.5f}"
         for name, one, other in (
