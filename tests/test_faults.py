@@ -75,7 +75,7 @@ def test_a_file_that_vanishes_while_it_is_read(submission, run, monkeypatch, nam
         if path.name == name:
             path.unlink()
 
-    for module in ("packing", "submission"):
+    for module in ("packing", "files"):
         monkeypatch.setattr(f"micronet_eval.{module}.check_file", vanish)
     status, out, err = run(submission)
     assert (status, out, err.count("\n")) == (2, "", 1)

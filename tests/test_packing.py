@@ -452,12 +452,6 @@ def test_batch_norm_that_is_neither_merged_nor_a_scale_and_shift(tmp_path):
         assert "batch norm" in str(error)
 
 
-def test_a_norm_that_looks_at_the_others_of_a_batch_cannot_be_put_in_a_file():
-    changed = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False, track_running_stats=False)).eval()
-    with pytest.raises(InputError, match="became a BatchNorm2d, which cannot be packed"):
-        packing.pack(changed, nn.Sequential(nn.Conv2d(1, 2, 3), nn.Identity()), torch.zeros(1, 1, 4, 4))
-
-
 def test_low_rank_layers_survive_packing(tmp_path):
     model = merged(LowRank(parameters=20_000).apply(trained(), context(SMALL)), SMALL)
     assert any(type(m) is nn.Sequential and len(m) == 3 and type(m[1]) is nn.Conv2d for m in model[1:4].modules())

@@ -117,7 +117,7 @@ def test_code_that_fails(own, tmp_path):
 
 
 def test_weights_that_change_while_they_are_measured(good, monkeypatch):
-    def measure(model, task, *words):
+    def measure(model, task, *words, apart):
         next(model.parameters()).data.add_(1)
         return not_measured(task, None, "")
 
@@ -171,7 +171,7 @@ def test_a_recipe_that_is_wrong(submission, run):
 
 
 def test_a_validation_ends_in_time(good, run, monkeypatch):
-    monkeypatch.setattr("micronet_eval.evaluation.measure", lambda *words: time.sleep(30))
+    monkeypatch.setattr("micronet_eval.evaluation.measure", lambda *words, apart: time.sleep(30))
     status, out, err = run("validate", good, "--limits", "evaluation=3", "--format", "csv")
     assert (status, err) == (2, "")
     assert "it took more than 3 seconds (--limits evaluation)" in out

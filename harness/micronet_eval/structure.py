@@ -124,7 +124,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
             return None
         layers = [describe(child) for child in children.values()]
         return None if None in layers else {"type": "Sequential", "layers": layers}
-    if LAYERS.get(kind.__name__) is not kind or _mixes_examples(module):
+    if LAYERS.get(kind.__name__) is not kind:
         return None
     options: dict[str, Any] = {"type": kind.__name__}
     for name, parameter in inspect.signature(kind).parameters.items():
@@ -159,14 +159,9 @@ def build_layer(description: dict[str, Any]) -> nn.Module:
         layer = LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise StructureError(f"a {kind} cannot be built from {options}: {error}") from error
-    if _mixes_examples(layer):
+    if isinstance(layer, _BatchNorm) and layer.running_mean is None:
         raise StructureError(f"a {kind} without running statistics computes across the examples of a batch")
     return layer
-
-
-def _mixes_examples(layer: nn.Module) -> bool:
-    """Whether a layer computes, in evaluation too, with the statistics of the batch that an example is in."""
-    return isinstance(layer, _BatchNorm) and layer.running_mean is None
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -228,11 +228,7 @@ def faults_of(fault: Any) -> tuple[str, str]:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a submission's folder. Raises InputError."""
-    try:
-        is_folder = folder.is_dir()
-    except OSError:  # a name that is too long
-        is_folder = False
-    if not is_folder:
+    if not folder.is_dir():
         raise InputError(f"{folder} is no folder: a submission is a folder with {MANIFEST} and {WEIGHTS}")
     check_own(folder / MANIFEST)
     return read_toml(folder / MANIFEST, Manifest)
