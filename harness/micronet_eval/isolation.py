@@ -241,7 +241,7 @@ def _answer(process: subprocess.Popen[bytes], read: int, limits: Limits, watched
     while True:
         ended, part = process.poll(), b""
         with suppress(BlockingIOError):
-            part = os.read(read, ANSWER_LIMIT)
+            part = os.read(read, 1 << 20)
         answer += part
         if len(answer) > ANSWER_LIMIT:
             raise _Ended(f"gave back more than {ANSWER_LIMIT >> 20} MiB")
