@@ -224,7 +224,10 @@ def test_exit_status_0_where_quality_cannot_be_measured(run, on_task):
 @pytest.mark.parametrize("words", [["evaluate"], ["leaderboard"], ["check"], ["compare"]])
 def test_exit_status_2_where_a_name_is_too_long(run, words):
     name = "a" * 300
-    assert run(*words, name) == (2, "", f"micronet-eval: {name}: File name too long\n")
+    status, out, err = run(*words, name)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"micronet-eval: {name}")
+    assert err.endswith(": File name too long\n")
 
 
 def test_a_name_that_is_too_long_is_a_finding(run):
