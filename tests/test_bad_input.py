@@ -375,6 +375,10 @@ def test_an_input_that_is_no_shape(refused, shape):
         ("nonsense", "'nonsense' names no model; write torchvision:NAME, timm:NAME, transformers:CLASS, or "),
         (":f", "':f' names no model"),
         ("no_such_module:f", "cannot find 'no_such_module:f': No module named 'no_such_module'"),
+        (
+            "nets/small.py:build",
+            "No module named 'nets/small'; write nets.small:build",
+        ),
         ("json:no_such_function", "cannot find 'json:no_such_function': module 'json' has no attribute"),
         (".json:loads", "'.json:loads'"),
         ("builtins:dict", "builtins:dict returned a dict, not a torch.nn.Module"),

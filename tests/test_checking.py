@@ -6,6 +6,7 @@ import pytest
 
 from micronet_eval import evaluate
 from micronet_eval.checking import checks, to_junit, to_summary
+from micronet_eval.errors import InputError
 
 
 @pytest.fixture
@@ -35,6 +36,11 @@ def test_lower_is_better_for_a_perplexity(report):
     perplexity = report.model_copy(update={"quality": quality})
     assert next(check.holds for check in checks(perplexity, min_quality=35)) is True
     assert next(check.holds for check in checks(perplexity, min_quality=29)) is False
+
+
+def test_a_quality_in_percent_is_no_share(submission):
+    with pytest.raises(InputError, match=r"--min-quality 99 is no share; write for example 0.94"):
+        checks(evaluate(submission), min_quality=99)
 
 
 def test_junit_and_summary(report):

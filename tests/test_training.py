@@ -543,12 +543,40 @@ def test_what_cannot_be_resumed(tmp_path, run):
     (tmp_path / "recipe.toml").write_text(ROUNDS.replace("RULE", ""))
     code, _, err = run("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out", "--resume")
     assert code == 2
-    assert "nothing was kept" in err
+    assert "has no .kept: there is nothing to resume" in err
     (tmp_path / "out" / KEPT).mkdir(parents=True)
     (tmp_path / "out" / KEPT / "recipe.sha256").write_text("another")
     code, _, err = run("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out", "--resume")
     assert code == 2
     assert "another recipe" in err
+
+
+def test_what_was_kept_is_not_overwritten(tmp_path, run, monkeypatch):
+    (tmp_path / "recipe.toml").write_text(TWICE)
+    words = ("compress", tmp_path / "recipe.toml", "-o", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("micronet_eval.recipe.write_together", lambda *files: sys.exit(1))
+        run(*words)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / KEPT).iterdir()}
+    status, _, err = run(*words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "go on by --resume, or remove it" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / KEPT).iterdir()} == before
+    assert run(*words, "--resume")[0] == 0
+    status, _, err = run(*words, "--resume")
+    assert status == 2
+    assert f"{tmp_path / 'out'} is finished" in err
+
+
+def test_output_that_nobody_reads_is_no_fault_of_the_folder(tmp_path):
+    """As of `compress ... | head`: click ends quietly where a pipe is broken."""
+    (tmp_path / "recipe.toml").write_text(TWICE)
+
+    def broken(line):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        compress(tmp_path / "recipe.toml", tmp_path / "out", log=broken)
 
 
 def test_the_recipe_of_the_documentation_runs(tmp_path):

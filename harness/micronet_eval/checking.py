@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from micronet_eval.errors import printable
+from micronet_eval.errors import InputError, printable
 from micronet_eval.evaluation import Report, evaluate
 from micronet_eval.tables import in_markdown
 from micronet_eval.task import METRICS
@@ -45,6 +45,8 @@ def checks(report: Report, max_score: float | None = None, min_quality: float | 
         metric = METRICS[quality.metric]
         measured = "not measured" if quality.measured is None else metric.show(quality.measured)
         if min_quality is not None:
+            if not metric.lower_is_better and not 0 <= min_quality <= 1:
+                raise InputError(f"--min-quality {min_quality:g} is no share; write for example 0.94 for 94 %")
             sign = -1 if metric.lower_is_better else 1
             enough = quality.measured is not None and sign * quality.measured >= sign * min_quality
             found.append(Check("quality", enough, f"{measured} {metric.sign} {metric.show(min_quality)}"))

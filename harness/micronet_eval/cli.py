@@ -197,7 +197,7 @@ def count(
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--max-score", type=float, help="Fail above this score.")
-@click.option("--min-quality", type=float, help="Fail below this quality (a perplexity: above).")
+@click.option("--min-quality", type=float, help="Fail below this quality, a share as 0.94 (a perplexity: above).")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML to this file.")
 @click.option("--summary", type=click.Path(path_type=Path), help="Append a summary in Markdown to this file.")
 @_ruleset
@@ -501,7 +501,8 @@ def new(kind: plugins.Kind, name: str, output: Path | None) -> None:
 
     folder = output or Path(name)
     new_plugin(kind, name, folder)
-    click.echo(f"wrote {folder}; next: pip install -e {folder}, micronet-eval strategies {name}, pytest {folder}")
+    steps = (f"pip install -e '{folder}[test]'", f"micronet-eval strategies {name}", f"python -m pytest {folder}")
+    click.echo(f"wrote {folder}; next: {', '.join(steps)}")
 
 
 @cli.command("import")
@@ -829,7 +830,7 @@ def _show_rows(rows: list[dict[str, Any]], style: str) -> None:
 
         table = Table()
         for name in rows[0]:
-            table.add_column(name, overflow="fold", no_wrap=name in ("name", "storage", "math"))
+            table.add_column(name, overflow="fold", no_wrap=name in ("name", "option", "storage", "math"))
         for row in rows:
             table.add_row(*(Text(str(value)) for value in row.values()))
         Console().print(table)

@@ -36,6 +36,7 @@ from micronet_eval.scoring import Account, Coverage, Layer, Math, Module, Score,
 from micronet_eval.scoring import score as score_of
 from micronet_eval.storage import narrows
 from micronet_eval.submission import WEIGHTS, Claims
+from micronet_eval.tables import frame
 from micronet_eval.task import METRICS, Task
 from micronet_eval.trace import SEED, Example, Trace, uncollected
 
@@ -127,10 +128,8 @@ class Report(BaseModel):
         return explanations(self._counted, module, self.ruleset)
 
     def to_frame(self) -> Any:
-        """The priced operations as a pandas DataFrame, a row each. Raises ImportError where pandas is not installed."""
-        import pandas
-
-        return pandas.DataFrame([asdict(layer) for layer in self.layers])
+        """The priced operations as a pandas DataFrame, a row each. Raises InputError where pandas is not installed."""
+        return frame([asdict(layer) for layer in self.layers])
 
     def __repr__(self) -> str:
         total = None if self.score is None else f"{self.score.total:.6g}"

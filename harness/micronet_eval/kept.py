@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
 from micronet_eval.parallel import team
-from micronet_eval.submission import Step
+from micronet_eval.submission import WEIGHTS, Step
 from micronet_eval.training import save
 
 KEPT = ".kept"
@@ -28,10 +28,15 @@ class Kept:
         digest = hashlib.sha256(recipe).hexdigest()
         mark = folder / "recipe.sha256"
         if resume and not mark.exists():
-            raise InputError(f"{folder} is not there: nothing was kept that could be resumed; run without --resume")
+            told = "is finished, and" if (folder.parent / WEIGHTS).exists() else "has no .kept:"
+            raise InputError(f"{folder.parent} {told} there is nothing to resume; run without --resume")
         if resume and mark.read_bytes() != digest.encode():
-            raise InputError(f"{folder} was kept by another recipe; run that one, or run without --resume")
+            raise InputError(f"{folder} was kept by another recipe; run that one, or remove {folder} to begin anew")
         if not resume:
+            if not self.empty:
+                raise InputError(
+                    f"{folder} has what a run did that has not ended; go on by --resume, or remove it to begin anew"
+                )
             if team().first and folder.exists():
                 shutil.rmtree(folder)
             self.mark(folder, recipe)
@@ -55,7 +60,7 @@ class Kept:
         try:
             return Step.model_validate_json(path.read_bytes()) if path.exists() else None
         except ValidationError as error:
-            raise InputError(f"{path} is damaged; run without --resume") from error
+            raise InputError(f"{path} is damaged; remove {self.folder} to begin anew") from error
 
     def weights(self, number: int) -> dict[str, Tensor]:
         """All parameters and buffers after a stage."""
@@ -63,7 +68,7 @@ class Kept:
         try:
             saved: dict[str, Tensor] = torch.load(path, weights_only=True)
         except Exception as error:  # a damaged file makes torch raise many kinds
-            raise InputError(f"{path} is damaged or missing; run without --resume") from error
+            raise InputError(f"{path} is damaged or missing; remove {self.folder} to begin anew") from error
         return saved
 
     def epochs(self, number: int) -> Path:

@@ -266,6 +266,8 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
                 state = {state_dict: safetensors(_contiguous(run.model), made_by)} if state_dict else {}
                 write_together(folder, {RECIPE: text, **state, **_written(run)})
                 kept.remove()
+    except BrokenPipeError:  # whoever read what is printed has ended
+        raise
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
     team().wait()

@@ -61,7 +61,7 @@ def render_many(reports: Sequence[Report], width: int = 80) -> Table:
     if width < SMALL:
         del columns["claims"]
     table = Table(title="Submissions")
-    table.add_column("submission", overflow="fold", min_width=8)
+    table.add_column("submission", overflow="fold", min_width=10)
     for name in columns:
         if name in ("task", "claims"):
             table.add_column(name, overflow="fold")
@@ -165,7 +165,7 @@ def _details(report: Report) -> Table:
     if storage.file_bytes is not None:
         table.add_row(Text("isolation", "bold"), report.isolation)
     if report.freebie:
-        table.add_row("", "counted as 16 bit: nothing is quantized below 16 bits (freebie)")
+        table.add_row(Text("freebie", "bold"), "counted as 16 bit: nothing is quantized below 16 bits")
     for path in report.paths:
         source = "measured" if path.measured else "claimed, not measured"
         table.add_row(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from micronet_eval.errors import InputError
 
 Table = Sequence[Mapping[str, object]]
 """Rows with the same keys, which are the heads of the columns."""
@@ -12,6 +15,15 @@ Table = Sequence[Mapping[str, object]]
 MARKDOWN = {sign: f"\\{sign}" for sign in "\\`*_{}[]<>#|"}
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
 LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def frame(table: Table) -> Any:
+    """Rows as a pandas DataFrame. Raises InputError where pandas is not installed."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise InputError("pandas is not installed; pip install pandas") from error
+    return pandas.DataFrame(table)
 
 
 def to_csv(table: Table) -> str:

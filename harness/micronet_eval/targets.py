@@ -112,9 +112,13 @@ def _function(target: str, module: str, name: str) -> nn.Module:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot find {target!r}: {error}") from error
+        file = module.removesuffix(".py").replace("/", ".")
+        mend = f"; write {file}:{name}" if file != module else ""
+        raise InputError(f"cannot find {target!r}: {error}{mend}") from error
     except Exception as error:  # it is somebody's code
         raise SubmissionError(f"{module} failed: {type(error).__name__}: {error}") from error
+    if isinstance(function, nn.Module):
+        raise InputError(f"{target} is a module; name a function that returns it")
     try:
         model = function()
     except Exception as error:  # it is somebody's code

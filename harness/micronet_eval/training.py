@@ -334,7 +334,7 @@ class _Fit:
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # a damaged file makes torch raise many kinds
-            raise InputError(f"{path} is damaged; run without --resume") from error
+            raise InputError(f"{path} is damaged; remove {path.parent} to begin anew") from error
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])

@@ -50,7 +50,10 @@ RULES: dict[str, tuple[str, str]] = {
     "manifest.letters": ("a word has letters of one script", "write it in one script, so that nobody mistakes it"),
     "manifest.task": ("its task is registered", "name one of `micronet-eval tasks`"),
     "recipe.toml": ("recipe.toml, if it is there, can be run", "mend the recipe, or remove it"),
-    "weights.file": ("weights.safetensors is whole and unchanged", "pack the weights again"),
+    "weights.file": (
+        "weights.safetensors is whole and unchanged",
+        "write it anew by `micronet-eval compress` or `micronet-eval import`",
+    ),
     "model.fits": ("architecture, structure and weights fit each other", "pack the weights of this architecture"),
     "code.runs": ("model.py runs, within its limits", "mend model.py, or raise --limits"),
     "model.counts": ("every operation has a price", "register a cost formula for it"),

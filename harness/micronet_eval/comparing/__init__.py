@@ -53,10 +53,8 @@ class Comparison:
         return [flat(row, self.columns) for row in self.rows]
 
     def to_frame(self) -> Any:
-        """The rows as a pandas DataFrame. Raises ImportError where pandas is not installed."""
-        import pandas
-
-        return pandas.DataFrame(self.to_list())
+        """The rows as a pandas DataFrame. Raises InputError where pandas is not installed."""
+        return tables.frame(self.to_list())
 
     def to_json(self) -> str:
         """The rows as JSON."""
