@@ -453,9 +453,13 @@ def test_a_quantized_model_is_refused():
 
 
 def test_without_torch_pruning_the_extra_is_named(monkeypatch):
+    """When the pruner is made: a recipe that trains in front of it does not begin."""
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(InputError, match=r"needs torch-pruning; install it with: pip install 'micronet-eval\[prune\]'"):
-        strategy("magnitude").apply(net("residual"), context())
+    for name in ("magnitude", "torch-pruning"):
+        with pytest.raises(
+            InputError, match=r"needs torch-pruning; install it with: pip install 'micronet-eval\[prune\]'"
+        ):
+            strategy(name)
 
 
 def test_labels_without_an_output_are_told():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import Mask, copied, quantizers_of
 from micronet_eval.trace import trace
-from micronet_plugins.coupling import Group, Side, dependency_graph, groups_of, lowest
+from micronet_plugins.coupling import Group, Side, dependency_graph, groups_of, lowest, need_torch_pruning
 from micronet_plugins.magnitude import set_mask
 from micronet_plugins.weights import CONVOLUTIONS, grouped, parametrizations_of, weight_of
 
@@ -34,6 +34,9 @@ class Channels(Pruner):
     @abstractmethod
     def importance(self, model: nn.Module, groups: Sequence[Group], context: Context) -> list[Tensor | None]:
         """How much each unit of each group matters, higher is more; None for a group that is to be left alone."""
+
+    def model_post_init(self, context: Any) -> None:
+        need_torch_pruning()
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         if not isinstance(context.example_input, Tensor):

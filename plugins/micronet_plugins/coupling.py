@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -72,16 +73,19 @@ class Group:
         return torch.zeros(len(self.units), dtype=values.dtype).index_add(0, side.units, values[side.channels])
 
 
+def need_torch_pruning() -> None:
+    """Raises InputError where torch-pruning is not installed: when a pruner is made, long before it is applied."""
+    if find_spec("torch_pruning") is None:
+        mend = "pip install 'micronet-eval[prune]'"
+        raise InputError(f"removing channels needs torch-pruning; install it with: {mend}")
+
+
 def dependency_graph(model: nn.Module, example_input: Tensor) -> Any:
     """torch-pruning's dependency graph, over all paths of a conditional model.
 
-    Raises InputError where torch-pruning is not installed, or cannot follow the model.
+    Raises InputError where torch-pruning cannot follow the model.
     """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        mend = "pip install 'micronet-eval[prune]'"
-        raise InputError(f"removing channels needs torch-pruning; install it with: {mend}") from error
+    import torch_pruning
 
     def forward(model: nn.Module, inputs: Tensor) -> list[Any]:
         outputs = []

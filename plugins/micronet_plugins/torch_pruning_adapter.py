@@ -15,7 +15,7 @@ from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, quantizers_of
 from micronet_eval.trace import trace
-from micronet_plugins.coupling import output_layers
+from micronet_plugins.coupling import need_torch_pruning, output_layers
 from micronet_plugins.weights import dot_products
 
 Importance = Literal["magnitude", "taylor", "bn-scale", "fpgm", "lamp", "random"]
@@ -45,14 +45,13 @@ class TorchPruning(Pruner):
     round_to: int = Field(1, gt=0, description="channels of a layer stay a multiple of this")
     batches: int = Field(4, gt=0, description="batches of training data for the gradients of taylor")
 
+    def model_post_init(self, context: Any) -> None:
+        need_torch_pruning()
+
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         if not isinstance(context.example_input, Tensor):
             raise InputError("torch-pruning: channels are removed of models with one input, an image or a vector")
-        try:
-            tp: Any = importlib.import_module("torch_pruning")
-        except ImportError as error:
-            mend = "pip install 'micronet-eval[prune]'"
-            raise InputError(f"torch-pruning is not installed; install it with: {mend}") from error
+        tp: Any = importlib.import_module("torch_pruning")
         if quantizers_of(model) or any(parametrize.is_parametrized(layer) for layer in model.modules()):
             raise InputError("torch-pruning: put it before sparsifiers and quantizers")
         model = copied(model).eval()
