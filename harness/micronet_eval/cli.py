@@ -473,11 +473,11 @@ def augment(recipe: Path, output: Path, folds: int, trials: int, top: int, examp
     """
     import tomli_w
 
-    from micronet_eval.files import write_whole
+    from micronet_eval.files import is_below_a_folder, write_whole
     from micronet_eval.parallel import team
     from micronet_eval.policy_search import Search, search
 
-    if output.is_dir() or not next(parent for parent in output.absolute().parents if parent.exists()).is_dir():
+    if output.is_dir() or not is_below_a_folder(output.absolute().parent):
         raise InputError(f"{output} is a folder, or a part of its path is a file; name another file")
     how = Search(folds=folds, trials=trials, top=top, examples=examples)
     with _training() as (log, progress):

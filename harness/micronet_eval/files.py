@@ -61,6 +61,11 @@ def digest(path: Path) -> bytes:
     return whole.digest()
 
 
+def is_below_a_folder(path: Path) -> bool:
+    """Whether a path is a folder, or could be made in one: the nearest part of it that is there is one."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists()).is_dir()
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes `data` under a temporary name beside `path`, then renames: nobody ever sees half a file.
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.evaluation import Report, evaluate
-from micronet_eval.files import read_whole
+from micronet_eval.files import check_own, read_whole
 from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.quality import Progress, Quality
 from micronet_eval.submission import MANIFEST, RECIPE, TABLE_LIMIT, Claims, Manifest, read_manifest
@@ -158,9 +158,9 @@ def judged(name: str, folder: Path, outcome: Report | Exception) -> Judged:
         manifest = read_manifest(folder)
     except InputError:
         manifest = None
-    try:  # a link could have anything of the organiser's published
-        linked = (folder / RECIPE).is_symlink()
-        recipe = "" if linked else printable(read_whole(folder / RECIPE, TABLE_LIMIT).decode())
+    try:
+        check_own(folder / RECIPE)
+        recipe = printable(read_whole(folder / RECIPE, TABLE_LIMIT).decode())
     except (OSError, UnicodeDecodeError, InputError):
         recipe = ""
     name = printable(name)

@@ -47,7 +47,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from micronet_eval import packing, plugins
 from micronet_eval.augmentation import augmenter
 from micronet_eval.errors import InputError
-from micronet_eval.files import locked, write_together
+from micronet_eval.files import is_below_a_folder, locked, write_together
 from micronet_eval.importing import load_state, read_state_dict
 from micronet_eval.kept import KEPT, Kept
 from micronet_eval.language import example_input, per_token, shares_of_clusters, steps
@@ -246,7 +246,7 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
     """Runs a recipe and writes what comes out of it; the `state_dict`, too, where it has a name."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is no folder; name another one to write")
-    if not next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()).is_dir():
+    if not is_below_a_folder(folder):
         raise InputError(f"{folder} cannot be made: a part of its path is a file; name another folder")
     run = begin()
     text = path.read_bytes()
