@@ -247,11 +247,21 @@ def test_a_folder_for_pages_is_looked_at_before_anything_is_measured(run, submis
         assert told in err and "name another folder by --html" in err
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to write to")
-def test_exit_status_2_where_the_disk_is_full():
+@pytest.mark.parametrize("words", [["tasks"], ["tasks", "--format", "json"], ["--version"]])
+def test_exit_status_2_where_the_disk_is_full(words, unbuffered):
+    told = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run([COMMAND, "tasks"], stdout=full, stderr=subprocess.PIPE, text=True)
+        ended = subprocess.run([COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, env=told)
     assert (ended.returncode, ended.stderr) == (2, "micronet-eval: No space left on device\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_seen_enough_is_no_error(unbuffered):
+    told = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(["sh", "-c", f"'{COMMAND}' tasks | true"], stderr=subprocess.PIPE, text=True, env=told)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("words", [["tasks"], ["validate", "nowhere"]])

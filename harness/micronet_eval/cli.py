@@ -646,12 +646,28 @@ def main() -> None:
         if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names have letters that the encoding may lack
     try:
-        plugins.add_commands(cli)
-        cli()
+        try:
+            plugins.add_commands(cli)
+            cli()
+        finally:
+            _flush()
     except (InputError, SubmissionError) as error:
         sys.exit(_complain(error))
     except OSError as error:
         sys.exit(_complain(_refused(error)))
+
+
+def _flush() -> None:
+    """Writes what is left: at its own end Python could only say that it cannot, with status 120.
+
+    Raises OSError where the disk is full. Whoever reads a pipe may have seen enough: that is no error.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _refused(error: OSError) -> InputError:
