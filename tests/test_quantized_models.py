@@ -54,6 +54,40 @@ def test_fake_quantized_weights_and_activations():
 
 
 @pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    ("of_weights", "of_input", "of_output", "bits"),
+    [
+        (0.75, 0.5, 0.5, [16]),
+        (0.75, 0.5, 1.5, [32, 16]),  # 0.75 / 1.5: two of 16 bits; and back, where the output is read
+        (0.75, 1.5, 0.5, [16, 32]),  # to codes; 0.75 * 1.5
+        (0.5, 0.75, 0.5, [16, 16]),
+        (0.5, 0.5, 0.75, [16]),  # there is none behind the product that could take it in
+        (0.1, 0.5, 0.5, [32]),
+        (1e30, 0.5, 0.5, [32]),
+        (float(torch.tensor(1e30).bfloat16()), 0.5, 0.5, [16]),
+        (0.5, 0.5, 0.5, []),
+    ],
+)
+def test_a_product_of_scales_is_as_wide_as_all_of_them(of_weights, of_input, of_output, bits):
+    """Powers of two are shifts; a scale that a float of 16 bits holds is as wide as that."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([[7.0, 1.0], [3.0, -7.0]]) * of_weights)
+            self.register_buffer("scale", torch.full((2,), of_weights))
+            self.register_buffer("zero", torch.zeros(2, dtype=torch.int32))
+
+        def forward(self, x):
+            x = torch.fake_quantize_per_tensor_affine(x, of_input, 0, 0, 15)
+            x = F.linear(x, torch.fake_quantize_per_channel_affine(self.weight, self.scale, self.zero, 0, -7, 7))
+            return torch.fake_quantize_per_tensor_affine(x, of_output, 0, -8, 7)
+
+    layers = count(Layer(), 1, 2).layers
+    assert [layer.weight_bits for layer in layers if layer.op == "micronet.scale"] == bits
+
+
+@pytest.mark.rule("width.scales")
 def test_a_scale_of_activations_and_its_zero_point():
     at_input, product, behind = count(FakeQuantized(0.1, 3), 2, 4).layers
     assert (at_input.op, at_input.mults) == ("micronet.scale", 2 * 4)  # x / scale

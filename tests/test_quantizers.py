@@ -44,6 +44,7 @@ from micronet_plugins.codebook import k_means
 from micronet_plugins.gptq import GPTQ, hessians, round_weight, unfolded
 from micronet_plugins.lsq import LSQ, PowerOfTwo
 from micronet_plugins.mixed import Mixed, allocate
+from micronet_plugins.weights import dot_products
 
 CASES = [
     ("fixed-point", {}),
@@ -494,7 +495,51 @@ def test_biases_that_are_rounded_are_left(net, x):
     assert [q.bits for q in model.hidden.parametrizations.bias] == [12]
 
 
+@pytest.mark.parametrize(("size", "name"), [(1.0, "float16"), (1e-6, "bfloat16")])
+def test_scales_of_16_bits_keep_the_integers(size, name, net, x):
+    """Beside small scales float16 would lose more than bfloat16."""
+    with torch.no_grad():
+        net.first.weight *= size
+        net.norm.running_var.fill_(1.0)
+    model = LSQ(granularity="channel", keep_batch_norm=True, power_of_two="activations").apply(net, context(x))
+    wide, narrow = (strategy("biases", scale_bits=bits).apply(model, context(x)) for bits in (32, 16))
+    (before, old), (after, new) = (
+        (m.first.weight, m.first.parametrizations.weight[-1].scale.detach()) for m in (wide, narrow)
+    )
+    assert torch.equal((before / old.view(-1, 1, 1, 1)).round(), (after / new.view(-1, 1, 1, 1)).round())
+    torch.testing.assert_close(new, old, rtol=2**-8 if name == "bfloat16" else 2**-11, atol=0)
+    assert [t.format.spec for t in stored_tensors(trace(narrow, x[:1])) if t.name == "first.weight"] == [
+        f"affine:-7:7:1x{'x'.join(map(str, net.first.weight.shape[1:]))}:{name}"
+    ]
+    unpacked = packing.unpack(packing.pack(narrow, Residual(), x[:1]), Residual()).eval()
+    with torch.no_grad():
+        assert torch.equal(unpacked(x), narrow(x))
+    of_scales = {bits: scale_bits(m, x, "first") for bits, m in ((32, wide), (16, narrow))}
+    assert of_scales == {32: 32, 16: 16}
+
+
+def scale_bits(model, x, module):
+    return next(op.weight_bits for op in score(model, x[:1]).layers if (op.module, op.op) == (module, "micronet.scale"))
+
+
 # --- lsq --------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_have_bits_of_their_own(net, x):
+    bits = {"*": 3, "hidden": 2, "first": 5}
+    model = LSQ(weight_bits=7, first_last_bits=8, layer_bits=bits).apply(net, context(x))
+    found = {path: layer.parametrizations.weight[-1].bits for path, layer in dot_products(model).items()}
+    assert found == dict.fromkeys(found, 3) | {"hidden": 2, "first": 5}
+    with pytest.raises(InputError, match="layer_bits: 'head' matches no layer; the model has first, "):
+        LSQ(layer_bits={"head": 2}).apply(net, context(x))
+    with pytest.raises(ValidationError, match="less than or equal to 8"):
+        strategy("lsq", layer_bits={"first": 9})
+
+
+def test_steps_of_activations_alone_are_powers_of_two(net, x):
+    model = LSQ(granularity="channel", power_of_two="activations").apply(net, context(x))
+    assert all(bool((torch.frexp(q.scale)[0] == 0.5).all()) for q in quantizers_of(model).values())
+    assert not bool((torch.frexp(model.first.parametrizations.weight[-1].scale)[0] == 0.5).all())
 
 
 def test_the_gradient_of_the_step_is_the_papers():
@@ -665,11 +710,33 @@ def test_exponents_that_no_file_holds_are_refused(byte):
         format_of("affine:-4:3:1x2:shifts", (2, 2), lambda count, bits: torch.tensor([byte, 1]))
 
 
-@pytest.mark.parametrize("scales", [[0.5, 0.6], [0.5, 2.0**-127]])
+@pytest.mark.parametrize("scales", [[0.5, 0.6], [0.6, 2.0**-127], [2049.0, 2.0**-24]])
 def test_other_scales_are_numbers(scales):
-    """2^-127 is no normal float32: fixed point has no such exponent, either."""
+    """Neither exponents nor floats of 16 bits hold both: 2049 takes 12 significant bits, bfloat16 has 8."""
     found = Affine(-4, 3, (1, 2), torch.tensor(scales))
     assert (found.spec, found.side_bits) == ("affine:-4:3:1x2", 64)
+
+
+@pytest.mark.rule("storage.overhead")
+@pytest.mark.parametrize(
+    ("scales", "name"),
+    [
+        ([0.5, 3.0], "float16"),
+        ([2047.0, 2.0**-24], "float16"),
+        ([0.5, 2.0**-127], "bfloat16"),  # no exponents: 2^-127 is no normal float32, and fixed point has none such
+        ([3.0, 1e30], "bfloat16"),
+    ],
+)
+def test_scales_of_16_bits_are_floats_of_16_bits(scales, name):
+    scales = torch.tensor(scales).to(getattr(torch, name)).float()
+    found = Affine(-4, 3, (1, 2), scales)
+    assert (found.spec, found.side_bits) == (f"affine:-4:3:1x2:{name}", 32)
+    weight = scales[:, None] * torch.tensor([[1.0, -4.0], [3.0, 0.0]])
+    columns = iter(found.side)
+    again = format_of(found.spec, weight.shape, lambda count, bits: next(columns)[0])
+    assert again == found
+    assert torch.equal(again.scales, scales)
+    assert torch.equal(again.decode(found.encode(weight)), weight)
 
 
 def test_scales_without_values_are_no_shifts(x):

@@ -26,8 +26,10 @@ from micronet_eval.formats import (
     FLOAT8,
     QUANTIZE,
     SIGNS_OP,
+    Plain,
     bits_of_range,
     block_indices,
+    narrowest_floats,
 )
 from micronet_eval.trace import WRITE_OP, Op, Value
 
@@ -352,4 +354,7 @@ def _is_shift(scale: Scale) -> bool:
 
 
 def _scale_width(scale: Scale) -> int:
-    return min(32, dtype_width(scale)) if isinstance(scale, Value) else 32
+    """16 where a float of 16 bits holds every number, else that of the dtype."""
+    width = min(32, dtype_width(scale)) if isinstance(scale, Value) else 32
+    values = torch.tensor(values_of(scale), device="cpu")
+    return min(width, Plain(narrowest_floats(values)).code_bits) if values.numel() else width

@@ -233,8 +233,9 @@ def with_scales(trace: Trace) -> Trace:
 
     - Behind a linear operation with scaled inputs, one an output, for all scales that are known before together, one
       more for those that are computed from activations, and one for each group where a weight has several scales
-      along the sum. A zero point of an activation times the weights is a constant, folded into the bias; without
-      a bias it is one more addition an output. One that is computed from activations is subtracted from each. *(ours)*
+      along the sum. The product of scales is as wide as all of them together, 32 bits at most. A zero point of an
+      activation times the weights is a constant, folded into the bias; without a bias it is one more addition an
+      output. One that is computed from activations is subtracted from each. *(ours)*
     - At a conversion to codes, one an element, unless the values come straight from such a linear operation, whose
       multiplication takes it in, or have the same scale already. *(ours)*
     - At a conversion to values, one an element, if anything else than linear operations and conversions to codes reads
@@ -242,20 +243,25 @@ def with_scales(trace: Trace) -> Trace:
     """
     users = trace.users
     ops: list[Op] = []
-    scaled: set[Value] = set()  # values that a scale was multiplied into
+    scaled: dict[Value, int] = {}  # what a scale was multiplied into, and where in `ops`
     for op in trace.ops:
         explicit = None if is_conversion(op) else dequantized(op)
         if explicit is not None and _is_common(op, explicit) and _is_put_off(op.out, users, trace):
             continue  # a multiplication by scales that the model's code makes before the linear operation
         ops.append(op)
-        found = _scaling_of_conversion(op, users, trace, scaled) if is_conversion(op) else _scaling_of_linear(op)
+        if is_conversion(op):
+            for value in _takes_in(op, scaled):
+                ops[scaled[value]] = _with_factor(ops[scaled[value]], grid_of(op).scale_bits)
+            found = _scaling_of_conversion(op, users, trace, scaled)
+        else:
+            found = _scaling_of_linear(op)
         if found is None:
             continue
         mults, adds, bits, takes_more = found
         if takes_more:
-            scaled.add(op.out)
+            scaled[op.out] = len(ops)
         if mults or adds:
-            kwargs = {"mults": mults, "adds": adds, "bits": bits}
+            kwargs = {"mults": mults, "adds": adds, "bits": bits, "own": bits}
             ops.append(Op(SCALE_OP, op.module, (op.out,), kwargs, (replace(op.out),)))
     return replace(trace, ops=tuple(ops))
 
@@ -279,7 +285,8 @@ def _scaling_of_linear(op: Op) -> Scaling | None:
     outputs, groups = _outputs_and_groups(op, constants[0]) if len(constants) == 1 else (op.out.numel, op.out.numel)
     mults = (groups if static else 0) + outputs * len(dynamic)
     adds = outputs if shifted and constants and not bias else 0
-    return (mults, adds, max((g.scale_bits for g in scaled), default=0), bool(static)) if mults or adds else None
+    bits = max(min(32, sum(g.scale_bits for g in static)), *(g.scale_bits for g in dynamic), 0)
+    return (mults, adds, bits, bool(static)) if mults or adds else None
 
 
 def _pending_in(op: Op, value: Value) -> Grid | None:
@@ -325,7 +332,23 @@ def _output_dims(op: Op, weight: Value) -> tuple[int, ...]:
     return (*batch, len(weight.shape) - (2 if first is weight else 1))
 
 
-def _scaling_of_conversion(op: Op, users: Mapping[Value, list[Op]], trace: Trace, scaled: set[Value]) -> Scaling | None:
+def _takes_in(op: Op, scaled: Mapping[Value, int]) -> set[Value]:
+    """The outputs of dot products whose multiplication can have the scale of a conversion to codes as a factor, too."""
+    grid, source = grid_of(op), op.inputs[0]
+    if not grid.scale_bits or grid.is_dynamic or not source.dtype.is_floating_point:
+        return set()
+    return _origin(source) & scaled.keys()
+
+
+def _with_factor(op: Op, bits: int) -> Op:
+    """A multiplication by scales with one more in their product; of conversions that read the same, the widest."""
+    width = min(32, op.kwargs["own"] + bits)
+    return replace(op, kwargs={**op.kwargs, "bits": max(op.kwargs["bits"], width)})
+
+
+def _scaling_of_conversion(
+    op: Op, users: Mapping[Value, list[Op]], trace: Trace, scaled: Mapping[Value, int]
+) -> Scaling | None:
     grid = grid_of(op)
     if not grid.scale_bits:
         return None
@@ -333,8 +356,7 @@ def _scaling_of_conversion(op: Op, users: Mapping[Value, list[Op]], trace: Trace
     mults = 0
     if values:  # to codes
         before = pending(source)
-        taken_in = not grid.is_dynamic and _origin(source) & scaled
-        if not taken_in and not (before is not None and _same(grid, before)):
+        if not _takes_in(op, scaled) and not (before is not None and _same(grid, before)):
             mults += op.out.numel
     if not codes and not (_is_common(op, grid) and _is_put_off(op.out, users, trace)):
         mults += op.out.numel

@@ -55,7 +55,7 @@ from micronet_eval.trace import FILLS, Op, Trace, Value, constant
 
 FREEBIE_BITS = 16
 
-_NO_SHIFT = 3.0  # a scale that is not known counts as one that is no power of two
+_UNKNOWN = 1 / 3  # a scale that is not known counts as one that takes 32 bits
 
 _MANY = 1 << 16
 """Elements of a tensor that is looked at in part first."""
@@ -495,6 +495,6 @@ def _format_of_conversion(op: Op) -> Format:
     grid = grid_of(op)
     (scale,), (zero,) = grid.scales, grid.zero_points
     count = scale.numel if isinstance(scale, Value) else 1
-    scales = torch.tensor(values_of(scale) or [_NO_SHIFT] * count, dtype=torch.float32)
+    scales = torch.tensor(values_of(scale) or [_UNKNOWN] * count, dtype=torch.float32)
     zeros = torch.tensor(values_of(zero) or [0] * count, dtype=torch.int64)
     return Affine(grid.low, grid.high, grid.blocks, scales, zeros.expand(count) if bool(zeros.any()) else None)

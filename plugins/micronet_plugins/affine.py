@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from fnmatch import fnmatch
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import fx, nn
 
+from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer
 from micronet_eval.strategy import Context
 from micronet_eval.structure import QUANTIZERS, original_of, quantizers_of, replace, set_quantizers, traced
@@ -22,7 +25,7 @@ from micronet_plugins.layerwise import (
     quantize_each,
     weights_of,
 )
-from micronet_plugins.weights import DOT_PRODUCTS
+from micronet_plugins.weights import DOT_PRODUCTS, dot_products
 
 
 class ScaledQuantizer(WeightQuantizer):
@@ -35,13 +38,26 @@ class ScaledQuantizer(WeightQuantizer):
         description='bits of weights in the first and the last layer and, where `activations = "layers"`, of what they '
         "read; without it those of all others",
     )
+    layer_bits: dict[str, Annotated[int, Field(ge=2, le=8)]] = Field(
+        {},
+        description='bits of the weights of some layers, by patterns of their paths, as { "7.*" = 2 }; of several that '
+        "match the last one counts",
+    )
 
     def quantize_weights(self, model: nn.Module, context: Context) -> None:
-        tied = {id(original_of(layer, "weight")) for layer in self._first_last(model, context)}
-        other = self._of_first_last()
+        others = {id(original_of(layer, "weight")): self._of_first_last() for layer in self._first_last(model, context)}
+        layers = dot_products(model) if self.layer_bits else {}
+        for pattern, bits in self.layer_bits.items():
+            found = [layer for path, layer in layers.items() if fnmatch(path, pattern)]
+            if not found:
+                raise InputError(
+                    f"quantizer: layer_bits: {pattern!r} matches no layer; the model has {', '.join(layers)}"
+                )
+            of_layers = self.model_copy(update={"weight_bits": bits})
+            others |= {id(original_of(layer, "weight")): of_layers for layer in found}
         quantize_each(
             weights_of(model),
-            lambda layer, name: (other if id(original_of(layer, name)) in tied else self).quantizer(layer, name),
+            lambda layer, name: others.get(id(original_of(layer, name)), self).quantizer(layer, name),
         )
 
     def quantize_activations(self, model: nn.Module, context: Context) -> None:

@@ -1,28 +1,58 @@
-"""Biases alone, in fixed point."""
+"""Biases and scales alone, in fewer bits."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from micronet_eval.formats import AffineQuantizer, block_indices
 from micronet_eval.merge import merged
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import copied
-from micronet_plugins.layerwise import least_error, quantize_each, rest_of
+from micronet_plugins.layerwise import least_error, quantize_each, rest_of, set_weight, weights_of
 
 
 class Biases(Quantizer):
     """Batch norm merged, and biases and all else of fewer than two dimensions that is not rounded yet in fixed point.
 
     What comes behind a quantizer of weights and activations that kept batch norm (`keep_batch_norm`), and the training
-    after that.
+    after that. With `scale_bits = 16` the scales of weights become floats of 16 bits, and the integers stay: a channel
+    changes by 2^-11 of itself at most, in float16, or 2^-8 where that is too coarse or narrow for a scale, in bfloat16.
+    A multiplication by a scale then counts 16 bits, if the step of what the layer reads is a power of two.
     """
 
     bits: int = Field(16, ge=2, le=24, description="bits of a bias")
+    scale_bits: Literal[16, 32] = Field(32, description="bits of the scales of weights")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(merged(model, context.example_input))
+        if self.scale_bits == 16:
+            _halve_scales(model)
         rest = [(m, n) for m, n in rest_of(model) if not parametrize.is_parametrized(m, n)]
         quantize_each(rest, lambda module, name: least_error(getattr(module, name), self.bits))
         return model.eval()
+
+
+def _halve_scales(model: nn.Module) -> None:
+    done: set[nn.Module] = set()  # tied weights share one
+    for layer, name in weights_of(model):
+        last = layer.parametrizations[name][-1] if parametrize.is_parametrized(layer, name) else None  # type: ignore[index]
+        if not isinstance(last, AffineQuantizer) or last in done or parametrize.is_parametrized(last):
+            continue
+        done.add(last)
+        weight = getattr(layer, name).detach()
+        where = block_indices(weight.shape, last.blocks or tuple(weight.shape))
+        codes = (weight / last.scale.detach()[where]).round()
+        with torch.no_grad():
+            last.scale.copy_(_halved(last.scale))
+        set_weight(layer, name, codes * last.scale.detach()[where])
+
+
+def _halved(scales: Tensor) -> Tensor:
+    normal = torch.finfo(torch.float16)
+    fits = bool(((scales >= normal.tiny) & (scales <= normal.max)).all())
+    return scales.to(torch.float16 if fits else torch.bfloat16)

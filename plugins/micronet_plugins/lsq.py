@@ -35,26 +35,30 @@ class LSQ(ScaledQuantizer):
         4, ge=0, le=8, description="bits of an activation that is multiplied; 0 leaves activations as they are"
     )
     granularity: Literal["tensor", "channel"] = Field("tensor", description="what shares a step: tensor or channel")
-    power_of_two: bool = Field(False, description="steps are powers of two, which cost no multiplications")
+    power_of_two: bool | Literal["activations"] = Field(
+        False, description="steps are powers of two, which cost no multiplications: all, or those of activations"
+    )
 
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
         weight = getattr(layer, name)
         half = 2 ** (self.weight_bits - 1)
         # Batch norm may change the sign of an output: its integers need their counterparts.
         low = 1 - half if self.keep_batch_norm else -half
-        return self._learned(weight, low, half - 1, blocks_of(layer, weight, self.granularity))
+        blocks = blocks_of(layer, weight, self.granularity)
+        return _learned(weight, low, half - 1, blocks, self.power_of_two is True)
 
     def activation_quantizer(self, seen: Observed) -> AffineQuantizer:
         half = 2 ** (self.activation_bits - 1)
         low, high = (0, 2 * half - 1) if seen.low >= 0 else (-half, half - 1)
-        return self._learned(seen.sample, low, high, ())
+        return _learned(seen.sample, low, high, (), bool(self.power_of_two))
 
-    def _learned(self, values: Tensor, low: int, high: int, blocks: tuple[int, ...]) -> AffineQuantizer:
-        unknown = Affine(low, high, blocks, torch.ones(1))
-        quantizer = AffineQuantizer(with_least_error(unknown, values, self.power_of_two), learned=True)
-        if self.power_of_two:
-            parametrize.register_parametrization(quantizer, "scale", PowerOfTwo())
-        return quantizer
+
+def _learned(values: Tensor, low: int, high: int, blocks: tuple[int, ...], power_of_two: bool) -> AffineQuantizer:
+    unknown = Affine(low, high, blocks, torch.ones(1))
+    quantizer = AffineQuantizer(with_least_error(unknown, values, power_of_two), learned=True)
+    if power_of_two:
+        parametrize.register_parametrization(quantizer, "scale", PowerOfTwo())
+    return quantizer
 
 
 class PowerOfTwo(nn.Module):

@@ -24,6 +24,7 @@ from micronet_eval.formats.number import (
     block_indices,
     format_of,
     index_bits,
+    narrowest_floats,
 )
 from micronet_eval.formats.quantizers import (
     SMALLEST_SCALE,
@@ -70,6 +71,7 @@ __all__ = [
     "format_of",
     "index_bits",
     "integer_sums",
+    "narrowest_floats",
     "of_activations",
     "of_weights",
 ]

@@ -215,8 +215,8 @@ class Affine(Format):
 
     `blocks` is how many elements share a scale and a zero point, dimension by dimension: the whole shape for one of
     the tensor, 1 in the dimension of the channels for one a channel. A code is integer - zero point, modulo
-    2**code_bits. Zero points that are all 0 take nothing. Scales that are all powers of two are stored as exponents of
-    8 bits, as those of fixed point are.
+    2**code_bits. Zero points that are all 0 take nothing. Scales are stored in the fewest bits that hold all of them:
+    powers of two as exponents of 8 bits, as those of fixed point are, others as float16, bfloat16 or float32.
     """
 
     low: int
@@ -242,14 +242,17 @@ class Affine(Format):
     @property
     def spec(self) -> str:
         blocks = "x".join(map(str, self.blocks))
-        shifts = ":shifts" if self._exponents is not None else ""
+        scales = "shifts" if self._exponents is not None else self._floats
         zeros = "" if self.zero_points is None else ":zeros"
-        return f"affine:{self.low}:{self.high}:{blocks}{shifts}{zeros}"
+        return f"affine:{self.low}:{self.high}:{blocks}{'' if scales == 'float32' else f':{scales}'}{zeros}"
 
     @property
     def side(self) -> Side:
-        exponents = self._exponents
-        scales = (Plain("float32").encode(self.scales), 32) if exponents is None else (exponents & _ones(8), 8)
+        if self._exponents is not None:
+            scales = self._exponents & _ones(8), 8
+        else:
+            plain = Plain(self._floats)
+            scales = plain.encode(self.scales.to(_PLAIN[plain.name][0])), plain.code_bits
         if self.zero_points is None:
             return (scales,)
         return scales, (self.zero_points.to(torch.int64) & _ones(self.code_bits), self.code_bits)
@@ -278,6 +281,10 @@ class Affine(Format):
         fractions, exponents = torch.frexp(self.scales)
         exponents = exponents.to(torch.int64) - 1  # torch's fractions begin at 1/2
         return exponents if bool(((fractions == 0.5) & (exponents >= _LEAST_EXPONENT)).all()) else None
+
+    @cached_property
+    def _floats(self) -> str:
+        return narrowest_floats(self.scales)
 
     def _spread(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every element."""
@@ -393,7 +400,8 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
                 raise OffGrid(f"scales of {spec}: exponents from {_LEAST_EXPONENT} to 127 are possible")
             scales = torch.exp2(exponents.float())
         else:
-            scales = Plain("float32").decode(read(count, 32))
+            plain = Plain(next((name for name in _HALVES if name in fields), "float32"))
+            scales = plain.decode(read(count, plain.code_bits)).float()
         if "zeros" not in fields:
             return Affine(low, high, blocks, scales)
         width = Affine(low, high, blocks, scales).code_bits  # checks the bits
@@ -403,11 +411,20 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
 
 
 LONGEST_SPEC = 200
-_AFFINE = re.compile(r"-?\d{1,6}:-?\d{1,6}:\d{1,12}(x\d{1,12})*(:shifts)?(:zeros)?")
+_AFFINE = re.compile(r"-?\d{1,6}:-?\d{1,6}:\d{1,12}(x\d{1,12})*(:shifts|:float16|:bfloat16)?(:zeros)?")
 _SPECS = (
-    "fixed-point:BITS", "signed:BITS:DTYPE", "unsigned:BITS:DTYPE", "affine:LOW:HIGH:BLOCKS[:shifts][:zeros]",
-    "signs:FORMAT", "codebook:K",
+    "fixed-point:BITS", "signed:BITS:DTYPE", "unsigned:BITS:DTYPE",
+    "affine:LOW:HIGH:BLOCKS[:shifts|:float16|:bfloat16][:zeros]", "signs:FORMAT", "codebook:K",
 )  # fmt: skip
+
+
+_HALVES = ("float16", "bfloat16")
+
+
+def narrowest_floats(values: Tensor) -> str:
+    """The name of the first of float16, bfloat16 and float32 that holds every value just as it is."""
+    held = (name for name in _HALVES if torch.equal(values.to(_PLAIN[name][0]).to(values.dtype), values))
+    return next(held, "float32")
 
 
 def bits_of_range(low: int, high: int) -> int:
