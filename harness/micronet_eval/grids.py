@@ -355,6 +355,8 @@ def _is_shift(scale: Scale) -> bool:
 
 def _scale_width(scale: Scale) -> int:
     """16 where a float of 16 bits holds every number, else that of the dtype."""
-    width = min(32, dtype_width(scale)) if isinstance(scale, Value) else 32
-    values = torch.tensor(values_of(scale), device="cpu")
-    return min(width, Plain(narrowest_floats(values)).code_bits) if values.numel() else width
+    if not isinstance(scale, Value):
+        return Plain(narrowest_floats(torch.tensor(scale, dtype=torch.float64, device="cpu"))).code_bits
+    width = min(32, dtype_width(scale))
+    known = scale.data is not None and not scale.data.is_meta and width == 32
+    return Plain(narrowest_floats(scale.data)).code_bits if known else width  # type: ignore[arg-type]
