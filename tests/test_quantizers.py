@@ -774,6 +774,20 @@ def test_ternary_weights_of_a_known_tensor(x):
     assert counted.storage.bits == 4 + 2 + 32
 
 
+@pytest.mark.rule("storage.bits")
+def test_ternary_weights_in_blocks_are_codes(x):
+    """One row of eight: a bit each for the rows and 8 codes of 2 bits. As signs they would take a bitmask of 64."""
+    layer, inputs = nn.Sequential(nn.Linear(8, 8, bias=False)), x.flatten(1)[:, :8]
+    with torch.no_grad():
+        layer[0].weight.zero_()[3] = torch.tensor([1.0, -1, 1, -1, 1, 1, -1, 0])
+    model = strategy("ternary", granularity="tensor").apply(layer, context(inputs))
+    assert score(model, inputs[:1]).storage.bits == 8 + 8 * 2 + 8  # and the scale, 1
+    packed = packing.pack(model, layer, inputs[:1])
+    assert packed.structure.tensors[0][1] == "affine:-1:1:8x8:shifts"
+    with torch.no_grad():
+        assert torch.equal(packing.unpack(packed, copied(layer))(inputs), model(inputs))
+
+
 def test_k_means_reaches_the_optimum():
     values = torch.tensor([0.1, 0.2, 1.0, 1.1, 5.0, 5.5, 5.6])
     ordered = values.double().sort().values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -410,19 +410,25 @@ def _names(value: Value) -> list[str]:
 
 
 def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value | None = None) -> Stored:
-    """`value` in the format of its `grid`; where it holds codes, `made` is what is made of them."""
+    """`value` in the format of its `grid`; where it holds codes, `made` is what is made of them.
+
+    A ternary weight is 1 bit a sign behind a bitmask, or 2 bits a code behind a mask of blocks, as is smaller.
+    """
     leaves = _names(value)
     name = _path(leaves) if leaves else f"constant of {op.name if op is not None else 'the output'}"
     exponent = is_conversion(op) and op is not None and value is not through_views(op.inputs[0])
     if exponent:
         return Stored(name, value, _side_format(value, grid_of(op)), is_overhead=True, in_code=not leaves)  # type: ignore[arg-type]
     index = op is not None and not value.dtype.is_floating_point and value in map(through_views, _places(op))
+    folds = op is not None and op.outputs and op.out.is_constant  # an index into a codebook is a code
     try:
-        number_format = _format(value, grid, made or value, index)
+        number_format = _declared_format(value, grid, index)
     except OffGrid as error:
         raise InputError(f"{name!r} cannot be stored: {error}") from error
-    folds = op is not None and op.outputs and op.out.is_constant  # an index into a codebook is a code
-    return Stored(name, value, number_format, False, index and not folds, in_code=not leaves)
+    codes = Stored(name, value, number_format, False, index and not folds, in_code=not leaves)
+    if grid is None or isinstance(number_format, Codebook | Plain) or not has_only_signs(made or value, grid):
+        return codes
+    return min(replace(codes, format=Signs(number_format)), codes, key=lambda stored: stored.bits().total)
 
 
 def _places(op: Op) -> list[Value]:
@@ -457,16 +463,8 @@ def _path(leaves: list[str]) -> str:
     return base if f"{base}_mask" in leaves else name
 
 
-def _format(value: Value, grid: Grid | None, made: Value, index: bool) -> Format:
-    """The format of a stored constant, the smallest that holds it."""
-    assert value.data is not None
-    number_format = _declared_format(value, grid, index)
-    if grid is not None and has_only_signs(made, grid) and not isinstance(number_format, Codebook | Plain):
-        return Signs(number_format)
-    return number_format
-
-
 def _declared_format(value: Value, grid: Grid | None, index: bool) -> Format:
+    """The format of a stored constant as its grid says."""
     op, data = value.producer, value.data
     assert data is not None
     if is_conversion(op) and op is not None:
