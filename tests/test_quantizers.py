@@ -774,7 +774,7 @@ def test_ternary_weights_of_a_known_tensor(x):
     assert counted.storage.bits == 4 + 2 + 32
 
 
-@pytest.mark.rule("storage.bits")
+@pytest.mark.rule("storage.smallest")
 def test_ternary_weights_in_blocks_are_codes(x):
     """One row of eight: a bit each for the rows and 8 codes of 2 bits. As signs they would take a bitmask of 64."""
     layer, inputs = nn.Sequential(nn.Linear(8, 8, bias=False)), x.flatten(1)[:, :8]
