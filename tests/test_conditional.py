@@ -15,7 +15,7 @@ from micronet_eval import packing
 from micronet_eval.conditional import Conditional, taking
 from micronet_eval.costs import FORMULAS
 from micronet_eval.errors import InputError
-from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.merge import merged
 from micronet_eval.structure import ScaleShift
 from micronet_eval.trace import trace
@@ -99,6 +99,16 @@ def test_quantization_below_16_bits_on_one_path_ends_the_freebie_for_all():
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_scales_of_a_path_are_multiplied_on_it():
+    """In the trunk on both paths, 3 outputs; in the short way 2."""
+    model = fork()
+    for layer in (model.trunk, model.near):
+        scale = Affine(-127, 127, tuple(layer.weight.shape), torch.tensor([0.3]))
+        parametrize.register_parametrization(layer, "weight", AffineQuantizer(scale), unsafe=True)
+    report = micronet_eval.score(model, EXAMPLE, shares=SHARES)
+    assert sum(layer.mults for layer in report.layers if layer.op == "micronet.scale") == 3 + 0.25 * 2
 
 
 def test_every_example_takes_its_own_path():

@@ -58,10 +58,9 @@ def test_fake_quantized_weights_and_activations():
     ("of_weights", "of_input", "of_output", "bits"),
     [
         (0.75, 0.5, 0.5, [16]),
-        (0.75, 0.5, 1.5, [32, 16]),  # 0.75 / 1.5: two of 16 bits; and back, where the output is read
-        (0.75, 1.5, 0.5, [16, 32]),  # to codes; 0.75 * 1.5
-        (0.5, 0.75, 0.5, [16, 16]),
-        (0.5, 0.5, 0.75, [16]),  # there is none behind the product that could take it in
+        (0.75, 0.5, 1.5, [32, 32]),  # 0.75 / 1.5: of an activation 32 bits are stored; and back, as it is returned
+        (0.75, 1.5, 0.5, [32, 32]),  # to codes; 0.75 * 1.5
+        (0.5, 0.5, 0.75, [32]),  # to codes and back: there is no factor behind the product that could take it in
         (0.1, 0.5, 0.5, [32]),
         (1e30, 0.5, 0.5, [32]),
         (float(torch.tensor(1e30).bfloat16()), 0.5, 0.5, [16]),
@@ -85,6 +84,86 @@ def test_a_product_of_scales_is_as_wide_as_all_of_them(of_weights, of_input, of_
 
     layers = count(Layer(), 1, 2).layers
     assert [layer.weight_bits for layer in layers if layer.op == "micronet.scale"] == bits
+
+
+class Called(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def scalings(function, example):
+    """The multiplications by scales in a function that is called with zeros like `example`."""
+    layers = account(trace(Called(function), example), FORMULAS).layers
+    return sum(layer.mults for layer in layers if layer.op == "micronet.scale")
+
+
+def rounded(x, *steps):
+    for step in steps:
+        x = torch.fake_quantize_per_tensor_affine(x, step, 0, -8, 7)
+    return x
+
+
+def product(x, step):
+    return rounded(x, step) @ torch.ones(2, 2)
+
+
+@pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    ("read", "factors"),
+    [
+        (lambda y: product(y, 0.25), 1),
+        (lambda y: product(y, 0.37), 1 + 1),  # 0.3 / 0.37, and 0.37 behind the second product
+        (lambda y: (product(y, 0.37), product(y.relu(), 0.37)), 1 + 2),
+        (lambda y: (product(y, 0.37), product(y, 0.11)), 2 + 2),
+        (lambda y: (product(y, 0.37), product(y, 0.25)), 2 + 1),  # 0.3 / 0.37, and 0.3, which is shifted
+        (lambda y: (product(y, 0.37), y.sigmoid()), 2 + 1),
+        (lambda y: (product(y, 0.37), y.relu()), 2 + 1),
+        (lambda y: (product(y, 0.25), y.relu()), 1),
+    ],
+)
+def test_each_factor_of_what_a_dot_product_gives_is_a_multiplication(read, factors):
+    """4-bit codes times a 4-bit weight of scale 0.3, 2 -> 2, and what reads that."""
+    weight = torch.tensor([[7.0, 1.0], [3.0, -7.0]]) * 0.3
+    found = scalings(lambda x: read(rounded(x, 0.5) @ rounded(weight, 0.3)), torch.zeros(1, 2))
+    assert found == 2 * factors
+
+
+@pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    ("steps", "mults"),
+    [((0.25,), 0), ((0.3,), 2 + 2), ((0.3, 0.3), 2 + 2), ((0.3, 0.25), 2 + 2), ((0.3, 0.37), 2 + 2 + 2)],
+)
+def test_from_one_scale_to_another_is_a_multiplication(steps, mults):
+    """Of two inputs each; and one for each of two outputs where the last step is no power of two."""
+    assert scalings(lambda x: rounded(x, *steps) @ torch.ones(2, 2), torch.zeros(1, 2)) == mults
+
+
+@pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    ("scale", "widths", "mults"),
+    [(0.25, (8, 8), 0), (0.3, (8, 32), 6), ([0.25] * 5, (8, 8), 0), ([0.1, 0.2, 0.3, 0.4, 0.5], (32, 32), 0)],
+)
+def test_what_is_looked_up_in_a_table_of_codes_has_its_scale(scale, widths, mults):
+    """Three words of a table of 5 x 4: the product with a float32 4 -> 2 waits for the table's scale, a sum does not.
+
+    Words of several scales are multiplied by them when the model is loaded, and are as wide as float32.
+    """
+    table, scales = torch.ones(5, 4), torch.tensor(scale).expand(5)
+
+    def looked_up(words):
+        if isinstance(scale, float):
+            return F.embedding(words, torch.fake_quantize_per_tensor_affine(table, scale, 0, -127, 127))
+        zeros = torch.zeros(5, dtype=torch.int32)
+        return F.embedding(words, torch.fake_quantize_per_channel_affine(table, scales, zeros, 0, -127, 127))
+
+    model = Called(lambda words: (looked_up(words) @ torch.ones(4, 2), looked_up(words) + looked_up(words)))
+    layers = account(trace(model, torch.zeros(1, 3, dtype=torch.int64)), FORMULAS).layers
+    read = {layer.op: layer.input_bits for layer in layers}
+    assert (read["aten.mm"], read["aten.add"]) == widths
+    assert sum(layer.mults for layer in layers if layer.op == "micronet.scale") == mults
 
 
 @pytest.mark.rule("width.scales")

@@ -89,6 +89,13 @@ class Grid:
         """The width of the scales that are no powers of two, 0 where all are: those are shifts."""
         return max((_scale_width(s) for s in self.scales if not _is_shift(s)), default=0)
 
+    @property
+    def weight_scale_bits(self) -> int:
+        """The same of a weight. One that is rounded has a format that may hold its scales in 16 bits (Affine)."""
+        if self.codes is not None or not self.scale_bits:
+            return self.scale_bits
+        return max(_stored_width(s) for s in self.scales if not _is_shift(s))
+
 
 def data_inputs(op: Op) -> tuple[Value, ...]:
     """The inputs whose values flow into the output: no indices, no masks, no scales; of a copy only the source."""
@@ -354,9 +361,12 @@ def _is_shift(scale: Scale) -> bool:
 
 
 def _scale_width(scale: Scale) -> int:
+    return min(32, dtype_width(scale)) if isinstance(scale, Value) else 32
+
+
+def _stored_width(scale: Scale) -> int:
     """16 where a float of 16 bits holds every number, else that of the dtype."""
     if not isinstance(scale, Value):
         return Plain(narrowest_floats(torch.tensor(scale, dtype=torch.float64, device="cpu"))).code_bits
-    width = min(32, dtype_width(scale))
-    known = scale.data is not None and not scale.data.is_meta and width == 32
-    return Plain(narrowest_floats(scale.data)).code_bits if known else width  # type: ignore[arg-type]
+    known = scale.data is not None and not scale.data.is_meta and _scale_width(scale) == 32
+    return Plain(narrowest_floats(scale.data)).code_bits if known else _scale_width(scale)  # type: ignore[arg-type]

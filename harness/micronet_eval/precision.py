@@ -8,7 +8,7 @@ are multiplied by their scale first, and are as wide as their dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -56,7 +56,7 @@ def bit_widths(trace: Trace) -> Mapping[Value, int]:
                 )
                 widths[out] += grid.shifts_while_running
             elif _moves_into(op, out) and (inputs := data_inputs(op)):
-                widths[out] = min(max(widths[v] for v in inputs), dtype_width(out))
+                widths[out] = min(_moved_width(out, inputs, widths), dtype_width(out))
             else:
                 widths[out] = dtype_width(out)
     return widths
@@ -103,6 +103,12 @@ _NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
     **{f"aten.avg_pool{n}d": {"divisor_override": (6, 1)} for n in (2, 3)},
 }
 """Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""
+
+
+def _moved_width(out: Value, inputs: Sequence[Value], widths: Mapping[Value, int]) -> int:
+    """The widest of what is moved; a scale that cannot wait, as it is not common to all, was applied before."""
+    waits = (len(inputs) == 1 and not inputs[0].is_constant) or pending(out) is not None
+    return max(widths[v] if waits else _applied_width(v, widths) for v in inputs)
 
 
 def _moves_into(op: Op, out: Value) -> bool:
@@ -186,26 +192,39 @@ def has_sign_bit(value: Value) -> bool:
 
 
 def pending(value: Value) -> Grid | None:
-    """The grid of an activation that is still codes times one scale: from a conversion, through moves, ReLU and max."""
-    while len(moved := _moved_activations(value)) == 1:  # as nearly always
+    """The grid of an activation that is still codes times one scale: from a conversion, through moves, ReLU and max.
+
+    What is looked up in a table of codes is an activation, too.
+    """
+    while len(moved := _moved_into(value)) == 1:  # as nearly always
         value = moved[0]
-    return followed(value, _moved_activations, _pending) if moved else _pending(value, [])
+    return followed(value, _moved_into, _pending) if moved else _pending(value, [])
 
 
-def _moved_activations(value: Value) -> list[Value]:
+def _moved_into(value: Value) -> list[Value]:
+    """What a value is moved or selected from, zeros apart: those are zeros of any scale."""
     op = value.producer
     moved = op is not None and not value.is_constant and not is_conversion(op) and keeps_width(op)
-    return [v for v in data_inputs(op) if not v.is_constant] if moved else []  # type: ignore[arg-type]
+    return [v for v in data_inputs(op) if not (v.is_constant and v.nonzeros == 0)] if moved else []  # type: ignore[arg-type]
 
 
 def _pending(value: Value, grids: list[Grid | None]) -> Grid | None:
     op = value.producer
-    if op is None or value.is_constant:
+    if value.is_constant:
+        table = constant_grid(value)
+        return table if table is not None and table.scale_bits and _is_of_all(table) else None
+    if op is None:
         return None
     if value is op.out and (grid := dequantized(op)) is not None:
         return grid if _is_common(op, grid) else None
     same = bool(grids) and all(g is not None and _same(g, grids[0]) for g in grids)
     return grids[0] if same else None
+
+
+def _is_of_all(grid: Grid) -> bool:
+    """Whether there is one scale, and no zero point."""
+    one = len(grid.scales) == 1 and (isinstance(grid.scales[0], float) or grid.scales[0].numel == 1)
+    return one and not any(grid.zeros())
 
 
 _OF_ROWS = frozenset(f"aten.{name}" for name in ("mm", "bmm", "addmm", "baddbmm"))
@@ -237,22 +256,26 @@ def with_scales(trace: Trace) -> Trace:
       activation times the weights is a constant, folded into the bias; without a bias it is one more addition an
       output. One that is computed from activations is subtracted from each. *(ours)*
     - At a conversion to codes, one an element, unless the values come straight from such a linear operation, whose
-      multiplication takes it in, or have the same scale already. *(ours)*
+      multiplication takes it in, or have the same scale already. It takes in the scale of one conversion, and only
+      where nothing else reads the values. *(ours)*
     - At a conversion to values, one an element, if anything else than linear operations and conversions to codes reads
       them. *(ours)*
     """
     users = trace.users
     ops: list[Op] = []
     scaled: dict[Value, int] = {}  # what a scale was multiplied into, and where in `ops`
+    widened = set[int]()
     for op in trace.ops:
         explicit = None if is_conversion(op) else dequantized(op)
         if explicit is not None and _is_common(op, explicit) and _is_put_off(op.out, users, trace):
             continue  # a multiplication by scales that the model's code makes before the linear operation
         ops.append(op)
         if is_conversion(op):
-            for value in _takes_in(op, scaled):
-                ops[scaled[value]] = _with_factor(ops[scaled[value]], grid_of(op).scale_bits)
-            found = _scaling_of_conversion(op, users, trace, scaled)
+            taken_in = _taken_in(op, users, trace, scaled)
+            if taken_in is not None and taken_in not in widened:  # conversions to one grid share a factor
+                ops[taken_in] = _with_factor(ops[taken_in], grid_of(op).scale_bits)
+                widened.add(taken_in)
+            found = _scaling_of_conversion(op, users, trace, taken_in is not None)
         else:
             found = _scaling_of_linear(op)
         if found is None:
@@ -261,8 +284,8 @@ def with_scales(trace: Trace) -> Trace:
         if takes_more:
             scaled[op.out] = len(ops)
         if mults or adds:
-            kwargs = {"mults": mults, "adds": adds, "bits": bits, "own": bits}
-            ops.append(Op(SCALE_OP, op.module, (op.out,), kwargs, (replace(op.out),)))
+            kwargs = {"mults": mults, "adds": adds, "bits": bits}
+            ops.append(Op(SCALE_OP, op.module, (op.out,), kwargs, (replace(op.out),), path=op.path))
     return replace(trace, ops=tuple(ops))
 
 
@@ -275,18 +298,19 @@ def _scaling_of_linear(op: Op) -> Scaling | None:
         return None
     factors = _factors(op)
     constants = [v for v in factors if v.is_constant]
-    grids = [g for v in factors if (g := constant_grid(v) if v.is_constant else _pending_in(op, v)) is not None]
-    scaled = [g for g in grids if g.scale_bits]
-    static, dynamic = [g for g in scaled if not g.is_dynamic], [g for g in scaled if g.is_dynamic]
-    shifted = [g for v in factors if not v.is_constant and (g := _pending_in(op, v)) and any(g.zeros())]
-    if not scaled and not shifted:
+    of_weights = [g for v in constants if (g := constant_grid(v)) is not None and g.scale_bits]
+    waiting = [g for v in factors if not v.is_constant and (g := _pending_in(op, v)) is not None]
+    static, dynamic = ([g for g in waiting if g.scale_bits and g.is_dynamic is found] for found in (False, True))
+    shifted = any(any(g.zeros()) for g in waiting)
+    if not (of_weights or static or dynamic or shifted):
         return None
     bias = op.name in ADDENDS and op.args[ADDENDS[op.name]] is not None
     outputs, groups = _outputs_and_groups(op, constants[0]) if len(constants) == 1 else (op.out.numel, op.out.numel)
-    mults = (groups if static else 0) + outputs * len(dynamic)
+    mults = (groups if of_weights or static else 0) + outputs * len(dynamic)
     adds = outputs if shifted and constants and not bias else 0
-    bits = max(min(32, sum(g.scale_bits for g in static)), *(g.scale_bits for g in dynamic), 0)
-    return (mults, adds, bits, bool(static)) if mults or adds else None
+    product = sum(g.weight_scale_bits for g in of_weights) + sum(g.scale_bits for g in static)
+    bits = max(min(32, product), *(g.scale_bits for g in dynamic), 0)
+    return (mults, adds, bits, bool(of_weights or static)) if mults or adds else None
 
 
 def _pending_in(op: Op, value: Value) -> Grid | None:
@@ -332,36 +356,54 @@ def _output_dims(op: Op, weight: Value) -> tuple[int, ...]:
     return (*batch, len(weight.shape) - (2 if first is weight else 1))
 
 
-def _takes_in(op: Op, scaled: Mapping[Value, int]) -> set[Value]:
-    """The outputs of dot products whose multiplication can have the scale of a conversion to codes as a factor, too."""
+def _taken_in(op: Op, users: Mapping[Value, list[Op]], trace: Trace, scaled: Mapping[Value, int]) -> int | None:
+    """Where the multiplication behind a dot product stands that has the scale of a conversion to codes as a factor.
+
+    That is the scale of the first one that reads the outputs. Others, and all where the outputs are read as they are,
+    are factors of their own.
+    """
     grid, source = grid_of(op), op.inputs[0]
     if not grid.scale_bits or grid.is_dynamic or not source.dtype.is_floating_point:
-        return set()
-    return _origin(source) & scaled.keys()
+        return None
+    (origin,) = _origin(source) or (source,)
+    if origin not in scaled:
+        return None
+    read = [None if r is None or not is_conversion(r) else grid_of(r) for r in _readers(origin, users, trace)]
+    return scaled[origin] if all(g is not None and g.scale_bits for g in read) and _same(grid, read[0]) else None
+
+
+def _readers(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> Iterator[Op | None]:
+    """What reads a value, seen through moves, ReLU, max and accumulators; None: it is returned."""
+    waiting, seen = [value], {value}
+    while waiting:
+        value = waiting.pop()
+        if value in trace.outputs:
+            yield None
+        for op in users.get(value, []):
+            if keeps_width(op) or op.name == ACCUMULATOR_OP:
+                waiting += [out for out in op.outputs if out not in seen]
+                seen.update(op.outputs)
+            else:
+                yield op
 
 
 def _with_factor(op: Op, bits: int) -> Op:
-    """A multiplication by scales with one more in their product; of conversions that read the same, the widest."""
-    width = min(32, op.kwargs["own"] + bits)
-    return replace(op, kwargs={**op.kwargs, "bits": max(op.kwargs["bits"], width)})
+    """A multiplication by scales with one more in their product."""
+    return replace(op, kwargs={**op.kwargs, "bits": min(32, op.kwargs["bits"] + bits)})
 
 
-def _scaling_of_conversion(
-    op: Op, users: Mapping[Value, list[Op]], trace: Trace, scaled: Mapping[Value, int]
-) -> Scaling | None:
-    grid = grid_of(op)
-    if not grid.scale_bits:
-        return None
-    source, codes, values = op.inputs[0], op.name in QUANTIZE, op.inputs[0].dtype.is_floating_point
-    mults = 0
-    if values:  # to codes
-        before = pending(source)
-        if not _takes_in(op, scaled) and not (before is not None and _same(grid, before)):
-            mults += op.out.numel
-    if not codes and not (_is_common(op, grid) and _is_put_off(op.out, users, trace)):
-        mults += op.out.numel
-    adds = op.out.numel if not codes and grid.shifts_while_running else 0
-    return mults, adds, grid.scale_bits, False
+def _scaling_of_conversion(op: Op, users: Mapping[Value, list[Op]], trace: Trace, is_taken_in: bool) -> Scaling | None:
+    grid, source = grid_of(op), op.inputs[0]
+    before = pending(source) if source.dtype.is_floating_point else None
+    bits, mults, adds = grid.scale_bits, 0, 0
+    if before is not None and before.scale_bits and not _same(grid, before):
+        mults, bits = op.out.numel, min(32, before.scale_bits + bits)  # from one grid to another
+    elif bits and source.dtype.is_floating_point and not is_taken_in and not _same(grid, before):
+        mults = op.out.numel
+    if grid.scale_bits and op.name not in QUANTIZE:
+        mults += 0 if _is_common(op, grid) and _is_put_off(op.out, users, trace) else op.out.numel
+        adds = op.out.numel if grid.shifts_while_running else 0
+    return (mults, adds, bits, False) if mults or adds else None
 
 
 def _origin(value: Value) -> set[Value]:
