@@ -502,6 +502,29 @@ def test_fewer_than_two_paths(paths):
         micronet_eval.score(Wrong(), EXAMPLE, shares={"long": 1})
 
 
+class Twice(Fork):
+    def run(self, x):
+        x = self.trunk(x)
+        if self.takes("short", x[:, 0] > 1):
+            return self.near(x)
+        return self.near(x) if self.takes("short", x[:, 0] > 0) else self.far(x)
+
+
+class EndsOnTheLast(Fork):
+    def run(self, x):
+        x = self.trunk(x)
+        return self.near(x) if self.takes("long", x[:, 0] > 0) else self.far(x)
+
+
+@pytest.mark.parametrize(("wrong", "path"), [(Twice, "short"), (EndsOnTheLast, "long")])
+def test_two_exits_on_one_path(wrong, path):
+    message = f"{wrong.__name__} has two places at which examples leave on path '{path}'.*; give each exit a path"
+    with pytest.raises(InputError, match=message):
+        micronet_eval.score(wrong(), EXAMPLE, shares=SHARES)
+    with pytest.raises(InputError, match=message):
+        wrong()(torch.randn(64, 4))
+
+
 def test_a_decision_is_one_bool_an_example():
     class Wrong(Fork):
         def run(self, x):

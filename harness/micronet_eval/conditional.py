@@ -39,8 +39,9 @@ class Conditional(nn.Module):
                     return answer
                 return self.rest(x)
 
-    Whatever runs until an example leaves is what its path costs, decisions that were taken on the way included. The
-    last path is the one of the examples that never leave. Answers have the examples in dimension 0.
+    Whatever runs until an example leaves is what its path costs, decisions that were taken on the way included. So
+    there is one place to leave on each path. The last path is the one of the examples that never leave. Answers have
+    the examples in dimension 0.
     """
 
     paths: tuple[str, ...] = ()
@@ -52,6 +53,7 @@ class Conditional(nn.Module):
         self.taken: list[str] = []
         """The path of each example in the last batch."""
         self._path = ""
+        self._asked: set[str] = set()
 
     def run(self, x: Tensor) -> Tensor:
         """The model. It may run more often than once for a batch whose examples part."""
@@ -64,6 +66,7 @@ class Conditional(nn.Module):
         if examples.dim() != 1:
             wrong = f"a tensor of shape {tuple(examples.shape)}"
             raise InputError(f"{type(self).__name__}: takes({path!r}, ...) needs one bool an example, not {wrong}")
+        self._ask(path)
         if self.only is not None:
             leave = path == self.only
         elif bool(examples.all()):
@@ -99,8 +102,21 @@ class Conditional(nn.Module):
         return torch.cat([answer for _, answer in answers])[order]
 
     def _run(self, x: Tensor) -> tuple[Tensor, str]:
-        self._path = self.paths[-1]
-        return self.run(x), self._path
+        self._path, self._asked = "", set()
+        answer = self.run(x)
+        if not self._path:  # nobody left before the end
+            self._path = self.paths[-1]
+            self._ask(self._path)
+        return answer, self._path
+
+    def _ask(self, path: str) -> None:
+        """Raises InputError where a run comes to a second place at which examples leave on `path`."""
+        if path in self._asked:
+            raise InputError(
+                f"{type(self).__name__} has two places at which examples leave on path {path!r}, of which only the "
+                "first is counted; give each exit a path of its own"
+            )
+        self._asked.add(path)
 
 
 def conditional_of(model: nn.Module) -> Conditional | None:
