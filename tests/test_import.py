@@ -1,14 +1,19 @@
 """State dicts become submissions: by both kinds of file, and what cannot be read or does not fit."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
+from torch import nn
 
 from micronet_eval import evaluate, packing
+from micronet_eval.errors import InputError
+from micronet_eval.importing import load_state
 from micronet_eval.submission import build, read_manifest
 from micronet_plugins.architectures import wide_resnet
+from micronet_plugins.language import lstm_lm, transformer_lm
 
 MANIFEST = """
 name = "imported"
@@ -57,6 +62,78 @@ def test_an_imported_model_computes_what_it_did(folder, tmp_path, run, name):
     assert evaluate(out).freebie
 
 
+LSTM = 'name = "lstm-lm"\nvocab = 50\nhidden = 8\nprojection = 4\ncutoffs = [10, 20]\nfactor = 2'
+TRANSFORMER = 'name = "transformer-lm"\nvocab = 50\nwidth = 8\nlayers = 1\nheads = 2\nhidden = 8\ncontext = 8'
+
+
+@pytest.mark.parametrize(
+    ("made", "architecture"),
+    [
+        (lambda: lstm_lm(50, 8, 4, cutoffs=(10, 20), factor=2), LSTM),
+        (lambda: transformer_lm(50, 8, 1, 2, 8, 8), TRANSFORMER),
+    ],
+    ids=["lstm", "transformer"],
+)
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("state.pt", lambda model, path: torch.save(model.state_dict(), path)),
+        ("state.safetensors", save_model),  # it leaves out all but one name of tied tensors
+    ],
+    ids=["torch", "safetensors"],
+)
+def test_an_imported_language_model_computes_what_it_did(tmp_path, run, made, architecture, name, save):
+    torch.manual_seed(0)
+    model, out = made().eval(), tmp_path / "out"
+    save(model, str(tmp_path / name))
+    manifest = f'name = "imported"\ntask = "wikitext103"\nauthors = ["test"]\n[architecture]\n{architecture}\n'
+    (tmp_path / "submission.toml").write_text(manifest)
+    assert run("import", tmp_path, tmp_path / name, "-o", out) == (0, f"wrote {out}\n", "")
+    again = packing.unpack(packing.read(out / "weights.safetensors"), build(read_manifest(out).architecture, out))
+    tokens = torch.randint(50, (1, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(tokens)[0], model(tokens)[0])
+
+
+def test_a_model_that_is_none_of_language_is_told_by_its_manifest(tmp_path, run):
+    (tmp_path / "submission.toml").write_text(MANIFEST.replace('"digits"', '"wikitext103"'))
+    save_file(network().state_dict(), tmp_path / "state.safetensors")
+    status, _, err = run("import", tmp_path, tmp_path / "state.safetensors", "-o", tmp_path / "out")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"{tmp_path / 'submission.toml'}: field 'architecture': " in err
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.two.weight = self.one.weight
+
+
+@pytest.mark.parametrize("name", ["one.weight", "two.weight"])
+def test_a_tied_tensor_needs_one_of_its_names(name):
+    model = Tied()
+    load_state(model, {name: torch.full((2, 2), 5.0)}, Path("w.pt"), "tied")
+    assert model.one.weight is model.two.weight
+    assert bool((model.one.weight == 5).all())
+    with pytest.raises(InputError, match=r"w\.pt does not fit the architecture 'tied': it lacks 2 tensors"):
+        load_state(model, {}, Path("w.pt"), "tied")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ValueError(), "ValueError"), (AttributeError("no such layer"), "no such layer"), (TypeError("x\ny"), "y")],
+)
+def test_a_translation_that_fails_is_told_by_what_it_says(error, told):
+    def translate(*_):
+        raise error
+
+    model = nn.Linear(2, 2)
+    model.register_load_state_dict_pre_hook(translate)
+    with pytest.raises(InputError, match=f"^w.pt does not fit the architecture 'line': {told}$"):
+        load_state(model, {}, Path("w.pt"), "line")
+
+
 def test_counters_of_batches_may_be_missing(folder, tmp_path, run):
     state = {name: tensor for name, tensor in network().state_dict().items() if "num_batches" not in name}
     save_file(state, tmp_path / "state.safetensors")
@@ -81,6 +158,10 @@ class Code:
         (lambda: {**network().state_dict(), "more": torch.ones(1)}, "the architecture has no place for 1 tensors"),
         (lambda: {**network().state_dict(), "0.weight": torch.ones(1)}, "does not fit the architecture 'wide-resnet'"),
         (lambda: {"state_dict": network().state_dict(), "epoch": 3}, "is no state dict: 'state_dict' names no tensor"),
+        (
+            lambda: {**network().state_dict(), "0.weight": torch.full((16, 1, 3, 3), 1j)},
+            "tensor '0.weight' is complex, weights are real; save its parts as two tensors",
+        ),
         (lambda: {1: torch.ones(1)}, "is no state dict: 1 names no tensor"),
         (lambda: [torch.ones(1)], "holds a list, no state dict"),
         (lambda: {"0.weight": Code()}, "cannot be read as a state dict: it is damaged, or holds more than tensors"),

@@ -14,6 +14,7 @@ from micronet_eval.bounds import bounded
 from micronet_eval.errors import InputError
 from micronet_eval.files import LARGEST, check_file, locked, read_whole, write_together
 from micronet_eval.isolation import AUTO, Isolation
+from micronet_eval.language import example_input
 from micronet_eval.merge import merged
 from micronet_eval.submission import MANIFEST, TABLE_LIMIT, WEIGHTS, build, manifest_bytes, read_manifest, task_of
 
@@ -36,7 +37,10 @@ def _import(folder: Path, path: Path, output: Path, isolation: Isolation) -> Non
         raise InputError(f"{output} is no folder; name another one to write")
     model = build(architecture, folder / MANIFEST, True, isolation)
     load_state(model, read_state_dict(path), path, architecture.name)
-    example = torch.zeros(1, *task.input_shape)
+    try:
+        example = example_input(task, model)
+    except InputError as error:
+        raise InputError(f"{folder / MANIFEST}: field 'architecture': {error}") from error
     try:
         plain = build(architecture, folder / MANIFEST, isolation=isolation)
         packed = packing.pack(merged(model, example), plain, example)
@@ -55,16 +59,20 @@ def _import(folder: Path, path: Path, output: Path, isolation: Isolation) -> Non
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a torch.save without code (`weights_only`), by name."""
+    """The tensors of a safetensors file, or of a torch.save without code (`weights_only`), by name.
+
+    Raises InputError where it cannot be read as such, or holds complex numbers, which torch would load by halves.
+    """
     if not path.is_file():
         raise InputError(f"{path} is missing: name a state dict, a .safetensors file or one written by torch.save")
     check_file(path, LARGEST)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of files that then turn out to be damaged
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of files that then turn out to be damaged
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch and safetensors raise many kinds
         why = "it is damaged, or holds more than tensors; save model.state_dict() alone"
         raise InputError(f"{path} cannot be read as a state dict: {why}") from error
@@ -72,20 +80,28 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} holds a {type(state).__name__}, no state dict; save model.state_dict()")
     if wrong := [name for name, tensor in state.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]:
         raise InputError(f"{path} is no state dict: {wrong[0]!r} names no tensor; save model.state_dict()")
+    if wrong := [name for name, tensor in state.items() if tensor.is_complex()]:
+        raise InputError(f"{path}: tensor {wrong[0]!r} is complex, weights are real; save its parts as two tensors")
     return state
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
-    """Loads a state dict. Raises InputError that names its `path` where it does not fit the architecture."""
+    """Loads a state dict, which may lack all but one of the names of tied parameters.
+
+    Raises InputError that names its `path` where it does not fit the architecture.
+    """
     try:
         keys = model.load_state_dict(state, strict=False)
-    except (RuntimeError, ValueError, KeyError) as error:  # shapes, or what an architecture's translation raises
-        reason = str(error).strip().splitlines()[-1].strip()
+    except Exception as error:  # shapes, or whatever an architecture's translation raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise InputError(f"{path} does not fit the architecture {architecture!r}: {reason}") from error
+    places = model.state_dict(keep_vars=True)
+    loaded = {id(place) for name, place in places.items() if name not in keys.missing_keys}
+    missing = [name for name in keys.missing_keys if id(places.get(name)) not in loaded]
     faults = [
         f"{what} {len(names)} tensors, the first is {names[0]!r}"
         for what, names in (
-            ("it lacks", [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")]),
+            ("it lacks", [name for name in missing if not name.endswith("num_batches_tracked")]),
             ("the architecture has no place for", keys.unexpected_keys),
         )
         if names
