@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import micronet_eval
-from micronet_eval import crosscheck
+from micronet_eval import crosscheck, packing, plugins
 from micronet_eval.formats import FixedPointQuantizer
+from micronet_eval.language import example_input
 from micronet_eval.structure import set_quantizers, traced
+from micronet_plugins.language import lstm_lm, transformer_lm
 
 
 def check(module, *shape):
@@ -129,6 +131,44 @@ def test_functional_layers_of_a_graph_run_in_its_own_forward():
     set_quantizers(graph, {"linear": FixedPointQuantizer(8)})
     found = check(graph, 1, 4)
     assert (found.ours, found.fvcore, found.flop_counter, found.differences) == (32, 32, 32, ())
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "options", "macs"),
+    [
+        # Embeddings of 2 and 1 numbers become 4; gates 32 x (4 + 8), and 8 x 4 behind; then 10 words and two clusters
+        # by 4, from 4 to 2 and 10 words by 2, from 4 to 1 and 30 words by 1.
+        (
+            lstm_lm,
+            "lstm-lm",
+            {"vocab": 50, "hidden": 8, "projection": 4, "cutoffs": [10, 20], "factor": 2},
+            8 + 4 + 384 + 32 + 48 + 28 + 34,
+        ),
+        # Keys, queries and values 24 x 8, 8 keys x 8 twice, 8 x 8, two linear layers of 8 x 8, 50 words x 8.
+        (
+            transformer_lm,
+            "transformer-lm",
+            {"vocab": 50, "width": 8, "layers": 1, "heads": 2, "hidden": 8, "context": 8},
+            192 + 128 + 64 + 128 + 400,
+        ),
+    ],
+    ids=["lstm", "transformer"],
+)
+def test_of_a_language_model_one_step_is_compared(run, tmp_path, made, name, options, macs):
+    torch.manual_seed(0)
+    model = made(**options).eval()
+    packed = packing.pack(model, made(**options), example_input(plugins.lookup("task", "wikitext103"), model))
+    packing.write(packed, tmp_path / "weights.safetensors")
+    table = "\n".join(f"{option} = {value}" for option, value in options.items())
+    manifest = f'name = "words"\ntask = "wikitext103"\nauthors = ["test"]\n[architecture]\nname = "{name}"\n{table}\n'
+    (tmp_path / "submission.toml").write_text(manifest)
+    status, out, _ = run(tmp_path, "--cross-check", "--format", "json")
+    report = json.loads(out)
+    found = report["cross_check"]
+    assert (status, found["failed"], found["differences"]) == (0, {}, [])
+    assert found["ours"] == found["fvcore"] == found["flop_counter"] == macs != report["math"]["macs"]
+    table = " ".join(run(tmp_path, "--cross-check")[1].split())
+    assert f"This is one forward pass; the report counts the mean, {report['math']['macs']:,.10g} MACs" in table
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

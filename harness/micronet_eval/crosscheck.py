@@ -86,7 +86,8 @@ class _Opinion:
 def cross_check(model: nn.Module, example_input: Example, trace: Trace, formulas: Mapping[str, Formula]) -> CrossCheck:
     """Runs both counters on `model` and lays them beside the count of its `trace`.
 
-    Of a conditional model only the last path is compared, that of the examples that never leave.
+    `trace` is that of `example_input`: of a language model one step. Of a conditional model only the last path is
+    compared, that of the examples that never leave.
     """
     failed: dict[str, str] = {}
     opinions: dict[str, _Opinion] = {}

@@ -38,7 +38,7 @@ from micronet_eval.storage import narrows
 from micronet_eval.submission import WEIGHTS, Claims
 from micronet_eval.tables import frame
 from micronet_eval.task import METRICS, Task
-from micronet_eval.trace import SEED, Example, Trace, uncollected
+from micronet_eval.trace import SEED, Example, Trace, trace, uncollected
 
 COST_TOLERANCE = Decimal("1.01")
 """A claimed cost holds when the measurement is at most 1 % worse."""
@@ -230,7 +230,8 @@ def _report_on(opened: Opened, counted: Account, quality: Quality, ruleset: str,
     report = _report(name, opened.task, opened.trace, counted, quality, claims, ruleset)
     other = None
     if cross_check:
-        other = crosscheck.cross_check(opened.model, opened.example, opened.trace, formulas(ruleset))
+        recorded = opened.trace if opened.steps is None else trace(opened.model, opened.example)
+        other = crosscheck.cross_check(opened.model, opened.example, recorded, formulas(ruleset))
     warnings = (*report.warnings, *filter(None, [opened.remark, REMARKS.get(opened.isolation)]))
     note = opened.manifest.provenance.note
     found = {"provenance": note, "cross_check": other, "warnings": warnings, "isolation": opened.isolation}

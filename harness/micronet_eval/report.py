@@ -320,6 +320,8 @@ def _cross_check(report: Report, check: CrossCheck, every: bool, width: int) -> 
     table.add_section()
     table.add_row("all", *map(_macs, (check.ours, check.fvcore, check.flop_counter)[:shows]), _unexplained(check))
     beside = [f"Beside MACs we price {report.math.mults - check.ours:,} mults and {report.math.adds:,} adds"]
+    if check.ours != report.math.macs:
+        beside = [f"This is one forward pass; the report counts the mean, {report.math.macs:,.10g} MACs"]
     if check.fvcore_other:
         beside.append(f"fvcore counts {', '.join(f'{n:,} of {op}' for op, n in check.fvcore_other.items())}")
     if check.fvcore_skips:
