@@ -213,6 +213,13 @@ def test_what_cannot_be_compared(run, submission, tmp_path):
     (tmp_path / "old.json").write_text(json.dumps({**json.loads(text), "modules": [{"module": ""}]}))
     status, _, err = run("diff", submission, tmp_path / "old.json")
     assert (status, "old.json is no report of this version: field 'modules.0.dense_ops'" in err) == (2, True)
+    for number in (float("inf"), float("nan")):
+        report = json.loads(text)
+        report["modules"][0]["ops32"] = number
+        (tmp_path / "wrong.json").write_text(json.dumps(report))
+        status, _, err = run("diff", submission, tmp_path / "wrong.json")
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert "wrong.json is no report of this version: field 'modules.0.ops32': Input should be a finite" in err
     (tmp_path / "none.json").write_text("nonsense")
     assert run("diff", submission, tmp_path / "none.json")[0] == 2
     status, _, err = run("diff", submission, tmp_path / "missing.json")

@@ -78,7 +78,7 @@ class Report(BaseModel):
     nothing was.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     schema_version: int = Field(default=1, serialization_alias="schema")
     submission: str
     task: str | None
