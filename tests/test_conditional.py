@@ -1,11 +1,13 @@
 """Models with several paths: what each costs, their mean, shares measured and claimed, what an author gets wrong."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -17,6 +19,7 @@ from micronet_eval.costs import FORMULAS
 from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.merge import merged
+from micronet_eval.report import render_explanations
 from micronet_eval.structure import ScaleShift
 from micronet_eval.trace import trace
 from micronet_plugins.tasks import digits
@@ -76,6 +79,26 @@ def test_the_layers_add_up_and_what_is_common_to_all_paths_is_one():
     assert mults == {"trunk": 12, "near": 0.25 * 6, "far.0": 0.75 * 15, "far.1": 0.75 * 10}
     assert sum(layer.ops32 for layer in report.layers) == report.math.ops32
     assert sum(layer.storage_bits for layer in report.layers) == report.storage.bits
+
+
+def test_explanations_are_of_paths_and_by_their_shares_make_up_the_report():
+    report = micronet_eval.score(fork(), EXAMPLE, shares=SHARES)
+    found = report.explain()
+    for figure in ("mults", "adds", "ops32", "storage_bits"):
+        means = Counter()
+        for e in found:
+            means[e.module] += getattr(e, figure) * (1 if figure == "storage_bits" else e.share)
+        layers = Counter()
+        for layer in (*report.layers, *report.free_layers):
+            layers[layer.module] += getattr(layer, figure)
+        assert +means == +layers
+    (near,) = [e for e in found if e.module == "near"]
+    assert (near.path, near.share, near.mults) == ("short", 0.25, 6)
+    assert near.lines[0] == ("path", "short, which has a share of 0.25 in the mean of the report")
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render_explanations(found))
+    assert f"together {report.math.mults:,} mults, {report.math.adds:,} adds" in capture.get()
 
 
 def test_decimal_shares_are_exact():

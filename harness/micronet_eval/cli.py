@@ -372,7 +372,7 @@ def explain(folder: Path, module: str, ruleset: str, style: str, isolation: Isol
 
     explanations = explain(open_submission(folder, isolation=isolation), module, ruleset)
     if style == "json":
-        click.echo(json.dumps([{**asdict(e), "lines": [*map(list, e.lines)]} for e in explanations], indent=2))
+        click.echo(json.dumps([asdict(e) for e in explanations], indent=2, default=float))
     else:
         from rich.console import Console
 

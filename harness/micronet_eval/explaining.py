@@ -22,6 +22,8 @@ class Explanation:
     """One operation: each of `lines` names a figure and says how it comes about.
 
     The figures are those of the report's layer, or 0 where the operation is free; `rule` says what the formula counts.
+    Where the report counts a mean, over the paths of a conditional model or the tokens of text, they are those of one
+    `path`: its `share` of them goes into the report's layer, and all of what is stored.
     """
 
     module: str
@@ -32,6 +34,8 @@ class Explanation:
     adds: int
     ops32: float
     storage_bits: int
+    path: str = ""
+    share: Fraction | int = 1
 
 
 def explain(submission: str | Path | Opened, module: str = "", ruleset: str = DEFAULT) -> tuple[Explanation, ...]:
@@ -53,7 +57,15 @@ def explanations(counted: Account, module: str = "", ruleset: str = DEFAULT) -> 
     if not chosen:
         raise InputError(plugins.unknown("module", module, dict.fromkeys(op.module for op in ops if op.module)))
     priced = {p.op: p for p in counted.operations}
-    return tuple(_explain(op, priced.get(op), counted, known) for op in chosen)
+    shares = {p.op.path: p.share for p in counted.operations} | dict(counted.shares)
+    return tuple(_on_path(_explain(op, priced.get(op), counted, known), op.path, shares) for op in chosen)
+
+
+def _on_path(found: Explanation, path: str, shares: Mapping[str, Fraction | int]) -> Explanation:
+    if not path:
+        return found
+    line = ("path", f"{path}, which has a share of {float(shares[path]):.4g} in the mean of the report")
+    return replace(found, lines=(line, *found.lines), path=path, share=shares[path])
 
 
 def _explain(op: Op, priced: Priced | None, counted: Account, known: Mapping[str, Formula]) -> Explanation:

@@ -19,7 +19,7 @@ from micronet_eval.dotted import WIDEST
 from micronet_eval.evaluation import Claim, Report
 from micronet_eval.explaining import Explanation
 from micronet_eval.quality import Quality
-from micronet_eval.scoring import Layer
+from micronet_eval.scoring import Layer, number
 from micronet_eval.task import METRICS
 
 COSTLIEST = 10
@@ -342,7 +342,7 @@ def _unexplained(check: CrossCheck) -> Text:
 
 
 def render_explanations(explanations: Sequence[Explanation]) -> RenderableType:
-    """Each operation with its rule, formula and figures, and the sums over all of them."""
+    """Each operation with its rule, formula and figures, and the sums over all of them, each by its share."""
     parts: list[RenderableType] = []
     for e in explanations:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
@@ -352,9 +352,9 @@ def render_explanations(explanations: Sequence[Explanation]) -> RenderableType:
             if text:
                 table.add_row(Text(name), Text(text))
         parts += [Text.assemble((e.module, "bold"), " ", e.op), table, ""]
-    mults, adds = sum(e.mults for e in explanations), sum(e.adds for e in explanations)
-    ops32, bits = sum(e.ops32 for e in explanations), sum(e.storage_bits for e in explanations)
-    whole = f"{mults:,} mults, {adds:,} adds, {ops32:,.10g} ops32, {bits:,} bits stored"
+    mults, adds = (number(sum(Fraction(getattr(e, n)) * e.share for e in explanations)) for n in ("mults", "adds"))
+    ops32, bits = sum(e.ops32 * e.share for e in explanations), sum(e.storage_bits for e in explanations)
+    whole = f"{mults:,} mults, {adds:,} adds, {float(ops32):,.10g} ops32, {bits:,} bits stored"
     return Group(*parts, Text.assemble(("together ", "bold"), whole))
 
 
