@@ -1,9 +1,11 @@
 """Writes docs/strategies.md, a section for every bundled strategy: python -m docs.strategies_page."""
 
 import inspect
+import json
 from pathlib import Path
 
 from micronet_eval import plugins
+from micronet_eval.strategy import values_of
 
 PAGE = Path(__file__).parent / "strategies.md"
 KINDS: tuple[tuple[plugins.Kind, str], ...] = (
@@ -32,11 +34,16 @@ def _section(kind: str, name: str, strategy: type) -> str:
     lines += ["```toml", "[[stages]]", f'{kind} = "{name}"']
     required = [(n, f) for n, f in strategy.model_fields.items() if f.is_required()]
     lines += [f"{n} = ...  # {f.description}" for n, f in required] + ["```", ""]
-    lines += ["| option | default | meaning |", "|---|---|---|"]
+    lines += ["| option | values | default | meaning |", "|---|---|---|---|"]
     for option, field in strategy.model_fields.items():
-        default = "required" if field.is_required() else f"`{field.default!r}`"
-        lines.append(f"| `{option}` | {default} | {field.description} |")
+        default = "required" if field.is_required() else _default(field.default)
+        lines.append(f"| `{option}` | `{values_of(field.annotation)}` | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
+
+
+def _default(value: object) -> str:
+    """As a recipe has it."""
+    return "none" if value is None else f"`{json.dumps(value)}`"
 
 
 if __name__ == "__main__":

@@ -364,6 +364,25 @@ def test_the_options_of_a_strategy(run):
     assert "parameters" in run("strategies", "low-rank")[1]
 
 
+def test_the_types_of_options_are_told_as_they_are_written(run):
+    rows = {row["option"]: row for row in json.loads(run("strategies", "lsq", "--format", "json")[1])}
+    types = {
+        "power_of_two": "true, false or activations",
+        "layer_bits": "{ name = int, ... }",
+        "first_last_bits": "int",
+        "granularity": "tensor or channel",
+        "keep_batch_norm": "true or false",
+    }
+    assert {option: rows[option]["type"] for option in types} == types
+    assert rows["keep_batch_norm"]["default"] is False
+    table = run("strategies", "lsq", "--format", "markdown")[1]
+    assert "| true or false | false |" in table
+    assert "| int | none |" in table
+    rows = {row["option"]: row for row in json.loads(run("strategies", "eigendamage", "--format", "json")[1])}
+    assert rows["fisher"]["type"] == '"true" or empirical'  # without quotes it is no text
+    assert json.loads(run("strategies", "fpgm", "--format", "json")[1])[-1]["type"] == "[str, ...]"
+
+
 @pytest.mark.parametrize("style", ["table", "json", "csv", "markdown"])
 def test_a_strategy_without_options(run, register, style):
     class Plain(Quantizer):

@@ -83,6 +83,35 @@ def test_every_combination_of_the_values_is_a_cell():
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('lsq:layer_bits={"conv_1":2}', [{"layer_bits": {"conv_1": 2}}]),
+        ('lsq:layer_bits={"a1_2.*":2,"b,=":4},batches=3', [{"layer_bits": {"a1_2.*": 2, "b,=": 4}, "batches": 3}]),
+        ('lsq:layer_bits={"a":2},{"b=":3}', [{"layer_bits": {"a": 2}}, {"layer_bits": {"b=": 3}}]),
+        ("lsq:batches=1_0,2", [{"batches": 10}, {"batches": 2}]),
+    ],
+)  # fmt: skip
+def test_a_value_is_a_table_or_a_number_as_a_recipe_has_it(text, found):
+    assert [options for ((_, _, options),) in parse("quantizer", text)] == found
+
+
+def test_a_value_is_a_list_or_a_text():
+    assert options('keep=["a_1","b"],name=res_20,scheme="x,y"') == {
+        "keep": ["a_1", "b"], "name": "res_20", "scheme": "x,y"
+    }  # fmt: skip
+
+
+def test_an_option_of_several_types_is_told_by_what_it_may_be():
+    for text, message in (
+        ("power_of_two=foo", "option 'power_of_two': Input should be true, false or activations"),
+        ('layer_bits={"conv":1}', "option 'layer_bits.conv': Input should be greater than or equal to 2"),
+        ("first_last_bits=9", "option 'first_last_bits': Input should be less than or equal to 8"),
+    ):
+        with pytest.raises(InputError, match=rf"lsq: {re.escape(message)}$"):
+            parse("quantizer", f"lsq:{text}")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("magnitud", "nearest: magnitude"),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import click
 from click_default_group import DefaultGroup
@@ -560,6 +560,8 @@ def reproduce(folder: Path, data: Path | None) -> None:
 @_format
 def strategies(name: str | None, style: str) -> None:
     """List the installed pruners, sparsifiers and quantizers, or the options of those with one name."""
+    from micronet_eval.strategy import values_of
+
     kinds: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
     found = [(key, kind, entry) for kind in kinds for key, entry in plugins.registered(kind).items()]
     if name is None:
@@ -571,12 +573,13 @@ def strategies(name: str | None, style: str) -> None:
     named = [(kind, entry) for key, kind, entry in found if key == name]
     if not named:
         raise InputError(plugins.unknown("strategy", name, dict.fromkeys(key for key, *_ in found)))
+    show = (lambda value: value) if style == "json" else _written
     options: list[dict[str, object]] = [
         {
             "kind": kind,
             "option": option,
-            "type": _type(field.annotation),
-            "default": "required" if field.is_required() else field.default,
+            "type": values_of(field.annotation),
+            "default": "required" if field.is_required() else show(field.default),
             "meaning": field.description,
         }
         for kind, entry in named
@@ -700,11 +703,9 @@ def _first_line(thing: object) -> str:
     return (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
 
 
-def _type(annotation: Any) -> str:
-    """A type as users write its values: the choices of a Literal, else its name."""
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(str, get_args(annotation)))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+def _written(value: Any) -> str:
+    """A default as users write it."""
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ from micronet_eval.parallel import team
 from micronet_eval.paths import mean_account
 from micronet_eval.quality import measure
 from micronet_eval.scoring import score as score_of
-from micronet_eval.strategy import Context, Strategy
+from micronet_eval.strategy import Context, Strategy, is_union, values_of
 from micronet_eval.structure import copied
 from micronet_eval.submission import (
     MANIFEST,
@@ -569,6 +569,9 @@ def configured(kind: plugins.Kind, name: str, options: Mapping[str, Any], place:
     except ValidationError as error:
         fault = error.errors()[0]
         option = ".".join(str(part) for part in fault["loc"])
+        field = strategy.model_fields.get(str(fault["loc"][0])) if fault["loc"] else None
+        if field is not None and is_union(field.annotation):  # pydantic names the type that it tried first
+            option, fault["msg"] = str(fault["loc"][0]), f"Input should be {values_of(field.annotation)}"
         if fault["type"] == "extra_forbidden":
             unknown = plugins.unknown("option", option, strategy.model_fields)
             raise InputError(f"{place}: {kind} {name}: {unknown}") from error

@@ -15,7 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -73,3 +74,31 @@ class Quantizer(Strategy, ABC):
     def wants_batch_norm(self) -> bool:
         """Whether batch norm has to be there still, so that `compare` must not merge it first."""
         return False
+
+
+def values_of(annotation: Any) -> str:
+    """The type of an option as users write its values: `true, false or activations`, `{ name = int, ... }`."""
+    *words, last = _words(annotation)
+    return f"{', '.join(words)} or {last}" if words else last
+
+
+def is_union(annotation: Any) -> bool:
+    """Whether the values of an option are of several types, beside None."""
+    return get_origin(annotation) in (Union, UnionType) and len(set(get_args(annotation)) - {NoneType}) > 1
+
+
+def _words(annotation: Any) -> list[str]:
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _words(parts[0])
+    if kind in (Union, UnionType):  # None cannot be written
+        return [word for part in parts if part is not NoneType for word in _words(part)]
+    if kind is Literal:
+        return [f'"{part}"' if part in ("true", "false") else str(part) for part in parts]
+    if annotation is bool:
+        return ["true", "false"]
+    if kind is dict:
+        return [f"{{ name = {values_of(parts[1])}, ... }}"]
+    if kind in (list, tuple):
+        return [f"[{', '.join('...' if part is ... else values_of(part) for part in parts)}]"]
+    return [annotation.__name__ if isinstance(annotation, type) else str(annotation)]

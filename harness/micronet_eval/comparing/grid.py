@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence, Set
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,23 +51,43 @@ def _values(what: str, text: str, known: Iterable[str] | None) -> dict[str, list
     """The values of each option; one without a name before it belongs to the option before."""
     values: dict[str, list[Any]] = {}
     option = ""
-    for item in filter(None, text.split(",")):
+    for item in filter(None, _items(text)):
         before, equals, after = item.partition("=")
-        if equals:
+        if equals and not _OPENS.search(before):
             option = before.strip().replace("-", "_")
             if known is not None and option not in known:
                 raise InputError(f"{what}: {plugins.unknown('option', option, known)}")
         elif not option:
             raise InputError(f"{what} {text!r}: {item!r} has no value; write options like option=value,option=value")
-        values.setdefault(option, []).append(_value(after if equals else item))
+        else:
+            after = item
+        values.setdefault(option, []).append(_value(after))
     return values
 
 
+_OPENS = re.compile(r'["\[{]')
+_QUOTED = r'"(?:\\.|[^"\\])*"'
+_UNDERSCORES = re.compile(rf"({_QUOTED})|(?<=\d)_(?=\d)")
+
+
+def _items(text: str) -> Iterator[str]:
+    """What stands between the commas, but for those in brackets and in quotes."""
+    item, depth = "", 0
+    for part in re.findall(rf"{_QUOTED}|.", text, re.DOTALL):
+        if part == "," and depth <= 0:
+            yield item
+            item = ""
+            continue
+        depth += (part in "[{") - (part in "]}")
+        item += part
+    yield item
+
+
 def _value(text: str) -> Any:
-    """A number that a recipe may have, true, false, a list, or else the text itself."""
+    """A number that a recipe may have, true, false, a list, a table as JSON has it, or else the text itself."""
     try:
         found = json.loads(
-            text.replace("_", ""),
+            _UNDERSCORES.sub(lambda match: match[1] or "", text),  # TOML's, as in 10_000
             parse_int=lambda digits: int(bounded(digits)),
             parse_float=lambda digits: float(bounded(digits)),
         )
