@@ -518,6 +518,24 @@ def test_scales_of_16_bits_keep_the_integers(size, name, net, x):
     assert of_scales == {32: 32, 16: 16}
 
 
+@pytest.mark.parametrize("name", ["binary", "ternary"])
+def test_scales_of_16_bits_keep_the_signs(name, net, x):
+    model = strategy(name).apply(net, context(x))
+    wide, narrow = (strategy("biases", scale_bits=bits).apply(model, context(x)) for bits in (32, 16))
+    (before, old), (after, new) = ((m.first.weight, m.first.parametrizations.weight[-1]) for m in (wide, narrow))
+    assert torch.equal(before.sign(), after.sign())
+    assert torch.equal(old.threshold, new.threshold)
+    assert torch.equal(old.scale.half().float(), new.scale)
+    assert not torch.equal(old.scale, new.scale)
+    (spec,) = [t.format.spec for t in stored_tensors(trace(narrow, x[:1])) if t.name == "first.weight"]
+    assert spec.endswith(":float16")
+    unpacked = packing.unpack(packing.pack(narrow, Residual(), x[:1]), Residual()).eval()
+    with torch.no_grad():
+        assert torch.equal(unpacked(x), narrow(x))
+    of_scales = {bits: scale_bits(m, x, "first") for bits, m in ((32, wide), (16, narrow))}
+    assert of_scales == {32: 32, 16: 16}
+
+
 def scale_bits(model, x, module):
     return next(op.weight_bits for op in score(model, x[:1]).layers if (op.module, op.op) == (module, "micronet.scale"))
 

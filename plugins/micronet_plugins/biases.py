@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from micronet_eval.formats import AffineQuantizer, block_indices
+from micronet_eval.formats import AffineQuantizer, SignQuantizer, block_indices
 from micronet_eval.merge import merged
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import copied
@@ -20,9 +20,10 @@ class Biases(Quantizer):
     """Batch norm merged, and biases and all else of fewer than two dimensions that is not rounded yet in fixed point.
 
     What comes behind a quantizer of weights and activations that kept batch norm (`keep_batch_norm`), and the training
-    after that. With `scale_bits = 16` the scales of weights become floats of 16 bits, and the integers stay: a channel
-    changes by 2^-11 of itself at most, in float16, or 2^-8 where that is too coarse or narrow for a scale, in bfloat16.
-    A multiplication by a scale then counts 16 bits, if the step of what the layer reads is a power of two.
+    after that. With `scale_bits = 16` the scales of weights become floats of 16 bits, and the integers and signs stay.
+    A scale changes by 2^-11 of itself at most, in float16, or 2^-8 where that is too coarse or narrow for one of them,
+    in bfloat16. A multiplication by it then counts 16 bits, if the step of what the layer reads, and that of the codes
+    that its output becomes, are powers of two.
     """
 
     bits: int = Field(16, ge=2, le=24, description="bits of a bias")
@@ -41,15 +42,15 @@ def _halve_scales(model: nn.Module) -> None:
     done: set[nn.Module] = set()  # tied weights share one
     for layer, name in weights_of(model):
         last = layer.parametrizations[name][-1] if parametrize.is_parametrized(layer, name) else None  # type: ignore[index]
-        if not isinstance(last, AffineQuantizer) or last in done or parametrize.is_parametrized(last):
+        if not isinstance(last, AffineQuantizer | SignQuantizer) or last in done or parametrize.is_parametrized(last):
             continue
         done.add(last)
-        weight = getattr(layer, name).detach()
-        where = block_indices(weight.shape, last.blocks or tuple(weight.shape))
-        codes = (weight / last.scale.detach()[where]).round()
+        weight, wide = getattr(layer, name).detach(), last.scale.detach().clone()
         with torch.no_grad():
-            last.scale.copy_(_halved(last.scale))
-        set_weight(layer, name, codes * last.scale.detach()[where])
+            last.scale.copy_(_halved(wide))
+        if isinstance(last, AffineQuantizer):  # signs do not depend on a scale
+            where = block_indices(weight.shape, last.blocks or tuple(weight.shape))
+            set_weight(layer, name, (weight / wide[where]).round() * last.scale.detach()[where])
 
 
 def _halved(scales: Tensor) -> Tensor:
