@@ -341,6 +341,20 @@ def test_grouped_masked_shared_and_unused_layers_are_left_alone():
         assert all(map(torch.equal, model.get_submodule(name).parameters(), made.get_submodule(name).parameters()))
 
 
+def test_layers_called_by_keyword_are_cut_like_others():
+    class ByName(nn.Sequential):
+        def forward(self, x):
+            for layer in self[:-1]:
+                x = layer(x)
+            return self[-1](input=x)
+
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)
+    x = torch.rand(4, 1, 8, 8)
+    by_position, by_name = (EigenDamage().apply(kind(*layers), context()) for kind in (nn.Sequential, ByName))
+    assert torch.equal(logits(by_name, x), logits(by_position, x))
+
+
 def test_a_model_without_classes_is_one_clear_message():
     with pytest.raises(InputError, match=r"output is \(examples, classes\)"):
         EigenDamage().apply(nn.Sequential(nn.Conv2d(1, 4, 3)), context())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -273,7 +273,7 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, Activa
         if node is None:
             raise StructureError(f"the graph has no node {name!r} to quantize")
         in_front, graph = name.endswith(OF_INPUT), graph_module.graph
-        source = _first_argument(node) if in_front else node
+        source = first_input(node.args, node.kwargs) if in_front else node
         if not isinstance(source, fx.Node):
             raise StructureError(f"the graph's node {node.name!r} has no first argument to quantize")
         graph_module.add_submodule(path, quantizer)
@@ -289,9 +289,9 @@ def set_quantizers(graph_module: fx.GraphModule, quantizers: Mapping[str, Activa
     quiet(graph_module)
 
 
-def _first_argument(node: fx.Node) -> object:
-    """What a layer reads, whether it is called with it by position or by name."""
-    return node.args[0] if node.args else node.kwargs.get("input")
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer reads, whether it is called with it by position or by name; None without either."""
+    return args[0] if args else kwargs.get("input")
 
 
 def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -386,7 +386,7 @@ def _outputs_dim(path: str, layer: nn.Module) -> int:
 
 def _input_step(path: str, graph_module: fx.GraphModule, node: fx.Node) -> str:
     """The step of the quantizer that the input of a layer comes from, through moves and selections."""
-    source = _first_argument(node)
+    source = first_input(node.args, node.kwargs)
     while isinstance(source, fx.Node):
         target = source.target
         if source.op == "call_module":

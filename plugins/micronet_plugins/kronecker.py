@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from micronet_eval.errors import InputError
+from micronet_eval.structure import first_input
 
 CHUNK = 16
 """Examples that are differentiated at a time. The model is in evaluation mode, so that examples do not see each other
@@ -258,9 +259,9 @@ def _watched(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[list[flo
     """Hooks on layers, for as long as it lasts; gives the place where the weight of the running pass stands."""
     weight = [0.0]
 
-    def hook(visit: Visit) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0].detach()
+    def hook(visit: Visit) -> Callable[..., Tensor]:
+        def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+            x = first_input(args, kwargs).detach()
             if not output.requires_grad:  # the first on its way: here gradients begin
                 output = output.detach().requires_grad_().clone()
             output.register_hook(lambda g: visit(x, g, weight[0]))  # type: ignore[no-untyped-call]
@@ -268,7 +269,9 @@ def _watched(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[list[flo
 
         return watch
 
-    handles = [model.get_submodule(path).register_forward_hook(hook(visit)) for path, visit in visits.items()]
+    handles = [
+        model.get_submodule(path).register_forward_hook(hook(visit), with_kwargs=True) for path, visit in visits.items()
+    ]
     try:
         yield weight
     finally:
