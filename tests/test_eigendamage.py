@@ -318,6 +318,25 @@ def test_a_sequential_of_the_architecture_keeps_its_layers_over_rounds():
     assert cut.cheapest((1, 1))[1] == cut.form and not cut.is_one_place
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(16, 16, 3)), nn.Conv2d(16, 16, 3)]
+)
+def test_a_side_without_a_rotation_keeps_all_its_directions(layer):
+    """A 3x3 kernel behind a rotation alone costs the same with fewer output directions: it loses none."""
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 9, 10)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(torch.randn(8, 16, 5, 5, generator=generator), torch.arange(8), 1.0)
+    chain = chains(model)[0]
+    layers = {chain.core_path: False}
+    basis = eigenbases(model, layers, factors(model, layers, [batch]), [batch], 1e-3)[chain.core_path]
+    cut, ranks = Cut(chain, basis, 0.5), (4, 15)
+    assert chain.cheapest(ranks)[1] == (True, False)
+    _, core = cut.build(ranks)
+    assert int(torch.linalg.matrix_rank(core.weight.flatten(1))) == 16
+    assert cut.lost(ranks)[0] > 0 == cut.lost(ranks)[1]
+    assert {side for _, side in cut.order} == ({0, 1} if chain.is_one_place else {0})
+
+
 def test_grouped_masked_shared_and_unused_layers_are_left_alone():
     class Net(nn.Module):
         def __init__(self):

@@ -106,6 +106,13 @@ class Chain:
         best = min(forms, key=costs.__getitem__)
         return costs[best] + (0 if (bias := self._bias()) is None else bias.numel()), best
 
+    def may_lose(self, side: int) -> bool:
+        """Whether fewer input (0) or output (1) directions cost less, in some form that the chain may take.
+
+        Without a kernel the core has as many on both sides.
+        """
+        return self.is_one_place or self.form[side] or self.kernel == 1
+
     def costs(self, ranks: Ranks) -> dict[Form, int]:
         """Parameters of a chain of these ranks by its form, without a bias that is no extra input."""
         (i, o), (a, g), k = self.sizes, ranks, self.kernel

@@ -138,7 +138,7 @@ class Cut:
     def order(self) -> list[tuple[float, int]]:
         """Saliency and side (0 in, 1 out) of all directions in the order in which they go; the best of a side never."""
         sides = enumerate(saliency.sort().values[:-1].tolist() for saliency in self.saliencies)
-        return sorted((value, side) for side, values in sides for value in values)
+        return sorted((value, side) for side, values in sides if self.chain.may_lose(side) for value in values)
 
     @cached_property
     def most(self) -> int:
@@ -157,14 +157,18 @@ class Cut:
         return self.chain.parameters if ranks == self.chain.ranks else self.chain.cheapest(ranks)[0]
 
     def lost(self, ranks: Ranks) -> tuple[float, ...]:
-        """The saliency of the directions that go, of inputs and of outputs."""
-        sides = zip(self.saliencies, ranks, strict=True)
-        return tuple(float(saliency.sort().values[: len(saliency) - rank].sum()) for saliency, rank in sides)
+        """The saliency of the directions that go, of inputs and of outputs; none go where no rotation takes them."""
+        sides = zip(self.saliencies, ranks, self.chain.cheapest(ranks)[1], strict=True)
+        return tuple(float(s.sort().values[: len(s) - rank].sum()) if rotated else 0.0 for s, rank, rotated in sides)
 
     def build(self, ranks: Ranks) -> nn.Module:
-        """The chain at these ranks in its cheapest form; old rotations and new ones are merged."""
+        """The chain at these ranks in its cheapest form; old rotations and new ones are merged.
+
+        A side without a rotation keeps all its directions: it costs the same with fewer.
+        """
         form: Form = self.chain.cheapest(ranks)[1]
-        ranks = self.chain.ranks_of_core(ranks)
+        a, g = self.chain.ranks_of_core(ranks)
+        ranks = self.chain.ranks_of_core((a if form[0] else self.chain.ranks[0], g if form[1] else self.chain.ranks[1]))
         kept_in, kept_out = (s.topk(rank).indices for s, rank in zip(self.saliencies, ranks, strict=True))
         profile = self.basis.eigenvalues.double().sum(2)
         # A layer that no gradient reaches has no curvature: then all its directions count the same.
