@@ -16,7 +16,7 @@ from micronet_eval.merge import merged
 from micronet_eval.strategy import Context
 from micronet_eval.submission import Architecture, build
 from micronet_eval.training import Training, train
-from micronet_plugins.chains import LOST, Chain, chains, refitted
+from micronet_plugins.chains import LOST, Chain, called_apart, chains, refitted
 from micronet_plugins.eigendamage import RATES, Cut, EigenDamage, draw, missing
 from micronet_plugins.kronecker import Batch, Factors, batches_of, eigenbases, factors
 
@@ -316,6 +316,28 @@ def test_a_sequential_of_the_architecture_keeps_its_layers_over_rounds():
     (cut,) = (chain for chain in chains(pruned) if chain.path == "3")
     assert cut.parameters < size(pair)
     assert cut.cheapest((1, 1))[1] == cut.form and not cut.is_one_place
+
+
+class OneByOne(nn.Sequential):
+    """Calls the layers of its first Sequential itself, with a ReLU behind each."""
+
+    def forward(self, x):
+        for layer in self[0]:
+            x = layer(x.flatten(1)).relu()
+        return self[1](x)
+
+
+def test_layers_that_the_forward_calls_one_by_one_are_no_chain():
+    torch.manual_seed(0)
+    first, second, head = nn.Linear(64, 32, bias=False), nn.Linear(32, 32, bias=False), nn.Linear(32, 10)
+    apart = OneByOne(nn.Sequential(first, second), head)
+    assert called_apart(apart, EXAMPLE) == ["0"]
+    assert called_apart(nn.Sequential(nn.Flatten(), *apart), EXAMPLE) == []
+    # A rotation does not go through a ReLU: the layers are cut as they are where no Sequential holds them.
+    plain, x = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), head), torch.rand(4, 1, 8, 8)
+    made, expected = (EigenDamage(ratio=0.1).apply(model, context()) for model in (apart, plain))
+    assert size(made) < size(apart)
+    assert torch.equal(logits(made, x), logits(expected, x))
 
 
 @pytest.mark.parametrize(

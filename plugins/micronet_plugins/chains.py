@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from micronet_eval.structure import is_leaf, layer_type
+from micronet_eval.trace import Example, trace
 from micronet_plugins.low_rank import factor_layer
 
 Layer = nn.Conv2d | nn.Linear
@@ -153,11 +154,12 @@ class Chain:
         return None if self.has_extra_input else self.layers[-1].bias
 
 
-def chains(model: nn.Module) -> list[Chain]:
+def chains(model: nn.Module, apart: Collection[str] = ()) -> list[Chain]:
     """The convolutions without groups and the linear layers of a model, and the Sequentials that they became.
 
-    Left out are layers under a parametrization, such as a mask; layers and weights that stand at several places; and
-    a model that is a layer itself.
+    The layers of the Sequentials at the paths `apart` are each a chain of their own (see `called_apart`). Left out are
+    layers under a parametrization, such as a mask; layers and weights that stand at several places; and a model that is
+    a layer itself.
     """
     places = Counter(
         id(thing)
@@ -171,9 +173,28 @@ def chains(model: nn.Module) -> list[Chain]:
 
     return [
         Chain(path, layers, _core_at(layers), len(layers) == 1 or getattr(model.get_submodule(path), ONE_PLACE, False))
-        for path, layers in _candidates(model)
+        for path, layers in _candidates(model, apart)
         if all(map(fits, layers))
     ]
+
+
+def called_apart(model: nn.Module, example_input: Example) -> list[str]:
+    """The paths of Sequentials that look like chains, but of which a layer runs without the others.
+
+    What a forward does between layers that it calls itself need not be linear.
+    """
+    wholes = {p: m for p, m in model.named_modules() if type(m) is nn.Sequential and _is_chain(list(m))}
+    if not wholes:
+        return []
+    calls: Counter[nn.Module] = Counter()
+    watched = {part for whole in wholes.values() for part in (whole, *whole)}
+    handles = [part.register_forward_pre_hook(lambda part, args: calls.update([part])) for part in watched]
+    try:
+        trace(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path, whole in wholes.items() if any(calls[layer] != calls[whole] for layer in whole)]
 
 
 def refitted(weight: Tensor, scales: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -209,17 +230,19 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(matrix @ matrix.T)[1][:, -rank:].flip(1)
 
 
-def _candidates(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[Layer, ...]]]:
+def _candidates(
+    module: nn.Module, apart: Collection[str], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Layer, ...]]]:
     """All convolutions and linear layers with their paths; together where they are a chain."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
         if is_leaf(child):
             if isinstance(child, Layer):
                 yield path, (child,)
-        elif type(child) is nn.Sequential and _is_chain(list(child)):
+        elif type(child) is nn.Sequential and path not in apart and _is_chain(list(child)):
             yield path, tuple(child)  # type: ignore[arg-type]
         else:
-            yield from _candidates(child, path)
+            yield from _candidates(child, apart, path)
 
 
 def _is_chain(layers: Sequence[nn.Module]) -> bool:

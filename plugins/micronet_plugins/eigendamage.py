@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, replace
-from micronet_plugins.chains import LOST, ONE_PLACE, Chain, Form, Ranks, chains, refitted
+from micronet_plugins.chains import LOST, ONE_PLACE, Chain, Form, Ranks, called_apart, chains, refitted
 from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
 from micronet_plugins.low_rank import signs
 
@@ -65,7 +65,7 @@ class EigenDamage(Pruner):
         model = copied(model)
         for module in model.modules():
             vars(module).pop(RATES, None)  # what was new before this round is not any more
-        found = chains(model)
+        found = chains(model, called_apart(model, context.example_input))
         if self.back_ratio is not None:
             return self._give_back(model, found, self.back_ratio, context.seed)
         cuts = self._cuts(model, found, context)
