@@ -458,6 +458,21 @@ def test_low_rank_layers_survive_packing(tmp_path):
     round_trip(model, architecture(), SMALL, tmp_path)
 
 
+def test_layers_in_a_module_dict_survive_packing(tmp_path):
+    class ByKey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = {"in": nn.Conv2d(1, 8, 3), "mid": nn.Conv2d(8, 8, 3), "out": nn.Linear(8, 10)}
+            self.layers = nn.ModuleDict(layers)
+
+        def forward(self, x):
+            return self.layers["out"](self.layers["mid"](self.layers["in"](x).relu()).mean((2, 3)))
+
+    model = LowRank(parameters=400).apply(ByKey(), context(SMALL))
+    assert isinstance(model.layers["mid"], nn.Sequential)
+    round_trip(model.eval(), ByKey(), SMALL, tmp_path)
+
+
 def test_activation_quantizers_at_functional_sums_survive_packing(tmp_path):
     model = FixedPointStrategy(weight_bits=7, activation_bits=9).apply(merged(trained(), SMALL), context(SMALL))
     assert any(name.startswith("add") for name in quantizers_of(model))

@@ -175,11 +175,15 @@ def copied(model: nn.Module) -> nn.Module:
     return model
 
 
+CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Kinds of modules that are no layers, but hold them."""
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether tracing and comparing take a module as a whole: torch's own layers, and the ones defined here."""
     kind = layer_type(module)
     own = kind is ScaleShift or issubclass(kind, ActivationQuantizer)
-    return own or (kind.__module__.startswith("torch.nn") and kind not in (nn.Sequential, nn.Module, nn.ModuleList))
+    return own or (kind.__module__.startswith("torch.nn") and kind not in CONTAINERS)
 
 
 def leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
