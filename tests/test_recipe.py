@@ -312,6 +312,23 @@ def test_low_rank_keeps_to_parameters_and_macs(macs):
     assert sum(p.numel() for p in bound.parameters()) <= 40_000
 
 
+def test_low_rank_counts_the_macs_of_layers_that_stay_and_of_layers_that_run_twice():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            return self[3](self[2](self[1](self[1](self[0](x)))))
+
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+    model = Twice(nn.Conv2d(1, 16, 1), nn.Conv2d(16, 16, 3, padding=1), grouped, nn.Conv2d(16, 16, 3))
+    assert account(trace(model, EXAMPLE), plugins.formulas()).math.macs == 64 * (16 + 2 * 2304 + 576) + 36 * 2304
+    made = LowRank(parameters=3_000, macs=150_000).apply(model, context())
+    assert 0.8 * 150_000 < account(trace(made, EXAMPLE), plugins.formulas()).math.macs <= 150_000
+    with pytest.raises(
+        InputError, match=r"30,000 MACs cannot be reached .*; 36,864 of the model's are in operations that"
+    ):
+        LowRank(parameters=3_000, macs=30_000).apply(model, context())
+
+
 def test_low_rank_with_room_for_all_changes_nothing():
     model = wide_resnet()
     made = LowRank(parameters=10**6).apply(model, context())
@@ -352,7 +369,7 @@ def test_full_rank_reproduces_the_layer_and_more_rank_is_better(layer, shape):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    (factorization,) = factorizations(nn.Sequential(layer), inputs)
+    (factorization,) = factorizations(nn.Sequential(layer), trace(nn.Sequential(layer), inputs).ops)
 
     def error(*ranks):
         made = factorization.build(ranks)
@@ -374,7 +391,7 @@ def test_full_rank_reproduces_the_layer_and_more_rank_is_better(layer, shape):
 
 def test_the_macs_of_a_factorization_are_those_that_are_counted():
     model = nn.Sequential(nn.Conv2d(6, 9, 3, stride=2, padding=1))
-    (factorization,) = factorizations(model, torch.zeros(1, 6, 8, 8))
+    (factorization,) = factorizations(model, trace(model, torch.zeros(1, 6, 8, 8)).ops)
     made = factorization.build((2, 3))
     counted = account(trace(made, torch.zeros(1, 6, 8, 8)), plugins.formulas())
     assert factorization.macs((2, 3)) == counted.math.macs == 64 * 6 * 2 + 16 * (9 * 2 * 3 + 3 * 9)

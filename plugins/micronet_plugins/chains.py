@@ -230,9 +230,7 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(matrix @ matrix.T)[1][:, -rank:].flip(1)
 
 
-def _candidates(
-    module: nn.Module, apart: Collection[str], prefix: str = ""
-) -> Iterator[tuple[str, tuple[Layer, ...]]]:
+def _candidates(module: nn.Module, apart: Collection[str], prefix: str = "") -> Iterator[tuple[str, tuple[Layer, ...]]]:
     """All convolutions and linear layers with their paths; together where they are a chain."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name

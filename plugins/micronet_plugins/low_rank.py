@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from micronet_eval.costs import cost_of
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import Mask, copied, layer_type, leaves, quantizers_of, replace
-from micronet_eval.trace import Example, trace
+from micronet_eval.trace import Op, trace
 from micronet_plugins.weights import parametrizations_of
 
 
@@ -36,9 +37,14 @@ class LowRank(Pruner):
         if quantizers_of(model) or not all(isinstance(p, Mask) for p in of_weights):
             raise InputError("low-rank: the model is quantized already; put the pruner before the quantizer")
         total = sum(p.numel() for p in model.parameters())
-        layers = [f for f in factorizations(model, context.example_input) if f.path not in self.keep]
+        ops = trace(model, context.example_input).ops
+        layers = [f for f in factorizations(model, ops) if f.path not in self.keep]
         fixed = total - sum(f.parameters(f.full) for f in layers)
-        weight = 0.0 if self.macs is None else self._price_of_macs(layers, fixed)
+        weight = 0.0
+        if self.macs is not None:
+            paths = {f.path for f in layers}
+            costs = [cost_of(op, context.formulas) for op in ops if op.module not in paths]
+            weight = self._price_of_macs(layers, fixed, sum(cost.macs for cost in costs if cost))
         for layer, ranks in zip(layers, self._ranks(layers, fixed, weight), strict=True):
             if layer.is_smaller(ranks):
                 replace(model, layer.path, layer.build(ranks))
@@ -55,18 +61,24 @@ class LowRank(Pruner):
             raise InputError(f"low-rank: {self.parameters:,} parameters cannot be reached; rank 1 everywhere is more")
         return [f.ranks(threshold, weight) for f in layers]
 
-    def _price_of_macs(self, layers: Sequence[Factorization], fixed: int) -> float:
-        """How many parameters a multiply-accumulate has to weigh, so that both limits are kept."""
+    def _price_of_macs(self, layers: Sequence[Factorization], fixed: int, fixed_macs: int) -> float:
+        """How many parameters a multiply-accumulate has to weigh, so that both limits are kept.
+
+        `fixed` parameters and `fixed_macs` are those of all else, which stays.
+        """
         assert self.macs is not None
         wanted = self.macs
 
         def macs(weight: float) -> int:
             ranks = self._ranks(layers, fixed, weight)
-            return sum(f.macs(r) for f, r in zip(layers, ranks, strict=True))
+            return fixed_macs + sum(f.macs(r) for f, r in zip(layers, ranks, strict=True))
 
         weight = 0.0 if macs(0.0) <= wanted else _smallest(lambda w: macs(w) <= wanted)
         if weight is None:
-            raise InputError(f"low-rank: {wanted:,} MACs cannot be reached at {self.parameters:,} parameters")
+            raise InputError(
+                f"low-rank: {wanted:,} MACs cannot be reached at {self.parameters:,} parameters; {fixed_macs:,} of the "
+                "model's are in operations that stay as they are"
+            )
         return weight
 
 
@@ -87,7 +99,7 @@ class Factorization:
 
     A kernel larger than 1 has two ranks, of input and output directions. Without a kernel the core is diagonal and
     merges into a rotation: there is one rank, of directions on the smaller side. `positions` says how many input
-    positions the layer sees, and at how many output positions it is applied.
+    positions the layer sees, and at how many output positions it is applied, in all its calls.
     """
 
     path: str
@@ -182,27 +194,27 @@ def factor_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) ->
     return made
 
 
-def factorizations(model: nn.Module, example_input: Example) -> list[Factorization]:
-    """All convolutions without groups and linear layers, with their directions."""
-    positions = {}
-    for op in trace(model, example_input).ops:
-        if op.name == "aten.convolution":
-            x = op.inputs[0]
-            positions[op.module] = (x.numel // x.shape[1], op.out.numel // op.out.shape[1])
-        elif op.name in ("aten.addmm", "aten.mm"):
-            positions[op.module] = (op.out.shape[0], op.out.shape[0])
+def factorizations(model: nn.Module, ops: Iterable[Op]) -> list[Factorization]:
+    """All convolutions without groups and linear layers that run in these operations, with their directions."""
+    before: Counter[str] = Counter()
+    after: Counter[str] = Counter()
+    for op in ops:
+        if op.name in ("aten.convolution", "aten.addmm", "aten.mm"):
+            x = op.inputs[0] if op.name == "aten.convolution" else op.out
+            before[op.module] += x.numel // x.shape[1]
+            after[op.module] += op.out.numel // op.out.shape[1]
     owners = Counter(id(p) for _, m in model.named_modules(remove_duplicate=False) for p in m.parameters(recurse=False))
     found = []
     for path, layer in leaves(model):
         if any(owners[id(p)] > 1 for p in layer.parameters()):
             continue  # what stands, or is read, at several places stays
         is_conv = layer_type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
-        if path in positions and (is_conv or layer_type(layer) is nn.Linear):
+        if path in after and (is_conv or layer_type(layer) is nn.Linear):
             assert isinstance(layer, nn.Conv2d | nn.Linear)
             weight = layer.weight.detach().double()
             sides = (1, 0) if weight[0, 0].numel() > 1 else (int(weight.shape[1] < weight.shape[0]),)
             directions = tuple(_directions(weight.movedim(side, 0).flatten(1)) for side in sides)
-            found.append(Factorization(path, layer, positions[path], directions))
+            found.append(Factorization(path, layer, (before[path], after[path]), directions))
     return found
 
 
