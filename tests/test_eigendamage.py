@@ -130,6 +130,35 @@ def test_true_fisher_of_a_linear_layer_is_the_expectation_over_its_own_output():
     torch.testing.assert_close(found.inputs, torch.outer(extended, extended), rtol=1e-4, atol=0)
 
 
+class Positions(nn.Module):
+    """A layer at 7 positions of an example, which it sees together, or as 7 examples of a larger batch."""
+
+    def __init__(self, layer, merges):
+        super().__init__()
+        self.layer, self.head, self.merges = layer, nn.Linear(8, 5), merges
+
+    def forward(self, x):
+        is_image = isinstance(self.layer, nn.Conv2d)
+        if self.merges:
+            y = self.layer(x.flatten(0, 1)[(..., None, None) if is_image else ...]).view(len(x), 7, 8)
+        else:
+            y = self.layer(x.mT[..., None])[..., 0].mT if is_image else self.layer(x)
+        return self.head(y.relu().mean(1))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.Conv2d(6, 8, 1)])
+def test_what_a_model_merges_into_the_batch_are_positions_of_one_example(layer):
+    apart, merges = Positions(layer, False).requires_grad_(False), Positions(layer, True).requires_grad_(False)
+    merges.head = apart.head
+    generator, layers = torch.Generator().manual_seed(0), {"layer": True}
+    batch = Batch(torch.randn(18, 7, 6, generator=generator), torch.arange(18) % 5, 1.0)
+    of_apart, of_merges = (factors(model, layers, [batch]) for model in (apart, merges))
+    torch.testing.assert_close(of_apart["layer"].inputs, of_merges["layer"].inputs)
+    torch.testing.assert_close(of_apart["layer"].outputs, of_merges["layer"].outputs)
+    values = [eigenbases(model, layers, of_apart, [batch], 1e-3)["layer"].eigenvalues for model in (apart, merges)]
+    torch.testing.assert_close(*values)
+
+
 def test_moving_average_over_batches():
     data = [(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))] * 3
     weights = [batch.weight for batch in batches_of(data, 0.9, False, seed=0)]

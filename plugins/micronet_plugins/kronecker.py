@@ -33,7 +33,8 @@ CHUNK = 16
 and the result is that of the whole batch; memory for activations is that of a chunk."""
 
 Layer = nn.Conv2d | nn.Linear
-Visit = Callable[[Tensor, Tensor, float], None]
+Visit = Callable[[Tensor, Tensor, float, int], None]
+"""Is shown a layer's input, the gradient at its output, the weight of the pass and how many examples run in it."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ def factors(model: nn.Module, layers: Mapping[str, bool], batches: Sequence[Batc
     def visit(path: str) -> Visit:
         layer = _layer(model, path)
 
-        def add(x: Tensor, g: Tensor, weight: float) -> None:
-            grads = output_gradients(layer, g, len(x))
-            taps = inputs_at(layer, x, g, layers[path])
+        def add(x: Tensor, g: Tensor, weight: float, examples: int) -> None:
+            grads = output_gradients(layer, g, examples)
+            taps = inputs_at(layer, x, g, layers[path], examples)
             a = _gram(*taps) * (weight / len(taps))
             b = _gram(grads) * (weight / grads.shape[2])
             now = found.get(path)
@@ -144,8 +145,9 @@ def eigenbases(
     def visit(path: str) -> Visit:
         layer, basis = _layer(model, path), bases[path]
 
-        def add(x: Tensor, g: Tensor, weight: float) -> None:
-            for k, squares in enumerate(_rotated_squares(layer, basis, x, g, layers[path])):
+        def add(x: Tensor, g: Tensor, weight: float, examples: int) -> None:
+            grads, taps = output_gradients(layer, g, examples), inputs_at(layer, x, g, layers[path], examples)
+            for k, squares in enumerate(_rotated_squares(basis, grads, taps)):
                 basis.eigenvalues[:, :, k].add_(squares, alpha=weight)
 
         return add
@@ -157,7 +159,7 @@ def eigenbases(
     return bases
 
 
-def inputs_at(layer: Layer, x: Tensor, g: Tensor, extra: bool) -> list[Tensor]:
+def inputs_at(layer: Layer, x: Tensor, g: Tensor, extra: bool, examples: int) -> list[Tensor]:
     """What each kernel position meets, as (examples, inputs, output positions); with a row of ones where `extra`."""
     if isinstance(layer, nn.Linear):
         taps = [x.reshape(len(x), -1, layer.in_features).transpose(1, 2)]
@@ -169,23 +171,31 @@ def inputs_at(layer: Layer, x: Tensor, g: Tensor, extra: bool) -> list[Tensor]:
             for i in range(0, layer.dilation[0] * layer.kernel_size[0], layer.dilation[0])
             for j in range(0, layer.dilation[1] * layer.kernel_size[1], layer.dilation[1])
         ]
+    taps = [_by_example(tap, examples) for tap in taps]
     return [torch.cat([tap, torch.ones_like(tap[:, :1])], 1) for tap in taps] if extra else taps
 
 
 def output_gradients(layer: Layer, g: Tensor, examples: int) -> Tensor:
     """The gradient at a layer's output as (examples, outputs, output positions)."""
     if isinstance(layer, nn.Linear):
-        return g.reshape(examples, -1, layer.out_features).transpose(1, 2)
-    return g.flatten(2)
+        return _by_example(g.reshape(len(g), -1, layer.out_features).transpose(1, 2), examples)
+    return _by_example(g.flatten(2), examples)
 
 
-def _rotated_squares(layer: Layer, basis: Eigenbasis, x: Tensor, g: Tensor, extra: bool) -> Iterator[Tensor]:
+def _by_example(x: Tensor, examples: int) -> Tensor:
+    """(batch, channels, positions) with one in the batch an example, where a model merged tokens or frames into it."""
+    batch, channels, _ = x.shape
+    if batch == examples or batch % examples:
+        return x
+    return x.reshape(examples, batch // examples, channels, -1).transpose(1, 2).flatten(2)
+
+
+def _rotated_squares(basis: Eigenbasis, grads: Tensor, taps: Sequence[Tensor]) -> Iterator[Tensor]:
     """Squares of the examples' gradients in the eigenbasis, summed: (outputs, inputs) for one kernel position each.
 
     Each side is rotated before or after summing over output positions, whichever takes fewer multiplications. One
     example after the other, so that its gradient stays cached: those of a batch, of all weights, would not.
     """
-    grads, taps = output_gradients(layer, g, len(x)), inputs_at(layer, x, g, extra)
     outputs_first = grads.shape[2] < len(taps) * taps[0].shape[1]
     inputs_first = grads.shape[2] < grads.shape[1]
     if outputs_first:
@@ -236,10 +246,10 @@ def _backward(model: nn.Module, visits: Mapping[str, Visit], batches: Sequence[B
     The gradient is that of the summed cross entropy, so that each example has its own.
     """
     passes = 0
-    with _watched(model, visits) as weight:
+    with _watched(model, visits) as running:
         for batch in batches:
             for inputs, labels in zip(*(torch.split(t, CHUNK) for t in (batch.inputs, batch.labels)), strict=True):
-                weight[0] = batch.weight / len(batch.inputs)
+                running[:] = [(batch.weight / len(batch.inputs), len(inputs))]
                 logits = model(inputs)
                 if not isinstance(logits, Tensor) or logits.dim() != 2:
                     raise InputError("eigendamage needs a model whose output is (examples, classes)")
@@ -255,16 +265,16 @@ def _backward(model: nn.Module, visits: Mapping[str, Visit], batches: Sequence[B
 
 
 @contextmanager
-def _watched(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[list[float]]:
-    """Hooks on layers, for as long as it lasts; gives the place where the weight of the running pass stands."""
-    weight = [0.0]
+def _watched(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[list[tuple[float, int]]]:
+    """Hooks on layers, for as long as it lasts; gives the place for weight and examples of the running pass."""
+    running: list[tuple[float, int]] = []
 
     def hook(visit: Visit) -> Callable[..., Tensor]:
         def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             x = first_input(args, kwargs).detach()
             if not output.requires_grad:  # the first on its way: here gradients begin
                 output = output.detach().requires_grad_().clone()
-            output.register_hook(lambda g: visit(x, g, weight[0]))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda g: visit(x, g, *running[0]))  # type: ignore[no-untyped-call]
             return output
 
         return watch
@@ -273,7 +283,7 @@ def _watched(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[list[flo
         model.get_submodule(path).register_forward_hook(hook(visit), with_kwargs=True) for path, visit in visits.items()
     ]
     try:
-        yield weight
+        yield running
     finally:
         for handle in handles:
             handle.remove()
