@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from dataclasses import replace as changed
 from decimal import Decimal
 
@@ -20,6 +21,7 @@ from micronet_eval.structure import Mask, quantizers_of
 from micronet_eval.submission import Architecture, build, read_manifest
 from micronet_eval.trace import trace
 from micronet_eval.training import Training, train
+from micronet_plugins.eigendamage import EigenDamage
 from micronet_plugins.fixed_point import FixedPointStrategy, exponent_for
 from micronet_plugins.low_rank import LowRank, factorizations
 from micronet_plugins.magnitude import Magnitude
@@ -349,6 +351,18 @@ def test_low_rank_leaves_layers_that_are_to_be_kept():
     assert isinstance(made.get_submodule("3.0.conv2"), nn.Sequential)
     without = LowRank(parameters=30_000).apply(wide_resnet(), context())
     assert isinstance(without.get_submodule("3.0.conv1"), nn.Sequential)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_hooks_that_make_weights_are_one_clear_message(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        model = nn.Sequential(nn.Flatten(), getattr(nn.utils, name)(nn.Linear(64, 10)))
+    for strategy in (LowRank(parameters=100), EigenDamage(), Magnitude()):
+        with pytest.raises(
+            InputError, match=rf"layer '1' has {name}; remove it first: torch\.nn\.utils\.remove_{name}"
+        ):
+            strategy.apply(model, context())
 
 
 LAYERS = [

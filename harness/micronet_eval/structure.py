@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from micronet_eval.conditional import conditional_of
+from micronet_eval.errors import InputError
 from micronet_eval.formats import ActivationQuantizer, AffineQuantizer, FixedPointQuantizer, SignQuantizer, accumulator
 
 QUANTIZERS = "quantizers"
@@ -164,8 +167,19 @@ def build_layer(description: dict[str, Any]) -> nn.Module:
     return layer
 
 
+_HOOKS: dict[type, str] = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
+"""Hooks that make a weight out of other tensors before each call."""
+
+
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing: torch gives the copy of a parametrized module the class of the original."""
+    """A deep copy that shares nothing: torch gives the copy of a parametrized module the class of the original.
+
+    Raises InputError for the weight_norm and spectral_norm that are no parametrizations: torch cannot copy them.
+    """
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if name := _HOOKS.get(type(hook)):
+                raise InputError(f"layer {path!r} has {name}; remove it first: torch.nn.utils.remove_{name}(layer)")
     model = copy.deepcopy(model)
     for module in model.modules():
         if parametrize.is_parametrized(module):
