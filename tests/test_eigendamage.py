@@ -437,6 +437,21 @@ def test_values_that_overflow_are_one_clear_message():
         EigenDamage().apply(model, context())
 
 
+def test_no_data_are_one_clear_message():
+    with pytest.raises(InputError, match="no training data to calibrate on; give at least one batch"):
+        EigenDamage().apply(wide_resnet(), Context(EXAMPLE, [], 0, plugins.formulas()))
+
+
+def test_frozen_layers_stay_frozen():
+    model = wide_resnet().requires_grad_(False)
+    model[-1].requires_grad_(True)
+    pruned = EigenDamage(ratio=0.5).apply(model, context())
+    grown = EigenDamage(back_ratio=0.5).apply(pruned, context())
+    for made in (pruned, grown):
+        trained = {name.partition(".")[0] for name, p in made.named_parameters() if p.requires_grad}
+        assert trained == {str(len(model) - 1)} and isinstance(made[-1], nn.Sequential)
+
+
 def test_a_label_without_an_output_is_one_clear_message():
     with pytest.raises(InputError, match="label 9 has no output; the model has 3"):
         EigenDamage(fisher="empirical").apply(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), context())

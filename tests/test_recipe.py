@@ -1,6 +1,7 @@
 """Recipes and the bundled strategies: what each stage does, and what it leaves alone."""
 
 import copy
+import math
 import re
 import warnings
 from dataclasses import replace as changed
@@ -353,6 +354,41 @@ def test_low_rank_leaves_layers_that_are_to_be_kept():
     assert isinstance(without.get_submodule("3.0.conv1"), nn.Sequential)
 
 
+def test_what_low_rank_keeps_may_be_a_pattern_and_has_to_match_a_layer():
+    made = LowRank(parameters=30_000, keep=("1.*", "2.0.conv?")).apply(wide_resnet(), context())
+    factored = {path for path, layer in made.named_modules() if type(layer) is nn.Sequential and "." in path}
+    assert factored and not any(path.startswith(("1.", "2.0.conv")) for path in factored)
+    with pytest.raises(InputError, match=r"option 'keep': no layer's path matches '3\.0'"):
+        LowRank(parameters=30_000, keep=("3.0",)).apply(wide_resnet(), context())
+
+
+def test_low_rank_leaves_frozen_layers_frozen():
+    model = wide_resnet().requires_grad_(False)
+    model[-1].requires_grad_(True)
+    made = LowRank(parameters=20_000).apply(model, context())
+    assert isinstance(made[-1], nn.Sequential) and isinstance(made.get_submodule("3.0.conv1"), nn.Sequential)
+    assert {name.partition(".")[0] for name, p in made.named_parameters() if p.requires_grad} == {str(len(made) - 1)}
+
+
+def linear(change):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    change(model[1])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Conv2d(1, 8, 3), "nor is a layer that is the whole model"),
+        (linear(lambda layer: nn.init.constant_(layer.weight, math.nan)), "weights of layer '1' are NaN or infinite"),
+        (linear(nn.utils.parametrizations.weight_norm), "layer '1' is made by _WeightNorm; .*remove_parametrizations"),
+    ],
+)
+def test_what_low_rank_cannot_factor_is_one_clear_message(model, message):
+    with pytest.raises(InputError, match=message):
+        LowRank(parameters=40).apply(model, context())
+
+
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
 def test_hooks_that_make_weights_are_one_clear_message(name):
     with warnings.catch_warnings():
@@ -363,6 +399,24 @@ def test_hooks_that_make_weights_are_one_clear_message(name):
             InputError, match=rf"layer '1' has {name}; remove it first: torch\.nn\.utils\.remove_{name}"
         ):
             strategy.apply(model, context())
+
+
+class Reading(nn.Sequential):
+    """Reads an attribute of its first layer that no Sequential has."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1).to(self[0].weight.dtype))
+
+
+@pytest.mark.parametrize(
+    ("pruner", "mend"),
+    [(LowRank(parameters=1_500), "name it in 'keep', or take it"), (EigenDamage(limit=0.9), "take it")],
+)
+def test_a_forward_that_reads_an_attribute_of_a_replaced_layer_is_one_clear_message(pruner, mend):
+    torch.manual_seed(0)
+    model = Reading(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+    with pytest.raises(InputError, match=f"reads 'weight' of layer '0' that became several; {mend} from the input"):
+        pruner.apply(model, context())
 
 
 LAYERS = [

@@ -135,6 +135,7 @@ class Chain:
         matrices = [m for m in (rotate_in, core, rotate_out) if m is not None]
         core_at, moves_at = int(rotate_in is not None), 0 if self.kernel == 1 else int(rotate_in is not None)
         mover = self.layers[0] if self.kernel == 1 else self.core
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]  # one at most
         made = []
         for at, matrix in enumerate(matrices):
             bias = matrix.reshape(len(matrix), -1)[:, -1] if extra and at == 0 else None
@@ -145,7 +146,7 @@ class Chain:
             if bias is None and at == len(matrices) - 1:
                 bias = self._bias()
             if bias is not None:
-                layer.bias = nn.Parameter(bias.detach().to(layer.weight.dtype).clone())
+                layer.bias = nn.Parameter(bias.detach().to(layer.weight.dtype).clone(), biases[0].requires_grad)
             made.append(layer)
         return made[0] if len(made) == 1 else nn.Sequential(*made)
 

@@ -25,7 +25,7 @@ from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, replace
 from micronet_plugins.chains import LOST, ONE_PLACE, Chain, Form, Ranks, called_apart, chains, refitted
 from micronet_plugins.kronecker import Eigenbasis, batches_of, eigenbases, factors
-from micronet_plugins.low_rank import signs
+from micronet_plugins.low_rank import check_runs, signs
 
 RATES = "learning_rate_factors"
 """Attribute of a layer with new directions: the factors of the learning rate by parameter; training.train reads it."""
@@ -72,15 +72,18 @@ class EigenDamage(Pruner):
         if not cuts:
             raise InputError(
                 "eigendamage: the model has no convolution without groups and no linear layer that can be cut; layers "
-                "that are masked, quantized or used several times are not"
+                "that are masked, quantized or used several times are not, nor is a layer that is the whole model"
             )
         total = sum(p.numel() for p in model.parameters())
         target = max((1 - self.ratio) * total, self.parameters)
         fixed = total - sum(cut.chain.parameters for cut in cuts)
         threshold = smallest_threshold(cuts, target - fixed)
+        replaced = {}
         for cut in cuts:
             if (ranks := cut.ranks_at(threshold)) != cut.chain.ranks:
-                replace(model, cut.chain.path, self._cut(model, cut, ranks))
+                replaced[cut.chain.path] = self._cut(model, cut, ranks)
+                replace(model, cut.chain.path, replaced[cut.chain.path])
+        check_runs("eigendamage", model, replaced, context.example_input)
         for chain in found:
             layer = model.get_submodule(chain.path)
             setattr(layer, REMOVED, chain.parameters - sum(p.numel() for p in layer.parameters()))
@@ -90,6 +93,8 @@ class EigenDamage(Pruner):
         measured = copied(model).eval().requires_grad_(False)
         layers = {chain.core_path: chain.core_has_extra_input for chain in found}
         data = list(islice(context.training_data, self.batches))
+        if not data:
+            raise InputError("eigendamage: there are no training data to calibrate on; give at least one batch")
         batches = batches_of(data, self.momentum, self.fisher == "true", context.seed)
         bases = eigenbases(measured, layers, factors(measured, layers, batches), batches, self.damping)
         return [Cut(chain, bases[chain.core_path], self.limit) for chain in found if chain.core_path in bases]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from pydantic import Field
@@ -20,7 +21,7 @@ from micronet_eval.costs import cost_of
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import Mask, copied, layer_type, leaves, quantizers_of, replace
-from micronet_eval.trace import Op, trace
+from micronet_eval.trace import Example, Op, trace
 from micronet_plugins.weights import parametrizations_of
 
 
@@ -29,25 +30,32 @@ class LowRank(Pruner):
 
     parameters: int = Field(gt=0, description="parameters that the whole model shall have, at most")
     macs: int | None = Field(None, gt=0, description="multiply-accumulates an example that it shall have, at most")
-    keep: tuple[str, ...] = Field((), description="paths of layers to leave as they are")
+    keep: tuple[str, ...] = Field((), description="paths of layers to leave as they are; * stands for anything")
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        of_weights = [p for layer in model.modules() for p in parametrizations_of(layer) or ()]
-        if quantizers_of(model) or not all(isinstance(p, Mask) for p in of_weights):
-            raise InputError("low-rank: the model is quantized already; put the pruner before the quantizer")
+        _check_weights(model)
         total = sum(p.numel() for p in model.parameters())
         ops = trace(model, context.example_input).ops
-        layers = [f for f in factorizations(model, ops) if f.path not in self.keep]
+        kept = matching(self.keep, [path for path, _ in leaves(model)])
+        layers = [f for f in factorizations(model, ops) if f.path not in kept]
+        if not layers:
+            raise InputError(
+                "low-rank: the model has no convolution without groups and no linear layer that can be factored; "
+                "layers that are kept or used several times are not, nor is a layer that is the whole model"
+            )
         fixed = total - sum(f.parameters(f.full) for f in layers)
         weight = 0.0
         if self.macs is not None:
             paths = {f.path for f in layers}
             costs = [cost_of(op, context.formulas) for op in ops if op.module not in paths]
             weight = self._price_of_macs(layers, fixed, sum(cost.macs for cost in costs if cost))
+        replaced = {}
         for layer, ranks in zip(layers, self._ranks(layers, fixed, weight), strict=True):
             if layer.is_smaller(ranks):
-                replace(model, layer.path, layer.build(ranks))
+                replaced[layer.path] = layer.build(ranks)
+                replace(model, layer.path, replaced[layer.path])
+        check_runs("low-rank", model, replaced, context.example_input, "name it in 'keep', or ")
         return model
 
     def _ranks(self, layers: Sequence[Factorization], fixed: int, weight: float) -> list[tuple[int, ...]]:
@@ -80,6 +88,49 @@ class LowRank(Pruner):
                 "model's are in operations that stay as they are"
             )
         return weight
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raises InputError where activations are quantized, or a weight is made by something else than a mask."""
+    if quantizers_of(model):
+        raise InputError("low-rank: the model is quantized already; put the pruner before the quantizer")
+    for path, layer in model.named_modules():
+        made_by = [type(p).__name__ for p in parametrizations_of(layer) or () if not isinstance(p, Mask)]
+        if made_by:
+            raise InputError(
+                f"low-rank: the weight of layer {path!r} is made by {made_by[0]}; put the pruner before the quantizer, "
+                "or remove what is none first: torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
+
+def matching(patterns: Iterable[str], paths: Sequence[str]) -> set[str]:
+    """The paths that match one of the patterns. Raises InputError for a pattern that matches none."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = [path for path in paths if fnmatchcase(path, pattern)]
+        if not matches:
+            raise InputError(f"low-rank: option 'keep': no layer's path matches {pattern!r}; * stands for anything")
+        found.update(matches)
+    return found
+
+
+def check_runs(
+    strategy: str, model: nn.Module, replaced: Mapping[str, nn.Module], example_input: Example, mend: str = ""
+) -> None:
+    """Raises InputError where the model does not run with the layers that were replaced, by their paths.
+
+    Then its forward reads an attribute that the layers before had.
+    """
+    try:
+        trace(model, example_input)
+    except InputError as error:
+        cause = error.__cause__  # tells of which object which attribute is missing
+        path = next((path for path, layer in replaced.items() if layer is getattr(cause, "obj", None)), None)
+        what = "an attribute of a layer" if path is None else f"{getattr(cause, 'name', '')!r} of layer {path!r}"
+        raise InputError(
+            f"{strategy}: the model's forward reads {what} that became several; {mend}take it from the input or from "
+            f"next(self.parameters()): {error}"
+        ) from error
 
 
 def _smallest(holds: Callable[[float], bool]) -> float | None:
@@ -174,13 +225,13 @@ class Factorization:
             factors = [factor.reshape(*factor.shape, *weight.shape[2:]) for factor in factors]
         core_at = len(factors) // 2 if self.kernel > 1 else 0
         layers = [factor_layer(self.layer, factor, i == core_at) for i, factor in enumerate(factors)]
-        if self.layer.bias is not None:
-            layers[-1].bias = nn.Parameter(self.layer.bias.detach().clone())
+        if (bias := self.layer.bias) is not None:
+            layers[-1].bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return nn.Sequential(*layers)
 
 
 def factor_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) -> nn.Conv2d | nn.Linear:
-    """A layer without bias for one factor; the core takes over stride, padding and dilation."""
+    """A layer without bias for one factor, trained if the layer was; the core has its stride, padding and dilation."""
     outputs, inputs = weight.shape[:2]
     made: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Linear):
@@ -190,12 +241,16 @@ def factor_layer(layer: nn.Conv2d | nn.Linear, weight: Tensor, is_core: bool) ->
         made = nn.Conv2d(inputs, outputs, tuple(weight.shape[2:]), bias=False, **moves)  # type: ignore[arg-type]
     # A clone, since a 1x1 kernel out of a transposed matrix counts as contiguous, but has strides of channels last, for
     # which a convolution may round differently.
-    made.weight = nn.Parameter(weight.to(layer.weight.dtype).clone(memory_format=torch.contiguous_format))
+    weight = weight.to(layer.weight.dtype).clone(memory_format=torch.contiguous_format)
+    made.weight = nn.Parameter(weight, layer.weight.requires_grad)
     return made
 
 
 def factorizations(model: nn.Module, ops: Iterable[Op]) -> list[Factorization]:
-    """All convolutions without groups and linear layers that run in these operations, with their directions."""
+    """All convolutions without groups and linear layers that run in these operations, with their directions.
+
+    Left out is a model that is a layer itself. Raises InputError where a weight is not finite.
+    """
     before: Counter[str] = Counter()
     after: Counter[str] = Counter()
     for op in ops:
@@ -209,9 +264,11 @@ def factorizations(model: nn.Module, ops: Iterable[Op]) -> list[Factorization]:
         if any(owners[id(p)] > 1 for p in layer.parameters()):
             continue  # what stands, or is read, at several places stays
         is_conv = layer_type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
-        if path in after and (is_conv or layer_type(layer) is nn.Linear):
+        if path and path in after and (is_conv or layer_type(layer) is nn.Linear):
             assert isinstance(layer, nn.Conv2d | nn.Linear)
             weight = layer.weight.detach().double()
+            if not bool(weight.isfinite().all()):
+                raise InputError(f"low-rank: weights of layer {path!r} are NaN or infinite; train the model again")
             sides = (1, 0) if weight[0, 0].numel() > 1 else (int(weight.shape[1] < weight.shape[0]),)
             directions = tuple(_directions(weight.movedim(side, 0).flatten(1)) for side in sides)
             found.append(Factorization(path, layer, (before[path], after[path]), directions))
