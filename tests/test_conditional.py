@@ -217,7 +217,7 @@ def test_a_path_that_no_calibration_data_take_is_left_or_told():
     assert made.far[0].weight.shape == (8, 4, 3, 3)
     assert made.trunk[0].weight.shape[0] < 8
     with pytest.raises(InputError, match="gptq: behind quantized layers no calibration data reach a layer"):
-        hessians(model, model.far[0], [x])
+        hessians(model, [model.far[0]], [x])
 
 
 # --- merged -----------------------------------------------------------------------------------------------------------

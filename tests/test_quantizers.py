@@ -899,7 +899,42 @@ def test_what_a_convolution_sees_gives_its_outputs(x):
         outputs = layer(inputs).transpose(0, 1).reshape(layer.groups, 6 // layer.groups, -1)
         assert torch.allclose(weight @ columns, outputs, atol=1e-5)
         expected = 2 * columns.double() @ columns.double().transpose(1, 2)
-        assert torch.allclose(hessians(layer, layer, [inputs[:2], inputs[2:]]), expected)
+        assert torch.allclose(hessians(layer, [layer], [inputs[:2], inputs[2:]]), expected)
+
+
+class Twice(nn.Module):
+    """A table of words that is the softmax, too, and two layers with one weight, called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Linear(16, 40, bias=False)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+
+    def forward(self, tokens):
+        x = nn.functional.embedding(tokens, self.table.weight)
+        return self.table(self.second(input=self.first(input=x).relu()).relu())
+
+
+def test_gptq_rounds_a_shared_weight_for_all_that_read_it():
+    torch.manual_seed(0)
+    model, tokens = Twice().eval(), torch.randint(0, 40, (16, 6))
+    made = GPTQ(weight_bits=3, activation_bits=0).apply(model, context(tokens))
+    grid = made.table.parametrizations.weight[-1]
+    assert torch.equal(made.table.weight, grid(model.table.weight))  # to nearest: it is the embedding, too
+    both = hessians(model, [model.first, model.second], [tokens])
+    assert torch.allclose(both, sum(hessians(model, [layer], [tokens]) for layer in (model.first, model.second)))
+    grid = made.first.parametrizations.weight[-1]
+    assert grid is made.second.parametrizations.weight[-1]
+    assert not torch.equal(made.first.weight, grid(model.first.weight))
+
+
+def test_gptq_tells_of_weights_that_are_not_finite():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 5))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="the weights of layer '1' are not finite; train the model first"):
+        GPTQ().apply(model, context(torch.randn(4, 8)))
 
 
 def test_gptq_keeps_more_of_a_network_than_affine_at_the_same_grid(net, x):

@@ -19,11 +19,11 @@ from micronet_eval.structure import Mask
 from micronet_eval.trace import trace
 from micronet_eval.training import Training, train
 from micronet_plugins.fixed_point import FixedPointStrategy
-from micronet_plugins.magnitude import Magnitude, erk_densities, lamp_scores
+from micronet_plugins.magnitude import Magnitude, erk_densities, lamp_scores, positions
 from micronet_plugins.patterns import Block, NofM, block_norms
 from micronet_plugins.scheduled import Gradual, Movement, watch
 from micronet_plugins.second_order import OBS, Wanda, damped, refitted, sweep
-from micronet_plugins.weights import dot_products, grouped, second_moments, ungrouped
+from micronet_plugins.weights import by_weight, dot_products, grouped, second_moments, ungrouped
 
 NAMES = ("magnitude", "random", "n-m", "block", "wanda", "obs", "gradual", "movement")
 OPTIONS = {"gradual": {"epochs": 2}, "movement": {"epochs": 2}, "block": {"rows": 2, "columns": 4}}
@@ -163,6 +163,110 @@ def test_layers_that_share_a_weight_share_its_mask(name):
     assert torch.equal(again(inputs()), model(inputs()))
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("n-m", "block", "wanda")])
+def test_a_weight_of_two_layers_counts_once(name):
+    torch.manual_seed(0)
+    model = strategy(name, sparsity=0.6).apply(Tied().eval(), context())
+    layers = model.first, model.head
+    assert sum(int((x.weight == 0).sum()) for x in layers) == round(0.6 * sum(x.weight.numel() for x in layers))
+
+
+class Words(nn.Module):
+    """A table of words as embedding and softmax: one module, two with one weight, or read by a function."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inside, self.softmax = nn.Linear(16, 16), nn.Linear(16, 40, bias=False)
+        self.table = nn.Embedding(40, 16) if how == "embedding" else self.softmax
+        if how == "embedding":
+            self.table.weight = self.softmax.weight
+
+    def forward(self, tokens):
+        vectors = (
+            self.table(tokens)
+            if self.table is not self.softmax
+            else nn.functional.embedding(tokens, self.softmax.weight)
+        )
+        return self.softmax(self.inside(vectors).relu())
+
+
+def words(how):
+    """The model, and a context of tokens."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 40, (16, 6))
+    data = DataLoader(TensorDataset(tokens, tokens.roll(-1, 1)), 8)
+    return Words(how).eval(), Context(tokens[:1], data, 0, plugins.formulas())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_embedding_that_is_tied_to_the_softmax_has_its_zeros(name):
+    model, c = words("embedding")
+    made = strategy(name).apply(model, c)
+    assert int((made.table.weight == 0).sum()) > 0
+    assert made.table.parametrizations.weight[0] is made.softmax.parametrizations.weight[0]
+    counted = account(trace(made, c.example_input), plugins.formulas())
+    assert sum("bias" not in s.name for s in counted.stored) == 2
+    twice = strategy(name).apply(made, c)
+    assert torch.equal(twice.table.weight, twice.softmax.weight)
+
+
+@pytest.mark.parametrize("how", ["embedding", "function"])
+def test_obs_leaves_the_values_of_a_table_that_is_the_embedding_too(how):
+    model, c = words(how)
+    made = OBS(sparsity=0.5).apply(model, c)
+    table, before = made.softmax.weight, model.softmax.weight
+    assert torch.equal(table, before * (table != 0))
+    assert before[table == 0].abs().max() <= before[table != 0].abs().min()
+    inside = made.inside.weight
+    assert not torch.equal(inside, model.inside.weight * (inside != 0))
+
+
+def test_the_moments_of_a_weight_of_two_layers_are_those_of_both():
+    model = Tied().eval()
+    moments = second_moments(model, context(), 4, "test")
+    assert list(moments) == ["first", "head"]
+    model.second.weight = nn.Parameter(model.first.weight.detach().clone())
+    apart = second_moments(model, context(), 4, "test")
+    torch.testing.assert_close(
+        moments["first"].float(), (apart["first"] + apart["second"]).float(), rtol=1e-4, atol=1e-3
+    )
+
+
+class Attending(nn.Module):
+    """Attention, whose last layer torch calls as a function, and a layer of a kind of its own."""
+
+    class Own(nn.Linear):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.own, self.head = self.Own(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = x.reshape(-1, 12, 16)
+        return self.head(self.own(self.attention(x, x, x)[0]).mean(1))
+
+
+@pytest.mark.parametrize("name", ["wanda", "obs"])
+def test_layers_whose_inputs_are_not_seen_lose_their_smallest_weights(name):
+    torch.manual_seed(0)
+    model = Attending().eval()
+    made = strategy(name, sparsity=0.5, scope="layer").apply(model, context())
+    assert sparsity(made) == pytest.approx(0.5, abs=1e-3)
+    for layer, dense in ((made.own, model.own), (made.attention.out_proj, model.attention.out_proj)):
+        gone = layer.weight == 0
+        assert torch.equal(layer.weight, dense.weight * ~gone)
+        assert dense.weight[gone].abs().max() <= dense.weight[~gone].abs().min()
+
+
+def test_positions_are_those_of_all_that_multiplies_by_a_weight():
+    model = Attending().eval()
+    assert positions(model, list(by_weight(model).values()), context()) == [12, 12, 1]
+    tied = Tied().eval()
+    assert positions(tied, list(by_weight(tied).values()), context()) == [8 * 8 + 6 * 6, 1]
+
+
 @pytest.mark.parametrize(("step", "message"), [(0, "each by a mask or quantizer of its own"), (1, "something else")])
 def test_a_weight_of_two_layers_with_a_mask_of_each_is_not_packed(step, message):
     model = Tied().eval()
@@ -191,6 +295,44 @@ def test_a_model_without_layers_is_refused(name):
 def test_inputs_that_overflow_are_told(name):
     with pytest.raises(InputError, match=f"{name}: the squares of what layer 'first' reads are not finite"):
         strategy(name).apply(net(), context(inputs() * 1e30))
+
+
+@pytest.mark.parametrize("name", ["obs", "wanda"])
+def test_layers_of_other_kinds_alone_are_told(name):
+    with pytest.raises(InputError, match=f"{name}: no layer's inputs can be seen, .* take the sparsifier 'magnitude'"):
+        strategy(name).apply(nn.Sequential(nn.Flatten(), Attending.Own(192, 5)), context())
+
+
+@pytest.mark.parametrize("name", ["obs", "wanda", "gradual", "movement"])
+def test_missing_training_data_are_told(name):
+    none = Context(inputs(1), DataLoader(TensorDataset(inputs(0), torch.zeros(0).long()), 8, sampler=[]), 0, {})
+    with pytest.raises(InputError, match="there is no training data to"):
+        strategy(name).apply(net(), none)
+
+
+@pytest.mark.parametrize("name", ["obs", "wanda"])
+def test_layers_may_be_called_by_keyword(name):
+    class ByName(nn.Sequential):
+        def forward(self, x):
+            return self[2](input=self[1](input=x.flatten(1)).relu())
+
+    torch.manual_seed(0)
+    made = strategy(name).apply(ByName(nn.Identity(), nn.Linear(192, 16), nn.Linear(16, 5)), context())
+    assert 0.45 < sparsity(made) <= 0.51
+
+
+def test_weights_that_cannot_be_ranked_are_told():
+    model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 5)))
+    with pytest.raises(InputError, match="layer '1' computes its weight out of other tensors, as weight norm"):
+        Magnitude().apply(model, context())
+    model = nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(192, 5)))
+    with pytest.raises(InputError, match="layer '1' computes its weight out of other tensors"):
+        Magnitude().apply(model, context())
+    model = net()
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="the weights of layer 'head' are not finite; train the model first"):
+        Magnitude().apply(model, context())
 
 
 @pytest.mark.parametrize("name", ["gradual", "movement"])
@@ -334,10 +476,9 @@ def test_dear_kernels_go_first():
     with torch.no_grad():
         layers[0].weight.copy_(torch.tensor([3.0, 4.0]).view(2, 1, 1, 1) * torch.tensor([0.5, 1.0, 1.5] * 3).view(3, 3))
         layers[3].weight.copy_(torch.tensor([[2.5, 3.0]]))
-    data = DataLoader(TensorDataset(torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64)))
 
     def left(**options):
-        made = Block(rows=1, columns=0, sparsity=0.25, **options).apply(model, changed(context(), training_data=data))
+        made = Block(rows=1, columns=0, sparsity=0.25, **options).apply(model, context(torch.zeros(1, 1, 4, 4)))
         return [made[0].weight.count_nonzero((1, 2, 3)).tolist(), made[3].weight.count_nonzero(0).tolist()]
 
     assert left() == [[9, 9], [0, 1]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from micronet_plugins.layerwise import (
     set_weight,
     weights_of,
 )
-from micronet_plugins.weights import upper_factor_of_inverse
+from micronet_plugins.weights import calibration_data, run_watched, upper_factor_of_inverse, watchable
 
 _BLOCK = 128  # columns
 
@@ -33,7 +34,8 @@ class GPTQ(WeightQuantizer):
 
     Layer by layer, on inputs that the layers before it, already quantized, give: H = 2 X X^T + damping; then column by
     column w is rounded to q, and (w - q) / [H^-1]_ii [H^-1]_i is taken from the columns behind it. Convolutions are
-    matrices over their unfolded inputs, each group its own; zeros of a mask stay. Other weights are rounded to nearest.
+    matrices over their unfolded inputs, each group its own; zeros of a mask stay. Other weights are rounded to nearest,
+    those that something else reads, too, among them: a table of words that is the embedding and the softmax.
     Use it at 2 to 4 bits where there is no time for fine-tuning; scales cost what those of `affine` do.
     """
 
@@ -46,19 +48,21 @@ class GPTQ(WeightQuantizer):
     damping: float = Field(0.01, gt=0, description="share of the mean diagonal of H that is added to it")
 
     def quantize_weights(self, model: nn.Module, context: Context) -> None:
-        batches = list(context.calibration(self.batches))
-        if not batches:
-            raise InputError("gptq: there is no training data to calibrate on")
+        batches = calibration_data(context, self.batches, "gptq")
         shared: dict[int, nn.Module] = {}
-        for layer in _in_order(model, batches[0]):
-            if id(original_of(layer, "weight")) in shared:
-                continue  # tied, and done
+        in_order = _in_order(model, batches[0])
+        found = watchable(model, batches[0]) if in_order else {}
+        tied = {layer: layers for layers in found.values() for layer in layers}
+        for layer in in_order:
+            original = id(original_of(layer, "weight"))
+            if layer not in tied or original in shared:
+                continue  # something else reads the weight, or it is done
             weight: Tensor = layer.weight.detach()  # type: ignore[operator]
             number_format = self._format(layer, weight)
-            rounded = round_weight(weight, hessians(model, layer, batches), number_format, self.damping, _mask(layer))
-            set_weight(layer, "weight", rounded)
-            shared[id(original_of(layer, "weight"))] = AffineQuantizer(number_format)
-            parametrize.register_parametrization(layer, "weight", shared[id(original_of(layer, "weight"))], unsafe=True)
+            hessian = hessians(model, tied[layer], batches)
+            set_weight(layer, "weight", round_weight(weight, hessian, number_format, self.damping, _mask(layer)))
+            shared[original] = AffineQuantizer(number_format)
+            parametrize.register_parametrization(layer, "weight", shared[original], unsafe=True)
         quantize_each(weights_of(model), self.quantizer, shared)
 
     def quantizer(self, layer: nn.Module, name: str) -> nn.Module:
@@ -73,29 +77,34 @@ def _in_order(model: nn.Module, inputs: Tensor) -> list[nn.Module]:
     """The convolutions (2d) and linear layers in the order in which they run first."""
     ran: dict[nn.Module, None] = {}
 
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        ran[module] = None
+    def note(layer: nn.Module, x: Tensor) -> None:
+        ran[layer] = None
 
     layers = [m for m in model.modules() if layer_type(m) in (nn.Conv2d, nn.Linear)]
-    _run(model, [inputs], dict.fromkeys(layers, note))
+    run_watched(model, [inputs], {layer: partial(note, layer) for layer in layers})
     return list(ran)
 
 
-def hessians(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Tensor:
-    """2 X X^T over all inputs that reach a layer, [groups, inputs, inputs] with kernel positions among the inputs."""
+def hessians(model: nn.Module, layers: Sequence[nn.Module], batches: list[Tensor]) -> Tensor:
+    """2 X X^T over all inputs that reach layers of one weight, [groups, inputs, inputs].
+
+    Kernel positions are among the inputs.
+    """
     found: list[Tensor] = []
 
-    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        columns = unfolded(module, args[0]).double()
+    def add(layer: nn.Module, x: Tensor) -> None:
+        columns = unfolded(layer, x).double()
         product = 2 * columns @ columns.transpose(1, 2)
         found[:] = [found[0] + product] if found else [product]
 
-    _run(model, batches, {layer: add})
+    run_watched(model, batches, {layer: partial(add, layer) for layer in layers})
     if not found:
         raise InputError(
             "gptq: behind quantized layers no calibration data reach a layer any more, as every example takes another "
             "path; take more batches, or more bits"
         )
+    if not bool(torch.isfinite(found[0]).all()):
+        raise InputError("gptq: the squares of what a layer reads are not finite; train the model first")
     return found[0]
 
 
@@ -153,17 +162,3 @@ def _mask(layer: nn.Module) -> Tensor | None:
         return None
     masks = [p.mask for p in layer.parametrizations["weight"] if isinstance(p, Mask)]  # type: ignore[index]
     return torch.stack(masks).all(0) if masks else None
-
-
-def _run(
-    model: nn.Module, batches: list[Tensor], before: dict[nn.Module, Callable[[nn.Module, tuple[Tensor, ...]], None]]
-) -> None:
-    """Runs the model, calling a function before each of some layers."""
-    hooks = [layer.register_forward_pre_hook(function) for layer, function in before.items()]
-    try:
-        with torch.no_grad(), parametrize.cached():
-            for inputs in batches:
-                model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -6,18 +6,22 @@ Evci et al. 2020, arXiv 1911.11134.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from micronet_eval.conditional import paths_of
+from micronet_eval.costs.dot_products import FORMULAS
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Sparsifier
-from micronet_eval.structure import Mask, copied
-from micronet_plugins.weights import dot_products, grouped, parametrizations_of, sharing, weight_of
+from micronet_eval.structure import Mask, copied, original_of
+from micronet_eval.trace import trace
+from micronet_plugins.weights import by_weight, grouped, parametrizations_of, sharing, weight_of
 
 SPARSITY = Field(0.5, gt=0, lt=1, description="share of all weights of convolutions and linear layers")
 LIMIT = Field(0.95, gt=0, lt=1, description="largest share that one layer may lose")
@@ -47,7 +51,7 @@ class Magnitude(Sparsifier):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        layers = list(dot_products(model).values())
+        layers = list(by_weight(model).values())
         costs = costs_of(model, layers, self.mac_cost, context)
         for layer, count in zip(layers, allocated(layers, self.scope, self.sparsity, self.limit, costs), strict=True):
             zero_smallest(model, layer, weight_of(layer).abs(), count)
@@ -62,21 +66,19 @@ def costs_of(model: nn.Module, layers: Sequence[nn.Module], mac_cost: float, con
 
 
 def positions(model: nn.Module, layers: Sequence[nn.Module], context: Context) -> list[int]:
-    """How often each layer's weights are used for an example: the elements of an output channel; 0 if it never runs."""
-    found = dict.fromkeys(layers, 0)
+    """How often each layer's weights are multiplied for an example: the elements of an output channel; 0 for never.
 
-    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
-        found[layer] += output.numel() // dimensions(layer)[0]
-
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        with torch.no_grad():
-            for inputs in context.calibration(1):
-                model.eval()(inputs[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(found.values())
+    Whatever multiplies by the weight counts, layers that share it and functions, too; of several paths through a model
+    the one that does most.
+    """
+    elements: Counter[tuple[str | None, str]] = Counter()
+    for op in trace(model, context.example_input).ops:
+        if op.name in FORMULAS:
+            for name in {leaf.name for value in op.inputs if value.is_constant for leaf in value.leaves()}:
+                elements[name, op.path] += op.out.numel
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    most = [max(elements[names[id(original_of(x, "weight"))], path] for path in paths_of(model)) for x in layers]
+    return [count // dimensions(layer)[0] for count, layer in zip(most, layers, strict=True)]
 
 
 def allocated(
@@ -161,7 +163,7 @@ def without_lowest(scores: Tensor, count: int) -> Tensor:
 def set_mask(model: nn.Module, layer: nn.Module, mask: Tensor) -> None:
     """Holds the weight's zeros at `mask`; a mask that is there already takes the new zeros.
 
-    Layers that share the weight share the mask.
+    All modules that hold the weight share the mask, an embedding that is tied to the layer among them.
 
     Raises InputError where a quantizer would come before the mask: what a mask makes of codes is no code any more.
     """
@@ -172,5 +174,5 @@ def set_mask(model: nn.Module, layer: nn.Module, mask: Tensor) -> None:
     if parametrizations_of(layer) is not None:
         raise InputError("the weights are quantized already; put the sparsifier before the quantizer")
     shared = Mask(mask)
-    for other in sharing(model, layer):
-        parametrize.register_parametrization(other, "weight", shared)
+    for other, name in sharing(model, layer):
+        parametrize.register_parametrization(other, name, shared)

@@ -24,7 +24,7 @@ from micronet_plugins.magnitude import (
     zero_smallest,
     zeros_by_layer,
 )
-from micronet_plugins.weights import dot_products, grouped, ungrouped, weight_of
+from micronet_plugins.weights import by_weight, grouped, ungrouped, weight_of
 
 
 class NofM(Sparsifier):
@@ -46,7 +46,7 @@ class NofM(Sparsifier):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        for layer in dot_products(model).values():
+        for layer in by_weight(model).values():
             set_mask(model, layer, n_of_m(layer, weight_of(layer).abs(), self.n, self.m))
         return model
 
@@ -80,7 +80,7 @@ class Block(Sparsifier):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        layers = list(dot_products(model).values())
+        layers = list(by_weight(model).values())
         blocks = [(self.rows, self.columns or math.prod(weight_of(layer).shape[2:])) for layer in layers]
         norms = [block_norms(weight_of(x), b, self.norm) for x, b in zip(layers, blocks, strict=True)]
         scores = worths([norm.flatten() for norm in norms], self.scope, costs_of(model, layers, self.mac_cost, context))
@@ -114,7 +114,7 @@ class Random(Sparsifier):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         generator = torch.Generator().manual_seed(context.seed)
-        layers = list(dot_products(model).values())
+        layers = list(by_weight(model).values())
         drawn = [torch.rand(weight_of(layer).numel(), generator=generator) for layer in layers]
         scores = [d.masked_fill(weight_of(layer).flatten() == 0, -1) for layer, d in zip(layers, drawn, strict=True)]
         for layer, score, count in zip(layers, scores, zeros_by_layer(scores, self.sparsity, self.limit), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import Mask, copied
 from micronet_eval.training import loader, logits_of
 from micronet_plugins.magnitude import LIMIT, SPARSITY, set_mask, zero_smallest, zeros_by_layer
-from micronet_plugins.weights import dot_products, parametrizations_of, sharing, weight_of
+from micronet_plugins.weights import by_weight, parametrizations_of, sharing, weight_of
 
 
 class Scheduled(Sparsifier):
@@ -42,7 +42,7 @@ class Gradual(Scheduled):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        layers = list(dot_products(model).values())
+        layers = list(by_weight(model).values())
         for done in training(model, self, context):
             magnitudes = [weight_of(layer).abs().flatten() for layer in layers]
             zeros = zeros_by_layer(magnitudes, self.sparsity_at(done), self.limit)
@@ -61,7 +61,7 @@ class Movement(Scheduled):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
-        layers = list(dot_products(model).values())
+        layers = list(by_weight(model).values())
         moved = [watch(model, layer) for layer in layers]
         for done in training(model, self, context):
             scores = [m.scores.flatten() for m in moved]
@@ -103,9 +103,9 @@ def watch(model: nn.Module, layer: nn.Module) -> _Moved:
 
 
 def _exchange(model: nn.Module, layer: nn.Module, mask: Mask) -> None:
-    """Puts `mask` in the place of the layer's mask, and of that of all layers that share its weight."""
-    for other in sharing(model, layer):
-        parametrizations = parametrizations_of(other)
+    """Puts `mask` in the place of the layer's mask, and of that of all modules that hold its weight."""
+    for other, name in sharing(model, layer):
+        parametrizations = parametrizations_of(other, name)
         assert parametrizations is not None
         position = next(i for i, p in enumerate(parametrizations) if isinstance(p, Mask))
         parametrizations[position] = mask
@@ -113,6 +113,8 @@ def _exchange(model: nn.Module, layer: nn.Module, mask: Mask) -> None:
 
 def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator[float]:
     """Trains `model` in place with cross entropy; yields the share that is done, a hundred times at most."""
+    if not len(context.training_data.dataset):  # type: ignore[arg-type]
+        raise InputError("there is no training data to train on")
     batches = loader(context.training_data.dataset, options.batch_size, context.seed)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
     steps = options.epochs * len(batches)
@@ -120,11 +122,23 @@ def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator
     model.train()
     for step, (inputs, labels) in enumerate(chain.from_iterable(repeat(batches, options.epochs)), 1):
         optimizer.zero_grad()
-        logits = logits_of(model, inputs)
-        if (largest := int(labels.max())) >= logits.shape[-1]:
-            raise InputError(f"training: label {largest} has no output; the model has {logits.shape[-1]}")
-        nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, inputs, labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if 100 * step // steps > 100 * (step - 1) // steps:
             yield step / steps
+
+
+def loss_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy, of a language model over all words. Raises InputError for a label without an output."""
+    logits = logits_of(model, inputs)
+    if (largest := int(labels.max())) >= logits.shape[-1]:
+        raise InputError(f"label {largest} has no output; the model has {logits.shape[-1]}")
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def labelled(context: Context, batches: int, strategy: str) -> list[tuple[Tensor, Tensor]]:
+    """So many batches of training data. Raises InputError where there is none."""
+    if not (data := list(islice(context.training_data, batches))):
+        raise InputError(f"{strategy}: there is no training data to take gradients on")
+    return data

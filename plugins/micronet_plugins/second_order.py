@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from micronet_eval.strategy import Context, Sparsifier
 from micronet_eval.structure import copied, original_of
-from micronet_plugins.magnitude import LIMIT, SHARING, SPARSITY, Scope, allocated, set_mask, share_of
+from micronet_plugins.magnitude import LIMIT, SHARING, SPARSITY, Scope, allocated, set_mask, share_of, zero_smallest
 from micronet_plugins.weights import (
+    by_weight,
     grouped,
     second_moments,
     ungrouped,
@@ -23,7 +24,9 @@ class Wanda(Sparsifier):
 
     Sun et al. 2023, arXiv 2306.11695: score |W_ij| ||X_j||_2, compared within an output; of a convolution j is an input
     channel at a kernel position. The paper takes the same share of each layer, as `scope` = layer. Cheap, no weight
-    changes; better than `magnitude` where inputs differ in size.
+    changes; better than `magnitude` where inputs differ in size. Layers that share a weight add their inputs up. Layers
+    whose inputs do not tell what the weight is for lose the smallest weights: a table that is the embedding, too, the
+    last layer of attention, subclasses of torch's layers.
     """
 
     sparsity: float = SPARSITY
@@ -34,9 +37,12 @@ class Wanda(Sparsifier):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         moments = second_moments(model, context, self.batches, "wanda")
-        layers = [model.get_submodule(path) for path in moments]
-        counts = allocated(layers, self.scope, self.sparsity, self.limit)
-        for layer, moment, count in zip(layers, moments.values(), counts, strict=True):
+        layers = by_weight(model)
+        counts = allocated(list(layers.values()), self.scope, self.sparsity, self.limit)
+        for (path, layer), count in zip(layers.items(), counts, strict=True):
+            if (moment := moments.get(path)) is None:
+                zero_smallest(model, layer, weight_of(layer).abs(), count)
+                continue
             weight = grouped(layer, weight_of(layer)).flatten(2)
             scores = weight.abs() * moment.diagonal(dim1=1, dim2=2).sqrt()[:, None, :]
             scores = scores.masked_fill(weight == 0, -1)
@@ -54,7 +60,8 @@ class OBS(Sparsifier):
     (Frantar and Alistarh 2023, arXiv 2301.00774). With H = X X^T + damping, saliency w_j^2 / [H^-1]_jj; the weights
     behind j change by -w_j / [H^-1]_jj x [H^-1]_j, where H is that of the inputs from j on. Then all that remain are
     refitted to the layer's outputs. The best without training, and the dearest: d^3 a layer, d = inputs x kernel. The
-    paper takes the same share of each layer, as `scope` = layer.
+    paper takes the same share of each layer, as `scope` = layer. Shared weights, and layers whose inputs do not tell
+    what the weight is for, as in `wanda`; those keep their values.
     """
 
     sparsity: float = SPARSITY
@@ -67,9 +74,12 @@ class OBS(Sparsifier):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(model)
         moments = second_moments(model, context, self.batches, "obs")
-        layers = [model.get_submodule(path) for path in moments]
-        counts = allocated(layers, self.scope, self.sparsity, self.limit)
-        for layer, moment, count in zip(layers, moments.values(), counts, strict=True):
+        layers = by_weight(model)
+        counts = allocated(list(layers.values()), self.scope, self.sparsity, self.limit)
+        for (path, layer), count in zip(layers.items(), counts, strict=True):
+            if (moment := moments.get(path)) is None:
+                zero_smallest(model, layer, weight_of(layer).abs(), count)
+                continue
             matrices = grouped(layer, weight_of(layer)).flatten(2).double()
             found = [
                 sweep(matrix, damped(h, self.damping), count / weight_of(layer).numel(), self.block)
