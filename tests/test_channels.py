@@ -441,6 +441,53 @@ def test_a_layer_at_several_places_keeps_its_channels():
     assert [group.root for group in groups(model)[1]] == [model[5]]
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, and a table that a function reads, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in ((192, 20), (20, 20), (20, 20), (20, 16), (16, 5)))
+        self.layers[2].weight = self.layers[1].weight
+        self.read = nn.Linear(5, 12)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.read(x) @ self.read.weight
+
+
+def test_layers_that_share_a_weight_keep_their_channels():
+    model = Tied().eval()
+    assert [group.root for group in groups(model)[1]] == [model.layers[3]]
+    made = strategy("magnitude", ratio=0.05).apply(model, context())
+    assert size(made) < size(model)
+    assert made.layers[1].weight is made.layers[2].weight
+    packing.pack(made, Tied(), context().example_input)
+
+
+class Gated(nn.Module):
+    """Two halves of one layer's channels, multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates, self.last, self.head = nn.Conv2d(3, 32, 3), nn.Conv2d(16, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        left, right = self.gates(x).chunk(2, 1)
+        return self.head(self.last(left * right.sigmoid()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
+def test_halves_that_meet_again_go_together(ratio):
+    model = Gated().eval()
+    gates = next(group for group in groups(model)[1] if group.root is model.gates)
+    assert gates.units == [[i, i + 16] for i in range(16)]
+    made = strategy("magnitude", ratio=ratio).apply(model, context())
+    assert ratio - 0.1 < 1 - size(made) / size(model) <= ratio
+    assert made.gates.out_channels == 2 * made.last.in_channels
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(InputError, match="no convolution and no linear layer"):
         strategy("magnitude").apply(nn.Sequential(nn.Flatten(), nn.ReLU()), context())

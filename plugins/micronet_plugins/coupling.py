@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -21,8 +21,16 @@ from torch import Tensor, nn
 from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.structure import describe, submodule
-from micronet_eval.trace import trace
-from micronet_plugins.weights import CONVOLUTIONS, DOT_PRODUCTS, TRANSPOSED, dot_products, grouped, weight_of
+from micronet_eval.trace import tensors_in, trace
+from micronet_plugins.weights import (
+    CONVOLUTIONS,
+    DOT_PRODUCTS,
+    TRANSPOSED,
+    dot_products,
+    grouped,
+    read_elsewhere,
+    weight_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +76,10 @@ class Group:
     units: list[list[int]]
     sides: list[Side]
 
+    def channels(self, units: Sequence[int]) -> list[int]:
+        """The root's output channels that units consist of, in order."""
+        return sorted(channel for unit in units for channel in self.units[unit])
+
     def sum(self, side: Side, values: Tensor) -> Tensor:
         """Sums `values` [total of the side] over the channels of each unit: [units]."""
         return torch.zeros(len(self.units), dtype=values.dtype).index_add(0, side.units, values[side.channels])
@@ -87,30 +99,45 @@ def dependency_graph(model: nn.Module, example_input: Tensor) -> Any:
     """
     import torch_pruning
 
-    def forward(model: nn.Module, inputs: Tensor) -> list[Any]:
-        outputs = []
-        for path in paths_of(model):
-            with taking(model, path):
-                outputs.append(model(inputs))
-        return outputs
-
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch_pruning.DependencyGraph().build_dependency(
-                model, example_input, forward_fn=forward, verbose=False
+                model, example_input, forward_fn=all_outputs, verbose=False
             )
     except Exception as error:  # whatever its walk over a forward that it cannot follow raises
-        raise InputError(f"torch-pruning cannot follow the model: {type(error).__name__}: {error}") from error
+        raise InputError(
+            "torch-pruning cannot follow the model; low-rank and eigendamage prune without it: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def all_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """The tensors that a model returns, on each of its paths."""
+    outputs: list[Tensor] = []
+    for path in paths_of(model):
+        with taking(model, path):
+            outputs += tensors_in(model(inputs))
+    return outputs
 
 
 def groups_of(graph: Any, model: nn.Module, example_input: Tensor, keep: Sequence[str] = ()) -> list[Group]:
     """All that can be removed. The model's own outputs stay, and those of layers at paths that match `keep`."""
     kept = [*output_layers(model, example_input), *keep]
-    ignored = [layer for path, layer in dot_products(model).items() if any(fnmatch(path, name) for name in kept)]
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    layers = dot_products(model)
+    ignored = [layer for path, layer in layers.items() if any(fnmatch(path, name) for name in kept)]
+    places = [module for _, module in model.named_modules(remove_duplicate=False)]
+    owners = Counter(id(tensor) for module in places for tensor in _tensors(module))
+    owners.update(read_elsewhere(model, example_input, layers.values()))
+    whole = {m: _is_fixed(m) or any(owners[id(tensor)] > 1 for tensor in _tensors(m)) for m in places}
     found = graph.get_all_groups(ignored_layers=ignored, root_module_types=DOT_PRODUCTS)
-    return [group for each in found if (group := _group(graph, places, each)) is not None]
+    return [group for each in found if (group := _group(graph, whole, each)) is not None]
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers that a module holds itself."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
 
 
 def output_layers(model: nn.Module, example_input: Tensor) -> set[str]:
@@ -129,16 +156,18 @@ def output_layers(model: nn.Module, example_input: Tensor) -> set[str]:
     return found
 
 
-def _group(graph: Any, places: Counter[nn.Module], found: Any) -> Group | None:
+def _group(graph: Any, whole: Mapping[nn.Module, bool], found: Any) -> Group | None:
     """A group of the graph as units that can go one by one; None where a layer in it would not survive that.
 
-    Grouped layers need as many channels in each of their groups: channels at the same position of each are one unit.
+    `whole` are all modules of the model, and whether they have to stay so: what is packed at several places or read
+    by others stays. Grouped layers need as many channels in each of their groups: channels at the same position of each
+    are one unit.
     """
-    items = [item for item in found.items if item.dep.target.module in places]
     if any(isinstance(item.dep.target.module, nn.Parameter) for item in found.items):
         return None  # a parameter outside of layers keeps its shape when it is packed
-    if any(_is_fixed(item.dep.target.module) or places[item.dep.target.module] > 1 for item in items):
-        return None  # a layer that stands at several places is packed as several
+    items = [item for item in found.items if item.dep.target.module in whole]
+    if any(whole[item.dep.target.module] for item in items):
+        return None
     channels = len(found[0].idxs)
     groups = math.lcm(*(_groups_to_keep(item.dep.target.module) for item in items))
     if channels % groups:
@@ -153,12 +182,53 @@ def _group(graph: Any, places: Counter[nn.Module], found: Any) -> Group | None:
         )
         for item in items
     ]
-    if not all(_is_sound(side) and _is_balanced(side, count) for side in sides):
-        return None
-    if not any(side.is_output and not side.is_norm and not _is_depthwise(side.layer) for side in sides):
-        return None  # no layer makes these channels: they are those of the model's input
     units = [list(range(unit, channels, count)) for unit in range(count)]
-    return Group(found[0].dep.target.module, found[0].dep.handler, units, sides)
+    group = Group(found[0].dep.target.module, found[0].dep.handler, units, sides)
+    if not all(_goes_alone(graph, group, chosen) for chosen in _halves(count)):
+        group = _merged(graph, group)
+        if not all(_goes_alone(graph, group, chosen) for chosen in _halves(len(group.units))):
+            return None
+    if not all(_is_sound(side) and _is_balanced(side, len(group.units)) for side in group.sides):
+        return None
+    if not any(side.is_output and not side.is_norm and not _is_depthwise(side.layer) for side in group.sides):
+        return None  # no layer makes these channels: they are those of the model's input
+    return group
+
+
+def _halves(count: int) -> Iterator[list[int]]:
+    """The units whose number has a 1 at each binary digit: of any two, one is without the other in some list."""
+    for digit in range((count - 1).bit_length()):
+        yield [unit for unit in range(count) if unit >> digit & 1]
+
+
+def _goes_alone(graph: Any, group: Group, units: Sequence[int]) -> bool:
+    """Whether torch-pruning removes with these units what the group says, and nothing more."""
+    said = {(s.layer, s.is_output): s.channels[torch.isin(s.units, torch.tensor(units))].tolist() for s in group.sides}
+    done = _removed_with(graph, group, group.channels(units))
+    return {side: set(channels) for side, channels in said.items() if channels} == {s: set(c) for s, c in done.items()}
+
+
+def _removed_with(graph: Any, group: Group, channels: list[int]) -> dict[tuple[nn.Module, bool], list[int]]:
+    """The channels that torch-pruning removes together with some of the root's, by layer and side."""
+    layers = {side.layer for side in group.sides}
+    items = graph.get_pruning_group(group.root, group.prune, channels).items
+    sides = [(item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)) for item in items]
+    return {side: item.idxs for side, item in zip(sides, items, strict=True) if side[0] in layers}
+
+
+def _merged(graph: Any, group: Group) -> Group:
+    """The group with as one unit what torch-pruning removes together, as the two halves of a gated linear unit."""
+    unit_of = {channel: unit for unit, channels in enumerate(group.units) for channel in channels}
+    first = list(range(len(group.units)))
+    for channels in group.units:
+        joined = {first[unit_of[channel]] for channel in _removed_with(graph, group, channels)[group.root, True]}
+        first = [min(joined) if unit in joined else unit for unit in first]
+    units = [group.channels([u for u, other in enumerate(first) if other == unit]) for unit in sorted({*first})]
+    parts: dict[tuple[nn.Module, bool], list[tuple[int, int]]] = {}
+    for unit, channels in enumerate(units):
+        for side, removed_channels in _removed_with(graph, group, channels).items():
+            parts.setdefault(side, []).extend((channel, unit) for channel in removed_channels)
+    return Group(group.root, group.prune, units, [Side(*side, *torch.tensor(part).T) for side, part in parts.items()])
 
 
 def _is_fixed(layer: nn.Module) -> bool:
