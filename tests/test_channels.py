@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -488,6 +489,17 @@ def test_halves_that_meet_again_go_together(ratio):
     assert made.gates.out_channels == 2 * made.last.in_channels
 
 
+def test_hrank_sees_layers_that_are_called_by_keyword():
+    class ByName(nn.Sequential):
+        def forward(self, x):
+            x = self[2](input=self[1](input=self[0](x)).relu()).relu()
+            return self[3](input=x.mean((2, 3)))
+
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+    model = ByName(*layers).eval()
+    assert size(strategy("hrank", ratio=0.2).apply(model, context())) < size(model)
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(InputError, match="no convolution and no linear layer"):
         strategy("magnitude").apply(nn.Sequential(nn.Flatten(), nn.ReLU()), context())
@@ -507,6 +519,47 @@ def test_without_torch_pruning_the_extra_is_named(monkeypatch):
             InputError, match=r"needs torch-pruning; install it with: pip install 'micronet-eval\[prune\]'"
         ):
             strategy(name)
+
+
+def test_a_model_that_torch_pruning_cannot_follow_is_told_with_other_pruners():
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
+    with pytest.raises(InputError, match="torch-pruning cannot follow the model; low-rank and eigendamage prune"):
+        strategy("magnitude").apply(model, context(torch.zeros(1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("name", ["taylor", "hrank", "torch-pruning"])
+def test_missing_training_data_are_told(name):
+    c = context()
+    none = DataLoader(TensorDataset(inputs(0), torch.zeros(0).long()), 8, sampler=[])
+    with pytest.raises(InputError, match=f"{name}: there is no training data to"):
+        options = {"importance": "taylor"} if name == "torch-pruning" else {}
+        strategy(name, **options).apply(net("linear"), Context(c.example_input, none, 0, c.formulas))
+
+
+def test_maps_that_are_not_finite_are_told():
+    model = net("residual")
+    model.stem[1].running_mean[0] = torch.nan
+    with pytest.raises(InputError, match="hrank: feature maps are not finite; train the model first"):
+        strategy("hrank").apply(model, context())
+
+
+@pytest.mark.parametrize("name", ["taylor", "torch-pruning"])
+def test_language_models_are_pruned_by_the_loss_of_all_words(name):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.inside, self.softmax = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 20)
+
+        def forward(self, tokens):
+            return self.softmax(self.inside(self.table(tokens)).relu()).log_softmax(-1), None
+
+    torch.manual_seed(0)
+    model, tokens = Words().eval(), torch.randint(0, 20, (16, 6))
+    c = Context(tokens[:1], DataLoader(TensorDataset(tokens, tokens), 8), 0, plugins.formulas())
+    options = {"importance": "taylor"} if name == "torch-pruning" else {}
+    made = strategy(name, ratio=0.2, **options).apply(model, c)
+    assert made.inside.out_features < 16
+    assert made.softmax.out_features == 20
 
 
 def test_labels_without_an_output_are_told():
@@ -548,7 +601,9 @@ def test_torch_pruning_says_what_it_cannot_prune():
     raises = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.ReLU(), *ends)
     breaks = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.ReLU(), nn.Conv2d(3, 6, 1), *ends)
     for model in (raises, breaks):
-        with pytest.raises(InputError, match="torch-pruning cannot prune the model: "):
+        with pytest.raises(
+            InputError, match="torch-pruning cannot prune the model; magnitude leaves out what it cannot"
+        ):
             plugins.lookup("pruner", "torch-pruning")().apply(model, context())
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -21,15 +20,35 @@ from micronet_eval.structure import Mask, copied, quantizers_of
 from micronet_eval.trace import trace
 from micronet_plugins.coupling import Group, Side, dependency_graph, groups_of, lowest, need_torch_pruning
 from micronet_plugins.magnitude import set_mask
-from micronet_plugins.weights import CONVOLUTIONS, grouped, parametrizations_of, weight_of
+from micronet_plugins.scheduled import labelled, loss_of
+from micronet_plugins.weights import (
+    CONVOLUTIONS,
+    calibration_data,
+    first_argument,
+    grouped,
+    hooked,
+    parametrizations_of,
+    weight_of,
+)
+
+KEEP = (
+    "paths of layers whose outputs stay; * stands for anything; name those whose channels the forward moves to other "
+    "places, by flip, roll, or a view as heads of attention: they would be mixed up"
+)
 
 
 class Channels(Pruner):
-    """What the pruners of channels share: the options, the ranking, the removal."""
+    """What the pruners of channels share: the options, the ranking, the removal.
+
+    torch-pruning follows a channel by its place in a tensor, as far as it knows the operation. Where a forward gives
+    channels other places in a way that it does not know (flip, roll, a product of a tensor with itself, channels
+    shuffled by view and transpose, the heads of attention by view(B, N, heads, -1)), others than those that belong
+    together go, or channels of one head count to the next, and nothing tells. `keep` has to name the layers in front.
+    """
 
     ratio: float = Field(0.5, gt=0, lt=1, description="share of the model's parameters to remove, at most")
     limit: float = Field(0.9, gt=0, lt=1, description="largest share of its channels that one layer may lose")
-    keep: tuple[str, ...] = Field((), description="paths of layers whose outputs stay; * stands for anything")
+    keep: tuple[str, ...] = Field((), description=KEEP)
 
     @abstractmethod
     def importance(self, model: nn.Module, groups: Sequence[Group], context: Context) -> list[Tensor | None]:
@@ -54,8 +73,7 @@ class Channels(Pruner):
         total = sum(p.numel() for p in model.parameters())
         for group, units in zip(ranked, lowest(ranked, self.ratio * total, self.limit), strict=True):
             if units:
-                channels = sorted(channel for unit in units for channel in group.units[unit])
-                graph.get_pruning_group(group.root, group.prune, channels).prune()
+                graph.get_pruning_group(group.root, group.prune, group.channels(units)).prune()
         try:
             trace(model, context.example_input)
         except InputError as error:
@@ -131,12 +149,9 @@ class Taylor(Channels):
 
     def importance(self, model: nn.Module, groups: Sequence[Group], context: Context) -> list[Tensor | None]:
         sums = [torch.zeros(len(group.units), dtype=torch.float64) for group in groups]
-        for inputs, labels in islice(context.training_data, self.batches):
+        for inputs, labels in labelled(context, self.batches, "taylor"):
             model.zero_grad()
-            logits = model(inputs)
-            if (most := int(labels.max())) >= logits.shape[1]:
-                raise InputError(f"label {most} has no output; the model has {logits.shape[1]}")
-            nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+            loss_of(model, inputs, labels).backward()  # type: ignore[no-untyped-call]
             for group, total in zip(groups, sums, strict=True):
                 total += first_order(group).square()
         return [_of_unit_norm(total.sqrt()) for total in sums]
@@ -212,19 +227,18 @@ class HRank(Channels):
         }
 
         def watch(layer: nn.Module, is_output: bool) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                sums[layer, is_output] = sums[layer, is_output] + ranks(output if is_output else args[0], layer)
+            def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+                maps = output if is_output else first_argument(args, kwargs)
+                if not bool(torch.isfinite(maps).all()):
+                    raise InputError("hrank: feature maps are not finite; train the model first")
+                sums[layer, is_output] = sums[layer, is_output] + ranks(maps, layer)
 
             return hook
 
-        hooks = [layer.register_forward_hook(watch(layer, is_output)) for layer, is_output in sums]
-        try:
-            with torch.no_grad():
-                for inputs in context.calibration(self.batches):
-                    model(inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hooks = [layer.register_forward_hook(watch(layer, is_output), with_kwargs=True) for layer, is_output in sums]
+        with hooked(model, hooks):
+            for inputs in calibration_data(context, self.batches, "hrank"):
+                model(inputs)
         ran = [[side for side in sides if sums[side.layer, side.is_output].dim()] for sides in chosen]
         return [
             _relative(torch.stack([g.sum(s, sums[s.layer, s.is_output]) for s in sides]).sum(0)) if sides else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from itertools import islice
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,7 +14,8 @@ from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import copied, quantizers_of
 from micronet_eval.trace import trace
-from micronet_plugins.coupling import need_torch_pruning, output_layers
+from micronet_plugins.coupling import all_outputs, need_torch_pruning, output_layers
+from micronet_plugins.scheduled import labelled, loss_of
 from micronet_plugins.weights import dot_products
 
 Importance = Literal["magnitude", "taylor", "bn-scale", "fpgm", "lamp", "random"]
@@ -59,6 +59,9 @@ class TorchPruning(Pruner):
         model.requires_grad_(True)
         outputs = output_layers(model, context.example_input)
         importance = getattr(tp.importance, CLASSES[self.importance])()
+        if self.importance == "taylor":
+            for inputs, labels in labelled(context, self.batches, "torch-pruning"):
+                loss_of(model, inputs, labels).backward()  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -70,16 +73,17 @@ class TorchPruning(Pruner):
                     max_pruning_ratio=self.limit,
                     global_pruning=self.across == "network",
                     round_to=self.round_to,
+                    forward_fn=all_outputs,
                     ignored_layers=[layer for path, layer in dot_products(model).items() if path in outputs]
                     + [m for m in model.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm)],
                 )
-                if self.importance == "taylor":
-                    for inputs, labels in islice(context.training_data, self.batches):
-                        nn.functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
                 pruner.step()
                 trace(model, context.example_input)
             except Exception as error:  # whatever its walk over a model that it cannot follow raises
-                raise InputError(f"torch-pruning cannot prune the model: {type(error).__name__}: {error}") from error
+                raise InputError(
+                    "torch-pruning cannot prune the model; magnitude leaves out what it cannot, low-rank and "
+                    f"eigendamage prune without it: {type(error).__name__}: {error}"
+                ) from error
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
             parameter.grad = None
