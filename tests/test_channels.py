@@ -489,6 +489,38 @@ def test_halves_that_meet_again_go_together(ratio):
     assert made.gates.out_channels == 2 * made.last.in_channels
 
 
+class Moving(nn.Module):
+    """A layer whose channels come to other places before they are read, between two whose channels do not."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.first, self.moved, self.last = nn.Linear(192, 12), nn.Linear(12, 12), nn.Linear(12, 12, bias=False)
+        self.head, self.move = nn.Linear(12, 5), move
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)).relu()
+        return self.head(self.last(self.move(self.moved(x).relu())).relu())
+
+
+MOVES = {
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, 1),
+    "shuffle": lambda x: x.view(-1, 2, x.shape[1] // 2).transpose(1, 2).flatten(1),
+    "heads": lambda x: x * x.view(len(x), 2, -1).softmax(-1).flatten(1),
+    "none": lambda x: x * x.softmax(1),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_channels_that_the_forward_gives_other_places_stay(move):
+    torch.manual_seed(0)
+    model = Moving(MOVES[move]).eval()
+    state = copy.deepcopy(model.state_dict())
+    roots = {group.root for group in groups(model, torch.zeros(2, 3, 8, 8))[1]}
+    assert roots == {model.first, model.last} | ({model.moved} if move == "none" else set())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_hrank_sees_layers_that_are_called_by_keyword():
     class ByName(nn.Sequential):
         def forward(self, x):

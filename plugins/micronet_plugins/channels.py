@@ -31,24 +31,13 @@ from micronet_plugins.weights import (
     weight_of,
 )
 
-KEEP = (
-    "paths of layers whose outputs stay; * stands for anything; name those whose channels the forward moves to other "
-    "places, by flip, roll, or a view as heads of attention: they would be mixed up"
-)
-
 
 class Channels(Pruner):
-    """What the pruners of channels share: the options, the ranking, the removal.
-
-    torch-pruning follows a channel by its place in a tensor, as far as it knows the operation. Where a forward gives
-    channels other places in a way that it does not know (flip, roll, a product of a tensor with itself, channels
-    shuffled by view and transpose, the heads of attention by view(B, N, heads, -1)), others than those that belong
-    together go, or channels of one head count to the next, and nothing tells. `keep` has to name the layers in front.
-    """
+    """What the pruners of channels share: the options, the ranking, the removal."""
 
     ratio: float = Field(0.5, gt=0, lt=1, description="share of the model's parameters to remove, at most")
     limit: float = Field(0.9, gt=0, lt=1, description="largest share of its channels that one layer may lose")
-    keep: tuple[str, ...] = Field((), description=KEEP)
+    keep: tuple[str, ...] = Field((), description="paths of layers whose outputs stay; * stands for anything")
 
     @abstractmethod
     def importance(self, model: nn.Module, groups: Sequence[Group], context: Context) -> list[Tensor | None]:

@@ -28,7 +28,9 @@ from micronet_plugins.weights import (
     TRANSPOSED,
     dot_products,
     grouped,
+    hooked,
     read_elsewhere,
+    ungrouped,
     weight_of,
 )
 
@@ -122,7 +124,11 @@ def all_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
 
 
 def groups_of(graph: Any, model: nn.Module, example_input: Tensor, keep: Sequence[str] = ()) -> list[Group]:
-    """All that can be removed. The model's own outputs stay, and those of layers at paths that match `keep`."""
+    """All that can be removed. The model's own outputs stay, and those of layers at paths that match `keep`.
+
+    So do channels that the forward gives other places than torch-pruning says: by flip, roll or a shuffle that it does
+    not know, or as those of several heads of attention.
+    """
     kept = [*output_layers(model, example_input), *keep]
     layers = dot_products(model)
     ignored = [layer for path, layer in layers.items() if any(fnmatch(path, name) for name in kept)]
@@ -131,7 +137,63 @@ def groups_of(graph: Any, model: nn.Module, example_input: Tensor, keep: Sequenc
     owners.update(read_elsewhere(model, example_input, layers.values()))
     whole = {m: _is_fixed(m) or any(owners[id(tensor)] > 1 for tensor in _tensors(m)) for m in places}
     found = graph.get_all_groups(ignored_layers=ignored, root_module_types=DOT_PRODUCTS)
-    return [group for each in found if (group := _group(graph, whole, each)) is not None]
+    groups = [group for each in found if (group := _group(graph, whole, each)) is not None]
+    inputs = example_input
+    if inputs.is_floating_point():
+        inputs = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), dtype=inputs.dtype)
+    with hooked(model, []):
+        return _movable(model, inputs, groups, all_outputs(model, inputs))
+
+
+def _movable(model: nn.Module, inputs: Tensor, groups: Sequence[Group], expected: Sequence[Tensor]) -> list[Group]:
+    """The groups whose units can change places on all sides without a change of what the model returns."""
+    if not groups or not all(bool(torch.isfinite(output).all()) for output in expected):
+        return list(groups)
+    moves = [move for group in groups for move in _moves(group)]
+    for side, order in moves:
+        _move(side, order)
+    found = all_outputs(model, inputs)
+    for side, order in moves:
+        _move(side, order.argsort())
+    if all((a.double() - b.double()).norm() <= 1e-4 * b.double().norm() for a, b in zip(found, expected, strict=True)):
+        return list(groups)
+    half = len(groups) // 2
+    return [g for part in (groups[:half], groups[half:]) if half for g in _movable(model, inputs, part, expected)]
+
+
+def _moves(group: Group) -> list[tuple[Side, Tensor]]:
+    """For each side from where its channels come when units take the places of others with as many channels."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.stack([torch.bincount(side.units, minlength=len(group.units)) for side in group.sides], 1)
+    kinds = counts.unique(dim=0, return_inverse=True)[1]  # type: ignore[no-untyped-call]
+    source = torch.arange(len(group.units))
+    for kind in range(int(kinds.max()) + 1):
+        alike = (kinds == kind).nonzero()[:, 0]
+        source[alike] = alike[torch.randperm(len(alike), generator=generator)]
+    moves = []
+    for side, count in zip(group.sides, counts.T, strict=True):
+        by_unit = (side.units * side.total + side.channels).argsort()
+        channels, units = side.channels[by_unit], side.units[by_unit]
+        start = count.cumsum(0) - count
+        order = torch.arange(side.total)
+        order[channels] = channels[start[source[units]] + torch.arange(len(units)) - start[units]]
+        moves.append((side, order))
+    return moves
+
+
+def _move(side: Side, order: Tensor) -> None:
+    """Lets the channel `order[i]` of a side come to place i."""
+    if side.is_norm:
+        for tensor in _tensors(side.layer):
+            if tensor.dim():
+                tensor.copy_(tensor[..., order])
+        return
+    weight, dim = grouped(side.layer, weight_of(side.layer)), 1 if side.is_output else 2
+    channels = weight.movedim(dim, 1)
+    moved = channels.flatten(0, 1)[order].view_as(channels).movedim(1, dim)
+    side.layer.weight.copy_(ungrouped(side.layer, moved))
+    if side.is_output and side.layer.bias is not None:
+        side.layer.bias.copy_(side.layer.bias[order])
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
