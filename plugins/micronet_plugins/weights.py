@@ -36,8 +36,8 @@ def dot_products(model: nn.Module) -> dict[str, nn.Module]:
     for path, layer in found.items():
         if (weight := _trained(layer)) is None:
             raise InputError(
-                f"layer {path!r} computes its weight out of other tensors, as weight norm, spectral norm and "
-                "torch.nn.utils.prune do; remove that first"
+                f"layer {path!r} computes its weight out of other tensors, as weight norm and torch.nn.utils.prune do; "
+                "remove that first"
             )
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"the weights of layer {path!r} are not finite; train the model first")
