@@ -209,6 +209,9 @@ def test_an_embedding_that_is_tied_to_the_softmax_has_its_zeros(name):
     assert sum("bias" not in s.name for s in counted.stored) == 2
     twice = strategy(name).apply(made, c)
     assert torch.equal(twice.table.weight, twice.softmax.weight)
+    plain = words("embedding")[0]
+    unpacked = packing.unpack(packing.pack(made, plain, c.example_input), plain)
+    assert torch.equal(unpacked.table.weight, made.table.weight)
 
 
 @pytest.mark.parametrize("how", ["embedding", "function"])

@@ -193,6 +193,12 @@ CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Kinds of modules that are no layers, but hold them."""
 
 
+def _kinds(module: nn.Module) -> tuple[Any, ...]:
+    """The class and options of a module and of what it holds, without parametrizations."""
+    held = [(name, _kinds(child)) for name, child in module.named_children() if name != "parametrizations"]
+    return layer_type(module), module.extra_repr(), held
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether tracing and comparing take a module as a whole: torch's own layers, and the ones defined here."""
     kind = layer_type(module)
@@ -234,7 +240,7 @@ def changes(architecture: nn.Module, model: nn.Module) -> dict[str, dict[str, An
         if now is None:
             continue  # never used, so tracing dropped it
         before, after = describe(layer), describe(now)
-        if before != after or (after is None and repr(layer) != repr(now)):
+        if before != after or (after is None and _kinds(layer) != _kinds(now)):
             if after is None:
                 raise StructureError(
                     f"module {path!r} became a {layer_type(now).__name__}, which cannot be packed; "

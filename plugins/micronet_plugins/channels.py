@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
-from micronet_eval.structure import Mask, copied, quantizers_of
+from micronet_eval.structure import Mask, copied, first_input, quantizers_of
 from micronet_eval.trace import trace
 from micronet_plugins.coupling import Group, Side, dependency_graph, groups_of, lowest, need_torch_pruning
 from micronet_plugins.magnitude import set_mask
@@ -24,7 +24,6 @@ from micronet_plugins.scheduled import labelled, loss_of
 from micronet_plugins.weights import (
     CONVOLUTIONS,
     calibration_data,
-    first_argument,
     grouped,
     hooked,
     parametrizations_of,
@@ -217,7 +216,7 @@ class HRank(Channels):
 
         def watch(layer: nn.Module, is_output: bool) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-                maps = output if is_output else first_argument(args, kwargs)
+                maps = output if is_output else first_input(args, kwargs)
                 if not bool(torch.isfinite(maps).all()):
                     raise InputError("hrank: feature maps are not finite; train the model first")
                 sums[layer, is_output] = sums[layer, is_output] + ranks(maps, layer)

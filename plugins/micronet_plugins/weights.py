@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context
-from micronet_eval.structure import Mask, build_layer, describe, original_of
+from micronet_eval.structure import Mask, build_layer, describe, first_input, original_of
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -121,7 +121,7 @@ def run_watched(
     """Runs the model in evaluation mode, each layer of `watch` telling what it reads."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        watch[module](first_argument(args, kwargs))
+        watch[module](first_input(args, kwargs))
 
     hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in watch]
     with hooked(model, hooks), parametrize.cached():
@@ -141,11 +141,6 @@ def hooked(model: nn.Module, hooks: Sequence[RemovableHandle]) -> Iterator[None]
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-
-
-def first_argument(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
-    """What a layer reads, whether it is called with it by position or by name."""
-    return args[0] if args else kwargs["input"]
 
 
 def read_elsewhere(model: nn.Module, inputs: Tensor, layers: Collection[nn.Module]) -> set[int]:
