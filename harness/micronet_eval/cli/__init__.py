@@ -1,0 +1,64 @@
+"""The command line: no logic, only options, messages and exit status."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import signal
+import sys
+from pathlib import Path
+
+from micronet_eval import plugins
+from micronet_eval.cli import listing, making, measuring
+from micronet_eval.cli.group import cli, complain
+from micronet_eval.errors import InputError, SubmissionError
+
+__all__ = ["cli", "listing", "main", "making", "measuring"]
+
+
+def _end() -> None:
+    """Leaves the objects that are still there alone, unless there is triton, which complains of what stays."""
+    if "triton" not in sys.modules:
+        gc.freeze()
+
+
+def main() -> None:
+    """The command `micronet-eval`; turns expected errors into one message and an exit status."""
+    gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long,
+    atexit.register(_end)  # and so it does at the end, when all of it goes anyway
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started us closed it
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names have letters that the encoding may lack
+    try:
+        try:
+            plugins.add_commands(cli)
+            cli()
+        finally:
+            _flush()
+    except (InputError, SubmissionError) as error:
+        sys.exit(complain(error))
+    except OSError as error:
+        sys.exit(complain(_refused(error)))
+
+
+def _flush() -> None:
+    """Writes what is left: at its own end Python could only say that it cannot, with status 120.
+
+    Raises OSError where the disk is full. Whoever reads a pipe may have seen enough: that is no error.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def _refused(error: OSError) -> InputError:
+    """What the system refused, as the message that it is: a name that is too long, a full disk."""
+    told = error.strerror or str(error)
+    return InputError(f"{error.filename}: {told}" if error.filename else told)

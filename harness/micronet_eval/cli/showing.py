@@ -1,0 +1,146 @@
+"""What commands print: reports, rows, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from micronet_eval.errors import printable
+
+if TYPE_CHECKING:
+    from micronet_eval.comparing import Watch
+    from micronet_eval.evaluation import Report
+    from micronet_eval.ranking import Judged
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on the terminal while examples are measured; none where output goes elsewhere."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(escape(printable(what)), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def training_log() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """How a recipe tells what it does: lines, with the time left behind each epoch; on a terminal a bar, too."""
+    seen: list[tuple[int, int, float]] = []
+
+    with progress_bar("training, at most") as bar:
+
+        def progress(done: int, total: int) -> None:
+            now = done, total, time.monotonic()
+            seen[:] = [seen[0] if seen else now, now]
+            if bar is not None:
+                bar(done, total)
+
+        def log(line: str) -> None:
+            if line.startswith("  epoch") and len(seen) > 1:
+                (first, _, start), (done, total, now) = seen
+                left = round((total - done) * (now - start) / max(1, done - first))
+                line += f"; {timedelta(seconds=left)} left at most"
+            click.echo(line)
+
+        yield log, progress
+
+
+@contextmanager
+def live(total: int) -> Iterator[Watch]:
+    """On a terminal: jobs done, running, failed, the time left, the best rows; elsewhere nothing."""
+    if not sys.stdout.isatty():
+        yield lambda results, running: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from micronet_eval.comparing.showing import LiveView
+
+    view = LiveView(total)
+    with Live(view, console=Console(stderr=True), transient=True, vertical_overflow="crop"):
+        yield view.watch
+
+
+def show(reports: list[Report], style: str, layers: bool, several: bool = False) -> None:
+    """Prints reports: one in full, several as a table; JSON is a list where there are `several`."""
+    from micronet_eval import report as reporting
+
+    if style == "json":
+        texts = [json.loads(report.to_json()) for report in reports]
+        click.echo(json.dumps(texts if several else texts[0], indent=2))
+    elif style == "table":
+        from rich.console import Console
+
+        reporting.print_report(reports, Console(), layers)
+    else:
+        table = reporting.rows(reports)
+        print_rows(table, style)
+
+
+def show_modules(report: Report, depth: int, style: str) -> None:
+    """Prints the cost of each module of a report, to a depth."""
+    from micronet_eval import report as reporting
+    from micronet_eval.breakdown import by_module
+
+    modules = by_module((*report.layers, *report.free_layers), depth)
+    rows = [module.as_row() for module in modules]
+    if style == "json":
+        click.echo(json.dumps({**json.loads(report.to_json()), "breakdown": rows}, indent=2))
+    elif style == "table":
+        from rich.console import Console
+
+        console = Console()
+        console.print(reporting.render_modules(report, modules, console.width))
+    else:
+        print_rows(rows, style)
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], style: str) -> None:
+    """Prints rows as CSV or Markdown."""
+    from micronet_eval import tables
+
+    click.echo(tables.to_csv(rows) if style == "csv" else tables.to_markdown(rows))
+
+
+def show_rows(rows: list[dict[str, Any]], style: str) -> None:
+    """Prints rows in any format."""
+    if style == "json":
+        click.echo(json.dumps(rows, indent=2, default=str))
+    elif not rows:
+        click.echo("none")
+    elif style != "table":
+        print_rows(rows, style)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        for name in rows[0]:
+            table.add_column(name, overflow="fold", no_wrap=name in ("name", "option", "storage", "math"))
+        for row in rows:
+            table.add_row(*(Text(str(value)) for value in row.values()))
+        Console().print(table)
+
+
+def write_pages(found: list[Judged], html: Path | None) -> None:
+    """Writes the web pages of what was judged into the folder of --html, if there is one."""
+    if html is not None:
+        from micronet_eval import pages
+
+        pages.write(found, html)
+        click.echo(f"wrote {html / 'index.html'}", err=True)
