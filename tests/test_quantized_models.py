@@ -142,6 +142,35 @@ def test_from_one_scale_to_another_is_a_multiplication(steps, mults):
 
 
 @pytest.mark.rule("width.scales")
+def test_a_scale_that_was_multiplied_in_is_not_counted_again():
+    """2 values on the grid of 0.1, to codes and to values that are returned; a shift makes other codes of those."""
+
+    def read(x):
+        y = rounded(x, 0.1)
+        return rounded(y, 0.25) @ torch.ones(2, 2), y
+
+    assert scalings(read, torch.zeros(1, 2)) == 2 + 2
+
+
+def test_scales_that_are_found_while_running_are_multiplied_apart():
+    """A weight's float16 scale at 16 bits, that of each token at 32; one multiplication each for 4 tokens x 2."""
+    scale, zero = torch.full((2,), 0.1).half().float(), torch.zeros(2, dtype=torch.int32)
+
+    def tokens(x):
+        ops = torch.ops.quantized_decomposed
+        limits = (-128, 127, torch.int8)
+        scales = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+        codes = ops.quantize_per_token(x, *scales, *limits)
+        x = ops.dequantize_per_token(codes, *scales, *limits, torch.float32)
+        weight = torch.fake_quantize_per_channel_affine(torch.ones(2, 3), scale, zero, 0, -7, 7)
+        return x @ weight.T
+
+    layers = account(trace(Called(tokens), torch.zeros(4, 3)), FORMULAS).layers
+    behind = [(layer.mults, layer.weight_bits) for layer in layers if layer.op == "micronet.scale"][-2:]
+    assert behind == [(4 * 2, 16), (4 * 2, 32)]
+
+
+@pytest.mark.rule("width.scales")
 @pytest.mark.parametrize(
     ("scale", "widths", "mults"),
     [(0.25, (8, 8), 0), (0.3, (8, 32), 6), ([0.25] * 5, (8, 8), 0), ([0.1, 0.2, 0.3, 0.4, 0.5], (32, 32), 0)],

@@ -122,13 +122,21 @@ Found = TypeVar("Found")
 
 
 def followed(
-    value: Item, sources: Callable[[Item], Sequence[Item]], find: Callable[[Item, list[Found]], Found]
+    value: Item,
+    sources: Callable[[Item], Sequence[Item]],
+    find: Callable[[Item, list[Found]], Found],
+    known: dict[Item, Found] | None = None,
 ) -> Found:
-    """What `find` says of a value and of what it says of its sources: each is asked once, at whatever depth."""
+    """What `find` says of a value and of what it says of its sources: each is asked once, at whatever depth.
+
+    `known` keeps what was found, for the next value.
+    """
+    if known is not None and value in known:
+        return known[value]
     before = sources(value)
-    if not before:
+    if not before and known is None:
         return find(value, [])
-    known: dict[Item, Found] = {}
+    known = {} if known is None else known
     waiting = [(value, before)]
     while waiting:
         last, before = waiting[-1]

@@ -43,6 +43,7 @@ LINEAR = frozenset(
 def bit_widths(trace: Trace) -> Mapping[Value, int]:
     """The bits of every value that the operations of `trace` read or write: those of its codes where it has some."""
     widths: dict[Value, int] = {}
+    known: dict[Value, Grid | None] = {}
     for op in trace.ops:
         for value in op.inputs:
             if value not in widths:
@@ -56,7 +57,7 @@ def bit_widths(trace: Trace) -> Mapping[Value, int]:
                 )
                 widths[out] += grid.shifts_while_running
             elif _moves_into(op, out) and (inputs := data_inputs(op)):
-                widths[out] = min(_moved_width(out, inputs, widths), dtype_width(out))
+                widths[out] = min(_moved_width(out, inputs, widths, known), dtype_width(out))
             else:
                 widths[out] = dtype_width(out)
     return widths
@@ -105,10 +106,12 @@ _NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
 """Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""
 
 
-def _moved_width(out: Value, inputs: Sequence[Value], widths: Mapping[Value, int]) -> int:
+def _moved_width(
+    out: Value, inputs: Sequence[Value], widths: Mapping[Value, int], known: dict[Value, Grid | None]
+) -> int:
     """The widest of what is moved; a scale that cannot wait, as it is not common to all, was applied before."""
-    waits = (len(inputs) == 1 and not inputs[0].is_constant) or pending(out) is not None
-    return max(widths[v] if waits else _applied_width(v, widths) for v in inputs)
+    waits = (len(inputs) == 1 and not inputs[0].is_constant) or pending(out, known) is not None
+    return max(widths[v] if waits else _applied_width(v, widths, known) for v in inputs)
 
 
 def _moves_into(op: Op, out: Value) -> bool:
@@ -151,9 +154,9 @@ def _takes_codes(op: Op, value: Value) -> bool:
     return value.is_constant or pending(value) is None or _pending_in(op, value) is not None
 
 
-def _applied_width(value: Value, widths: Mapping[Value, int]) -> int:
+def _applied_width(value: Value, widths: Mapping[Value, int], known: dict[Value, Grid | None] | None = None) -> int:
     """The width of a value whose scale had to be applied first."""
-    grid = constant_grid(value) if value.is_constant else pending(value)
+    grid = constant_grid(value) if value.is_constant else pending(value, known)
     return dtype_width(value) if grid is not None and grid.scale_bits else widths[value]
 
 
@@ -191,11 +194,13 @@ def has_sign_bit(value: Value) -> bool:
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
-def pending(value: Value) -> Grid | None:
+def pending(value: Value, known: dict[Value, Grid | None] | None = None) -> Grid | None:
     """The grid of an activation that is still codes times one scale: from a conversion, through moves, ReLU and max.
 
-    What is looked up in a table of codes is an activation, too.
+    What is looked up in a table of codes is an activation, too. `known` keeps what was found on the way.
     """
+    if known is not None:
+        return followed(value, _moved_into, _pending, known)
     while len(moved := _moved_into(value)) == 1:  # as nearly always
         value = moved[0]
     return followed(value, _moved_into, _pending) if moved else _pending(value, [])
@@ -263,39 +268,38 @@ def with_scales(trace: Trace) -> Trace:
     """
     users = trace.users
     ops: list[Op] = []
-    scaled: dict[Value, int] = {}  # what a scale was multiplied into, and where in `ops`
+    scaled: dict[Value, tuple[int, Grid | None]] = {}  # outputs of dot products: where in `ops`, what it takes in
     widened = set[int]()
+    known: dict[Value, Grid | None] = {}
     for op in trace.ops:
         explicit = None if is_conversion(op) else dequantized(op)
         if explicit is not None and _is_common(op, explicit) and _is_put_off(op.out, users, trace):
             continue  # a multiplication by scales that the model's code makes before the linear operation
         ops.append(op)
         if is_conversion(op):
-            taken_in = _taken_in(op, users, trace, scaled)
+            taken_in = _taken_in(op, scaled)
             if taken_in is not None and taken_in not in widened:  # conversions to one grid share a factor
                 ops[taken_in] = _with_factor(ops[taken_in], grid_of(op).scale_bits)
                 widened.add(taken_in)
-            found = _scaling_of_conversion(op, users, trace, taken_in is not None)
+            found = _scalings_of_conversion(op, users, trace, taken_in is not None, known)
         else:
-            found = _scaling_of_linear(op)
-        if found is None:
-            continue
-        mults, adds, bits, takes_more = found
-        if takes_more:
-            scaled[op.out] = len(ops)
-        if mults or adds:
+            found, takes_more = _scalings_of_linear(op)
+            if takes_more:
+                scaled[op.out] = len(ops), _one_factor(op.out, users, trace)
+        for mults, adds, bits in found:
             kwargs = {"mults": mults, "adds": adds, "bits": bits}
             ops.append(Op(SCALE_OP, op.module, (op.out,), kwargs, (replace(op.out),), path=op.path))
     return replace(trace, ops=tuple(ops))
 
 
-Scaling = tuple[int, int, int, bool]
-"""Multiplications, additions, bits of the scale, and whether a later constant factor can be part of the same."""
+Scaling = tuple[int, int, int]
+"""Multiplications, additions, and bits of the scale."""
 
 
-def _scaling_of_linear(op: Op) -> Scaling | None:
+def _scalings_of_linear(op: Op) -> tuple[list[Scaling], bool]:
+    """Those by scales that are known before, which come first, and by others; whether one more may be a factor."""
     if op.name not in LINEAR:
-        return None
+        return [], False
     factors = _factors(op)
     constants = [v for v in factors if v.is_constant]
     of_weights = [g for v in constants if (g := constant_grid(v)) is not None and g.scale_bits]
@@ -303,14 +307,15 @@ def _scaling_of_linear(op: Op) -> Scaling | None:
     static, dynamic = ([g for g in waiting if g.scale_bits and g.is_dynamic is found] for found in (False, True))
     shifted = any(any(g.zeros()) for g in waiting)
     if not (of_weights or static or dynamic or shifted):
-        return None
+        return [], False
     bias = op.name in ADDENDS and op.args[ADDENDS[op.name]] is not None
     outputs, groups = _outputs_and_groups(op, constants[0]) if len(constants) == 1 else (op.out.numel, op.out.numel)
-    mults = (groups if of_weights or static else 0) + outputs * len(dynamic)
     adds = outputs if shifted and constants and not bias else 0
     product = sum(g.weight_scale_bits for g in of_weights) + sum(g.scale_bits for g in static)
-    bits = max(min(32, product), *(g.scale_bits for g in dynamic), 0)
-    return (mults, adds, bits, bool(of_weights or static)) if mults or adds else None
+    found = [(groups if of_weights or static else 0, adds, min(32, product))]
+    found += [(outputs, 0, g.scale_bits) for g in dynamic]
+    found = [scaling for scaling in found if scaling[0] or scaling[1]]
+    return found, bool(found and found[0][0] and (of_weights or static))
 
 
 def _pending_in(op: Op, value: Value) -> Grid | None:
@@ -356,20 +361,23 @@ def _output_dims(op: Op, weight: Value) -> tuple[int, ...]:
     return (*batch, len(weight.shape) - (2 if first is weight else 1))
 
 
-def _taken_in(op: Op, users: Mapping[Value, list[Op]], trace: Trace, scaled: Mapping[Value, int]) -> int | None:
-    """Where the multiplication behind a dot product stands that has the scale of a conversion to codes as a factor.
-
-    That is the scale of the first one that reads the outputs. Others, and all where the outputs are read as they are,
-    are factors of their own.
-    """
+def _taken_in(op: Op, scaled: Mapping[Value, tuple[int, Grid | None]]) -> int | None:
+    """Where the multiplication behind a dot product stands that has the scale of a conversion to codes as a factor."""
     grid, source = grid_of(op), op.inputs[0]
     if not grid.scale_bits or grid.is_dynamic or not source.dtype.is_floating_point:
         return None
     (origin,) = _origin(source) or (source,)
-    if origin not in scaled:
-        return None
-    read = [None if r is None or not is_conversion(r) else grid_of(r) for r in _readers(origin, users, trace)]
-    return scaled[origin] if all(g is not None and g.scale_bits for g in read) and _same(grid, read[0]) else None
+    place, factor = scaled.get(origin, (None, None))
+    return place if _same(grid, factor) else None
+
+
+def _one_factor(outputs: Value, users: Mapping[Value, list[Op]], trace: Trace) -> Grid | None:
+    """The grid of the first conversion to codes that reads the outputs of a dot product: a factor to take in.
+
+    Other conversions are factors of their own. None where outputs are read as they are, or are shifted to codes.
+    """
+    read = [None if r is None or not is_conversion(r) else grid_of(r) for r in _readers(outputs, users, trace)]
+    return read[0] if read and all(g is not None and g.scale_bits for g in read) else None
 
 
 def _readers(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> Iterator[Op | None]:
@@ -392,18 +400,25 @@ def _with_factor(op: Op, bits: int) -> Op:
     return replace(op, kwargs={**op.kwargs, "bits": min(32, op.kwargs["bits"] + bits)})
 
 
-def _scaling_of_conversion(op: Op, users: Mapping[Value, list[Op]], trace: Trace, is_taken_in: bool) -> Scaling | None:
+def _scalings_of_conversion(
+    op: Op, users: Mapping[Value, list[Op]], trace: Trace, is_taken_in: bool, known: dict[Value, Grid | None]
+) -> list[Scaling]:
     grid, source = grid_of(op), op.inputs[0]
-    before = pending(source) if source.dtype.is_floating_point else None
+    before = pending(source, known) if source.dtype.is_floating_point else None
     bits, mults, adds = grid.scale_bits, 0, 0
-    if before is not None and before.scale_bits and not _same(grid, before):
+    if before is not None and before.scale_bits and not _same(grid, before) and _waits(source, users, trace):
         mults, bits = op.out.numel, min(32, before.scale_bits + bits)  # from one grid to another
     elif bits and source.dtype.is_floating_point and not is_taken_in and not _same(grid, before):
         mults = op.out.numel
     if grid.scale_bits and op.name not in QUANTIZE:
         mults += 0 if _is_common(op, grid) and _is_put_off(op.out, users, trace) else op.out.numel
         adds = op.out.numel if grid.shifts_while_running else 0
-    return (mults, adds, bits, False) if mults or adds else None
+    return [(mults, adds, bits)] if mults or adds else []
+
+
+def _waits(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> bool:
+    """Whether the scale of pending codes has not been multiplied in, for something that reads the values."""
+    return all(_is_put_off(origin, users, trace) for origin in _origin(value))
 
 
 def _origin(value: Value) -> set[Value]:
