@@ -20,10 +20,11 @@ from micronet_eval.structure import without_weights
 from micronet_eval.submission import Architecture, build
 from micronet_eval.trace import trace
 from micronet_eval.training import Training, train
-from micronet_plugins.channels import distances, first_order, group_norm, norm_scales
+from micronet_plugins.channels import ChannelMagnitude, Taylor, distances, first_order, group_norm, norm_scales
 from micronet_plugins.coupling import dependency_graph, groups_of, removed
 from micronet_plugins.fixed_point import FixedPointStrategy
 from micronet_plugins.magnitude import Magnitude
+from micronet_plugins.scheduled import loss_of
 
 NAMES = ("magnitude", "taylor", "bn-scale", "fpgm", "hrank", "random")
 
@@ -643,3 +644,33 @@ def test_torch_pruning_comes_before_sparsifiers():
     sparse = Magnitude(sparsity=0.5).apply(net("residual"), context())
     with pytest.raises(InputError, match="put it before sparsifiers"):
         plugins.lookup("pruner", "torch-pruning")().apply(sparse, context())
+
+
+def test_taylor_prunes_what_labels_each_place():
+    """Classes are the second dimension, though there are as many as columns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    x, labels = torch.randn(4, 3, 8, 8), torch.randint(8, (4, 8, 8))
+    expected = nn.functional.cross_entropy(model(x), labels)
+    torch.testing.assert_close(loss_of(model, x, labels), expected)
+    with pytest.raises(InputError, match="labels of 4x8 do not fit outputs of 4x8x8x8"):
+        loss_of(model, x, labels[:, 0])
+    made = Taylor(ratio=0.3).apply(model, Context(x[:1], [(x, labels)], 0, plugins.formulas()))
+    assert made(x).shape == (4, 8, 8, 8)
+    assert made[0].out_channels < 16
+
+
+def test_a_forward_that_draws_numbers_can_be_pruned():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return self.second(x + 0.1 * torch.randn_like(x))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 8)
+    made = ChannelMagnitude(ratio=0.3).apply(Noisy().eval(), Context(x[:1], [], 0, plugins.formulas()))
+    assert made.first.out_features < 16

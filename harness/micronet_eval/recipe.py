@@ -570,7 +570,8 @@ def configured(kind: plugins.Kind, name: str, options: Mapping[str, Any], place:
         fault = error.errors()[0]
         option = ".".join(str(part) for part in fault["loc"])
         field = strategy.model_fields.get(str(fault["loc"][0])) if fault["loc"] else None
-        if field is not None and is_union(field.annotation):  # pydantic names the type that it tried first
+        of_type = fault["type"].endswith(("_type", "_parsing", "_error"))
+        if field is not None and of_type and is_union(field.annotation):  # pydantic names the type that it tried first
             option, fault["msg"] = str(fault["loc"][0]), f"Input should be {values_of(field.annotation)}"
         if fault["type"] == "extra_forbidden":
             unknown = plugins.unknown("option", option, strategy.model_fields)

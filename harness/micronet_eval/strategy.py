@@ -94,7 +94,7 @@ def _words(annotation: Any) -> list[str]:
     if kind in (Union, UnionType):  # None cannot be written
         return [word for part in parts if part is not NoneType for word in _words(part)]
     if kind is Literal:
-        return [f'"{part}"' if part in ("true", "false") else str(part) for part in parts]
+        return [f'"{part}"' if part in ("true", "false") else _literal(part) for part in parts]
     if annotation is bool:
         return ["true", "false"]
     if kind is dict:
@@ -102,3 +102,7 @@ def _words(annotation: Any) -> list[str]:
     if kind in (list, tuple):
         return [f"[{', '.join('...' if part is ... else values_of(part) for part in parts)}]"]
     return [annotation.__name__ if isinstance(annotation, type) else str(annotation)]
+
+
+def _literal(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -174,7 +174,8 @@ _HOOKS: dict[type, str] = {WeightNorm: "weight_norm", SpectralNorm: "spectral_no
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy that shares nothing: torch gives the copy of a parametrized module the class of the original.
 
-    Raises InputError for the weight_norm and spectral_norm that are no parametrizations: torch cannot copy them.
+    Raises InputError for the weight_norm and spectral_norm that are no parametrizations: they cannot be packed, and
+    torch cannot copy them once they ran with gradients.
     """
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():

@@ -183,7 +183,10 @@ def output_gradients(layer: Layer, g: Tensor, examples: int) -> Tensor:
 
 
 def _by_example(x: Tensor, examples: int) -> Tensor:
-    """(batch, channels, positions) with one in the batch an example, where a model merged tokens or frames into it."""
+    """(batch, channels, positions) with one in the batch an example, where a model merged tokens or frames into it.
+
+    As (examples, tokens) are merged; where tokens come first, those of other examples are taken for its own.
+    """
     batch, channels, _ = x.shape
     if batch == examples or batch % examples:
         return x

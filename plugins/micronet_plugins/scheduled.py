@@ -130,11 +130,20 @@ def training(model: nn.Module, options: Scheduled, context: Context) -> Iterator
 
 
 def loss_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross entropy, of a language model over all words. Raises InputError for a label without an output."""
+    """The mean cross entropy, of a language model over all words, of segmentation over all places.
+
+    Classes are the last dimension where the others are those of the labels, as (texts, words, classes), else the
+    second, as (images, classes, height, width). Raises InputError where neither is so, or for a label without output.
+    """
     logits = logits_of(model, inputs)
-    if (largest := int(labels.max())) >= logits.shape[-1]:
-        raise InputError(f"label {largest} has no output; the model has {logits.shape[-1]}")
-    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    if logits.dim() <= 3 and logits.shape[:-1] == labels.shape:
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+    elif logits.shape[:1] + logits.shape[2:] != labels.shape:
+        outputs, told = ("x".join(map(str, t.shape)) for t in (logits, labels))
+        raise InputError(f"labels of {told} do not fit outputs of {outputs}")
+    if (largest := int(labels.max())) >= logits.shape[1]:
+        raise InputError(f"label {largest} has no output; the model has {logits.shape[1]}")
+    return nn.functional.cross_entropy(logits, labels)
 
 
 def labelled(context: Context, batches: int, strategy: str) -> list[tuple[Tensor, Tensor]]:

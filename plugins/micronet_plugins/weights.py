@@ -76,14 +76,16 @@ def sharing(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """All modules that hold the weight of `layer`, itself and embeddings among them, each with its name there."""
     weight = original_of(layer, "weight")
     modules = [module for module in model.modules() if not isinstance(module, ParametrizationList)]
-    named = [(module, name) for module in modules for name in _names(module)]
-    return [(module, name) for module, name in named if original_of(module, name) is weight]
+    return [(module, name) for module in modules for name, tensor in _trained_in(module) if tensor is weight]
 
 
-def _names(module: nn.Module) -> Iterable[str]:
-    """The names of a module's own tensors, those under parametrizations by the name that they go by."""
-    parametrized = cast(nn.ModuleDict, module.parametrizations) if parametrize.is_parametrized(module) else ()
-    return *module._parameters, *module._buffers, *parametrized
+def _trained_in(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """A module's own tensors by name, those under parametrizations as they are trained."""
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+    made = cast(nn.ModuleDict, module.parametrizations) if parametrize.is_parametrized(module) else nn.ModuleDict()
+    for name, on_it in made.items():
+        yield name, getattr(on_it, "original", None)
 
 
 def is_quantized(layer: nn.Module) -> bool:
