@@ -253,7 +253,7 @@ def test_no_layer_loses_more_than_the_limit():
 
 
 def test_layers_to_keep():
-    made = strategy("magnitude", ratio=0.3, keep=("blocks.*",)).apply(net("concatenating"), context())
+    made = strategy("magnitude", ratio=0.3).apply(net("concatenating"), context())
     assert made.left.out_channels < 12
     made = strategy("magnitude", ratio=0.2, keep=("stem.0",)).apply(net("residual"), context())
     assert (made.stem[0].out_channels, made.blocks[0][3].out_channels) == (16, 16)
@@ -674,3 +674,10 @@ def test_a_forward_that_draws_numbers_can_be_pruned():
     x = torch.randn(2, 8)
     made = ChannelMagnitude(ratio=0.3).apply(Noisy().eval(), Context(x[:1], [], 0, plugins.formulas()))
     assert made.first.out_features < 16
+
+
+def test_a_name_in_keep_that_no_layer_has_is_told():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    context = Context(torch.randn(2, 8), [], 0, plugins.formulas())
+    with pytest.raises(InputError, match="option 'keep': no layer's path matches 'stem'"):
+        ChannelMagnitude(keep=("stem",)).apply(model, context)

@@ -548,7 +548,7 @@ def test_layers_have_bits_of_their_own(net, x):
     model = LSQ(weight_bits=7, first_last_bits=8, layer_bits=bits).apply(net, context(x))
     found = {path: layer.parametrizations.weight[-1].bits for path, layer in dot_products(model).items()}
     assert found == dict.fromkeys(found, 3) | {"hidden": 2, "first": 5}
-    with pytest.raises(InputError, match="layer_bits: 'head' matches no layer; the model has first, "):
+    with pytest.raises(InputError, match="option 'layer_bits': no layer's path matches 'head'"):
         LSQ(layer_bits={"head": 2}).apply(net, context(x))
     with pytest.raises(ValidationError, match="less than or equal to 8"):
         strategy("lsq", layer_bits={"first": 9})

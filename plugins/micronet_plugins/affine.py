@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from fnmatch import fnmatch
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import fx, nn
 
-from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer
 from micronet_eval.strategy import Context
 from micronet_eval.structure import QUANTIZERS, original_of, quantizers_of, replace, set_quantizers, traced
@@ -25,7 +23,7 @@ from micronet_plugins.layerwise import (
     quantize_each,
     weights_of,
 )
-from micronet_plugins.weights import DOT_PRODUCTS, dot_products
+from micronet_plugins.weights import DOT_PRODUCTS, dot_products, matching
 
 
 class ScaledQuantizer(WeightQuantizer):
@@ -48,13 +46,9 @@ class ScaledQuantizer(WeightQuantizer):
         others = {id(original_of(layer, "weight")): self._of_first_last() for layer in self._first_last(model, context)}
         layers = dot_products(model) if self.layer_bits else {}
         for pattern, bits in self.layer_bits.items():
-            found = [layer for path, layer in layers.items() if fnmatch(path, pattern)]
-            if not found:
-                raise InputError(
-                    f"quantizer: layer_bits: {pattern!r} matches no layer; the model has {', '.join(layers)}"
-                )
             of_layers = self.model_copy(update={"weight_bits": bits})
-            others |= {id(original_of(layer, "weight")): of_layers for layer in found}
+            found = matching("quantizer: option 'layer_bits'", [pattern], layers)
+            others |= {id(original_of(layers[path], "weight")): of_layers for path in found}
         quantize_each(
             weights_of(model),
             lambda layer, name: others.get(id(original_of(layer, name)), self).quantizer(layer, name),

@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,6 +28,7 @@ from micronet_plugins.weights import (
     dot_products,
     grouped,
     hooked,
+    matching,
     read_elsewhere,
     ungrouped,
     weight_of,
@@ -129,9 +129,9 @@ def groups_of(graph: Any, model: nn.Module, example_input: Tensor, keep: Sequenc
     So do channels that the forward gives other places than torch-pruning says: by flip, roll or a shuffle that it does
     not know, or as those of several heads of attention. That is seen only where the model draws no random numbers.
     """
-    kept = [*output_layers(model, example_input), *keep]
     layers = dot_products(model)
-    ignored = [layer for path, layer in layers.items() if any(fnmatch(path, name) for name in kept)]
+    kept = {*output_layers(model, example_input), *matching("option 'keep'", keep, layers)}
+    ignored = [layer for path, layer in layers.items() if path in kept]
     places = [module for _, module in model.named_modules(remove_duplicate=False)]
     owners = Counter(id(tensor) for module in places for tensor in _tensors(module))
     owners.update(read_elsewhere(model, example_input, layers.values()))

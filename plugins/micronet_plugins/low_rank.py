@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from pydantic import Field
@@ -22,7 +21,7 @@ from micronet_eval.errors import InputError
 from micronet_eval.strategy import Context, Pruner
 from micronet_eval.structure import Mask, copied, layer_type, leaves, quantizers_of, replace
 from micronet_eval.trace import Example, Op, trace
-from micronet_plugins.weights import parametrizations_of
+from micronet_plugins.weights import matching, parametrizations_of
 
 
 class LowRank(Pruner):
@@ -37,7 +36,7 @@ class LowRank(Pruner):
         _check_weights(model)
         total = sum(p.numel() for p in model.parameters())
         ops = trace(model, context.example_input).ops
-        kept = matching(self.keep, [path for path, _ in leaves(model)])
+        kept = matching("low-rank: option 'keep'", self.keep, [path for path, _ in leaves(model)])
         layers = [f for f in factorizations(model, ops) if f.path not in kept]
         if not layers:
             raise InputError(
@@ -101,17 +100,6 @@ def _check_weights(model: nn.Module) -> None:
                 f"low-rank: the weight of layer {path!r} is made by {made_by[0]}; put the pruner before the quantizer, "
                 "or remove what is none first: torch.nn.utils.parametrize.remove_parametrizations"
             )
-
-
-def matching(patterns: Iterable[str], paths: Sequence[str]) -> set[str]:
-    """The paths that match one of the patterns. Raises InputError for a pattern that matches none."""
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = [path for path in paths if fnmatchcase(path, pattern)]
-        if not matches:
-            raise InputError(f"low-rank: option 'keep': no layer's path matches {pattern!r}; * stands for anything")
-        found.update(matches)
-    return found
 
 
 def check_runs(

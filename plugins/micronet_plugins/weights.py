@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -70,6 +71,17 @@ def by_weight(model: nn.Module) -> dict[str, nn.Module]:
     for path, layer in layers.items():
         first.setdefault(id(original_of(layer, "weight")), path)
     return {path: layers[path] for path in first.values()}
+
+
+def matching(what: str, patterns: Iterable[str], paths: Collection[str]) -> set[str]:
+    """The paths that match one of the patterns. Raises InputError for a pattern that matches none; `what` has them."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = [path for path in paths if fnmatchcase(path, pattern)]
+        if not matches:
+            raise InputError(f"{what}: no layer's path matches {pattern!r}; * stands for anything")
+        found.update(matches)
+    return found
 
 
 def sharing(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]:
