@@ -14,6 +14,7 @@ from micronet_eval.merge import merged
 from micronet_eval.strategy import Context, Quantizer
 from micronet_eval.structure import copied
 from micronet_plugins.layerwise import least_error, quantize_each, rest_of, set_weight, weights_of
+from micronet_plugins.weights import parametrizations_of
 
 
 class Biases(Quantizer):
@@ -41,7 +42,7 @@ class Biases(Quantizer):
 def _halve_scales(model: nn.Module) -> None:
     done: set[nn.Module] = set()  # tied weights share one
     for layer, name in weights_of(model):
-        last = layer.parametrizations[name][-1] if parametrize.is_parametrized(layer, name) else None  # type: ignore[index]
+        last = on_it[-1] if (on_it := parametrizations_of(layer, name)) is not None else None
         if not isinstance(last, AffineQuantizer | SignQuantizer) or last in done or parametrize.is_parametrized(last):
             continue
         done.add(last)

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from micronet_eval.structure import is_leaf, layer_type
 from micronet_eval.trace import Example, trace
 from micronet_plugins.low_rank import factor_layer
+from micronet_plugins.weights import hooked
 
 Layer = nn.Conv2d | nn.Linear
 LOST = "lost_saliency"
@@ -190,11 +191,8 @@ def called_apart(model: nn.Module, example_input: Example) -> list[str]:
     calls: Counter[nn.Module] = Counter()
     watched = {part for whole in wholes.values() for part in (whole, *whole)}
     handles = [part.register_forward_pre_hook(lambda part, args: calls.update([part])) for part in watched]
-    try:
+    with hooked(model, handles):
         trace(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [path for path, whole in wholes.items() if any(calls[layer] != calls[whole] for layer in whole)]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from micronet_eval.strategy import Context, Sparsifier
-from micronet_eval.structure import copied, original_of
+from micronet_eval.structure import copied
+from micronet_plugins.layerwise import set_weight
 from micronet_plugins.magnitude import LIMIT, SHARING, SPARSITY, Scope, allocated, set_mask, share_of, zero_smallest
 from micronet_plugins.weights import (
     by_weight,
@@ -19,7 +23,34 @@ from micronet_plugins.weights import (
 )
 
 
-class Wanda(Sparsifier):
+class _ByMoments(Sparsifier):
+    """Zeros by what layers read, as many in each as `scope` allocates; where that is not seen the smallest weights."""
+
+    strategy: ClassVar[str]
+
+    sparsity: float = SPARSITY
+    scope: Scope = Field("lamp", description=SHARING)
+    limit: float = LIMIT
+    batches: int = Field(4, gt=0, description="batches of training data for calibration")
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        model = copied(model)
+        moments = second_moments(model, context, self.batches, self.strategy)
+        layers = by_weight(model)
+        counts = allocated(list(layers.values()), self.scope, self.sparsity, self.limit)
+        for (path, layer), count in zip(layers.items(), counts, strict=True):
+            if (moment := moments.get(path)) is None:
+                zero_smallest(model, layer, weight_of(layer).abs(), count)
+            else:
+                set_mask(model, layer, self.kept(layer, moment, count))
+        return model
+
+    @abstractmethod
+    def kept(self, layer: nn.Module, moment: Tensor, count: int) -> Tensor:
+        """The mask of a layer that loses `count` weights, and any change of them; `moment` is from `second_moments`."""
+
+
+class Wanda(_ByMoments):
     """Zeros in each output the weights with the smallest |weight| x norm of the input.
 
     Sun et al. 2023, arXiv 2306.11695: score |W_ij| ||X_j||_2, compared within an output; of a convolution j is an input
@@ -29,31 +60,19 @@ class Wanda(Sparsifier):
     last layer of attention, subclasses of torch's layers.
     """
 
-    sparsity: float = SPARSITY
-    scope: Scope = Field("lamp", description=SHARING)
-    limit: float = LIMIT
-    batches: int = Field(4, gt=0, description="batches of training data for calibration")
+    strategy: ClassVar[str] = "wanda"
 
-    def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        model = copied(model)
-        moments = second_moments(model, context, self.batches, "wanda")
-        layers = by_weight(model)
-        counts = allocated(list(layers.values()), self.scope, self.sparsity, self.limit)
-        for (path, layer), count in zip(layers.items(), counts, strict=True):
-            if (moment := moments.get(path)) is None:
-                zero_smallest(model, layer, weight_of(layer).abs(), count)
-                continue
-            weight = grouped(layer, weight_of(layer)).flatten(2)
-            scores = weight.abs() * moment.diagonal(dim1=1, dim2=2).sqrt()[:, None, :]
-            scores = scores.masked_fill(weight == 0, -1)
-            ranks = scores.argsort(dim=2, stable=True).argsort(2)
-            inputs = weight.shape[2]
-            zeros = share_of(inputs, count / weight.numel(), self.limit)
-            set_mask(model, layer, ungrouped(layer, ranks >= zeros))
-        return model
+    def kept(self, layer: nn.Module, moment: Tensor, count: int) -> Tensor:
+        weight = grouped(layer, weight_of(layer)).flatten(2)
+        scores = weight.abs() * moment.diagonal(dim1=1, dim2=2).sqrt()[:, None, :]
+        scores = scores.masked_fill(weight == 0, -1)
+        ranks = scores.argsort(dim=2, stable=True).argsort(2)
+        inputs = weight.shape[2]
+        zeros = share_of(inputs, count / weight.numel(), self.limit)
+        return ungrouped(layer, ranks >= zeros)
 
 
-class OBS(Sparsifier):
+class OBS(_ByMoments):
     """Zeros weights by the error that they cause in the layer's output, and lets the remaining ones make up for it.
 
     Optimal brain surgeon (Hassibi and Stork 1992) on each layer's least squares problem, by the sweep of SparseGPT
@@ -64,32 +83,20 @@ class OBS(Sparsifier):
     what the weight is for, as in `wanda`; those keep their values.
     """
 
-    sparsity: float = SPARSITY
-    scope: Scope = Field("lamp", description=SHARING)
-    limit: float = LIMIT
-    batches: int = Field(4, gt=0, description="batches of training data for calibration")
+    strategy: ClassVar[str] = "obs"
+
     damping: float = Field(0.01, gt=0, description="added to H's diagonal, as a share of its mean")
     block: int = Field(128, gt=0, description="inputs among which the weights to remove are chosen at a time")
 
-    def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        model = copied(model)
-        moments = second_moments(model, context, self.batches, "obs")
-        layers = by_weight(model)
-        counts = allocated(list(layers.values()), self.scope, self.sparsity, self.limit)
-        for (path, layer), count in zip(layers.items(), counts, strict=True):
-            if (moment := moments.get(path)) is None:
-                zero_smallest(model, layer, weight_of(layer).abs(), count)
-                continue
-            matrices = grouped(layer, weight_of(layer)).flatten(2).double()
-            found = [
-                sweep(matrix, damped(h, self.damping), count / weight_of(layer).numel(), self.block)
-                for matrix, h in zip(matrices, moment, strict=True)
-            ]
-            weight, kept = (ungrouped(layer, torch.stack(parts)) for parts in zip(*found, strict=True))
-            with torch.no_grad():
-                original_of(layer, "weight").copy_(weight)
-            set_mask(model, layer, kept)
-        return model
+    def kept(self, layer: nn.Module, moment: Tensor, count: int) -> Tensor:
+        matrices = grouped(layer, weight_of(layer)).flatten(2).double()
+        found = [
+            sweep(matrix, damped(h, self.damping), count / weight_of(layer).numel(), self.block)
+            for matrix, h in zip(matrices, moment, strict=True)
+        ]
+        weight, kept = (ungrouped(layer, torch.stack(parts)) for parts in zip(*found, strict=True))
+        set_weight(layer, "weight", weight)
+        return kept
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
