@@ -291,11 +291,14 @@ def test_a_report_as_json_fits_its_schema(run, submission):
     assert json.loads(run(submission, "--format", "json")[1]) == report
 
 
-def test_several_folders_give_a_table_and_a_broken_one_its_message(run, submission, tmp_path):
-    status, out, err = run(submission, tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("name", "told"), [("nowhere", "nowhere is no folder"), ("x" * 300, "xxx: File name too long")]
+)
+def test_several_folders_give_a_table_and_a_broken_one_its_message(run, submission, tmp_path, name, told):
+    status, out, err = run(submission, tmp_path / name)
     assert status == 2
     assert "small" in out
-    assert "nowhere is no folder" in err
+    assert told in err
 
 
 @pytest.mark.parametrize("width", ["60", "200"])

@@ -99,8 +99,11 @@ def open_submission(folder: str | Path, data: Path | None = None, isolation: Iso
     the submission's own code is run, where it has any.
     """
     folder = Path(folder)
-    with bounded(isolation.limits.evaluation, str(folder)):
-        return _open(folder, data, isolation)
+    try:
+        with bounded(isolation.limits.evaluation, str(folder)):
+            return _open(folder, data, isolation)
+    except OSError as error:  # a name that is too long, a disk that fails: one of several folders, no fault of the rest
+        raise InputError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
 def _open(folder: Path, data: Path | None, isolation: Isolation) -> Opened:
