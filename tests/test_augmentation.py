@@ -177,6 +177,12 @@ def test_a_policy_is_searched_without_test_data_and_training_applies_it(tmp_path
     assert with_policy.splitlines()[1] != without.splitlines()[1]
 
 
+def test_more_folds_than_examples_are_refused(tmp_path, guarded):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("AUGMENT", "").replace("= 0.1", "= 0.999"))
+    with pytest.raises(InputError, match=r"recipe.toml: 1 training examples are fewer than 2 folds; take fewer folds"):
+        search(tmp_path / "recipe.toml", Search(folds=2, trials=1, top=1))
+
+
 def test_networks_of_the_search_are_trained_without_augmentation():
     training = Training(epochs=2, learning_rate=1, crop=4, flip=True, erase=0.5, augment="x", mixup=1, cutmix=1)
     assert plain(training) == Training(epochs=2, learning_rate=1)

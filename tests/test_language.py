@@ -8,13 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from micronet_eval import evaluate, packing, plugins
 from micronet_eval.errors import InputError
 from micronet_eval.language import mean_position, per_token, shares_of_clusters, step, steps
 from micronet_eval.quality import measure, negative_log_likelihood
-from micronet_eval.recipe import compress
+from micronet_eval.recipe import TRAINED, compress, train_only
 from micronet_eval.scoring import account
 from micronet_eval.structure import without_weights
 from micronet_eval.submission import read_manifest
@@ -377,6 +378,24 @@ def test_a_language_model_is_packed_and_evaluated(recipe, text, tiny, tmp_path):
     assert unknown.quality.measured is None
     assert unknown.math.ops32 > report.math.ops32
     assert "costliest" in unknown.warnings[0]
+
+
+@pytest.mark.parametrize("recipe", [LSTM, ATTENTION], ids=["lstm", "transformer"])
+def test_a_language_model_that_is_trained_alone_starts_and_teaches_others(recipe, text, tiny, tmp_path):
+    """Its scores and its embedding are one tensor, which the file of a state dict has twice."""
+    path, head = tmp_path / "recipe.toml", recipe.partition("\n[[stages]]")[0]
+    stage = "\n[[stages]]\ntrain = { epochs = 2, learning_rate = 0.02, batch_size = 2%s }\n"
+    path.write_text(head + stage % "")
+    train_only(path, tmp_path / "made", text)
+    for views in (0, 1):
+        taught = f', distill = {{ weight = 1, teacher = "{tmp_path / "made"}", views = {views} }}'
+        path.write_text(f'start = "{tmp_path / "made"}"\n{head}{stage % taught}')
+        train_only(path, tmp_path / f"{views}", text)
+    one, other = (load_file(tmp_path / f"{views}" / TRAINED) for views in (0, 1))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    # A network that is its own teacher learns nothing at first, and little of its labels at weight 1.
+    before = load_file(tmp_path / "made" / TRAINED)
+    assert all(torch.allclose(value, before[name], atol=0.1) for name, value in one.items())
 
 
 @pytest.mark.parametrize("recipe", [LSTM, ATTENTION], ids=["lstm", "transformer"])

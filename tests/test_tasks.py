@@ -53,10 +53,12 @@ def test_fashion_mnist_in_its_real_format(tmp_path, files, folder, packed):
     assert train[0][1] == 9
 
 
-def test_fashion_mnist_that_is_not_there_says_where_it_was_looked_for(tmp_path):
+def test_fashion_mnist_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "FASHION_SYSTEM", tmp_path / "system")
     with pytest.raises(DataMissing) as missing:
         tasks.fashion_mnist(tmp_path, "test")
-    assert f"not found in {tmp_path / 'FashionMNIST/raw'}, {tmp_path}; install Debian's package" in str(missing.value)
+    places = f"{tmp_path / 'FashionMNIST/raw'}, {tmp_path}, {tmp_path / 'system'}"
+    assert f"not found in {places}; install Debian's package" in str(missing.value)
     assert "--data or MICRONET_DATA" in str(missing.value)
 
 
@@ -77,6 +79,11 @@ def test_fashion_mnist_that_is_damaged_names_the_file(tmp_path, files, change, m
     with pytest.raises(DataMissing, match=f"{broken} {message}"):
         tasks.fashion_mnist(tmp_path, "test")
     assert len(tasks.fashion_mnist(tmp_path, "train")) == 5
+
+
+@pytest.mark.skipif(not tasks.FASHION_SYSTEM.exists(), reason="dataset-fashion-mnist is not installed")
+def test_the_real_fashion_mnist_is_there_for_any_data_folder(tmp_path):
+    assert len(tasks.fashion_mnist(tmp_path, "test")) == 10_000
 
 
 @pytest.mark.skipif(not tasks.FASHION_SYSTEM.exists(), reason="dataset-fashion-mnist is not installed")

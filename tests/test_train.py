@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from micronet_eval import evaluate, plugins, training
+from micronet_eval import evaluate, kept, plugins, training
 from micronet_eval.errors import InputError
 from micronet_eval.kept import KEPT
 from micronet_eval.parallel import Team
@@ -161,6 +162,53 @@ def test_a_teacher_knows_the_task(trained, tmp_path):
     stage = f'train = {{ epochs = 1, learning_rate = 0.01, distill = {{ teacher = "{trained[0]}" }} }}'
     with pytest.raises(InputError, match="was trained for the task digits, not cifar100"):
         train_only(recipe(tmp_path / "recipe.toml", stage, head=text), tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [("seed = 3", "seed = 4"), ("validation = 0.2", "validation = 0.3")])
+def test_a_teacher_that_has_seen_what_is_held_out_is_refused(trained, tmp_path, change):
+    stage = f'train = {{ epochs = 1, learning_rate = 0.01, distill = {{ teacher = "{trained[0]}" }} }}'
+    with pytest.raises(InputError, match=r"made was trained on examples that are held out here; hold them out there"):
+        train_only(recipe(tmp_path / "recipe.toml", stage, head=RECIPE.replace(*change)), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    shutil.copytree(trained[0], tmp_path / "foreign", ignore=shutil.ignore_patterns("recipe.toml"))
+    stage = stage.replace(str(trained[0]), str(tmp_path / "foreign"))  # of which nobody knows
+    train_only(recipe(tmp_path / "recipe.toml", stage, head=RECIPE.replace(*change)), tmp_path / "out")
+
+
+def test_a_teacher_is_not_overwritten(trained, tmp_path):
+    stage = f'train = {{ epochs = 1, learning_rate = 0.01, distill = {{ teacher = "{trained[0]}" }} }}'
+    before = {file.name: file.read_bytes() for file in trained[0].iterdir()}
+    with pytest.raises(InputError, match=r"a teacher lies in .*made, where nothing may take its place"):
+        train_only(recipe(tmp_path / "recipe.toml", stage), trained[0])
+    assert {file.name: file.read_bytes() for file in trained[0].iterdir()} == before
+
+
+def test_what_a_kill_left_of_files_goes_when_they_are_written(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in (".weights.safetensors.u25idkmi", ".notes.txt.u25idkmi"):
+        (made / name).write_bytes(b"half")
+    train_only(recipe(tmp_path / "recipe.toml", "train = { epochs = 1, learning_rate = 0.01 }"), made)
+    names = {"submission.toml", "weights.safetensors", "trained.safetensors", "recipe.toml", ".notes.txt.u25idkmi"}
+    assert {path.name for path in made.iterdir()} == names
+
+
+def test_what_a_kill_left_of_what_was_kept_is_in_nobodys_way(tmp_path, monkeypatch):
+    """What was kept goes when all is written."""
+    path, made = recipe(tmp_path / "recipe.toml", "train = { epochs = 1, learning_rate = 0.01 }"), tmp_path / "made"
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_only(path, made)
+    monkeypatch.undo()
+    assert (made / KEPT / "1.pt").exists()
+    with pytest.raises(InputError, match="is finished, and there is nothing to resume; run without --resume"):
+        train_only(path, made, resume=True)
+    train_only(path, made)
+    assert not (made / KEPT).exists()
 
 
 def test_the_command_tells_epochs_loss_accuracy_and_the_time_left(tmp_path, run):
@@ -347,9 +395,19 @@ def test_channels_come_last_where_images_are_large_and_the_network_can(monkeypat
     assert all(p.is_contiguous() for p in made.parameters())
     monkeypatch.setattr(training, "SMALL", 17)
     plain, _ = fit({})
+    monkeypatch.undo()
     for name, value in made.state_dict().items():
         assert torch.allclose(value, plain.state_dict()[name], atol=1e-3), name
     fit({}, Viewing())
+
+
+def test_a_teacher_that_cannot_have_channels_last_is_not_given_them():
+    data = TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 3)
+    context = Context(data[0][0][None], loader(data, 8, 0), 0, {})
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
+    assert takes_channels_last(model, context.example_input)
+    teacher = nn.Sequential(Viewing(), nn.Linear(3 * 16 * 16, 3))
+    train(model, Training(epochs=1, learning_rate=0.01, distill={}), context, teacher=teacher)
 
 
 def test_bf16_multiplies_in_bfloat16_and_learns_at_32_bits():

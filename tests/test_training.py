@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import TensorDataset
 
 from micronet_eval import evaluate, plugins
+from micronet_eval.conditional import Conditional
 from micronet_eval.errors import InputError
 from micronet_eval.kept import KEPT
 from micronet_eval.recipe import Recipe, Target, compress, named_stages, strategy_of
@@ -165,6 +166,67 @@ def test_a_teacher_of_another_task():
         train(net(), training, context(), teacher=teacher)
 
 
+class Hasty(Conditional):
+    """Two heads on one batch norm, which counts the batches that it normalizes; who is sure leaves at the first."""
+
+    paths = ("exit", "full")
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.exit, self.rest = nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def run(self, x):
+        x = self.trunk(x)
+        answer = self.exit(x)
+        return answer if self.takes("exit", answer.softmax(1).amax(1) >= 0.4) else self.rest(x)
+
+
+def test_each_path_of_a_conditional_model_learns_from_all_examples():
+    """The gradient of the mean of both losses is half of each head's own."""
+    data, made = context(), []
+    training = Training(epochs=1, learning_rate=0.1, batch_size=24, optimizer="sgd", momentum=0, schedule="constant")
+    model = train(Hasty(), training, data)
+    assert int(model.trunk.num_batches_tracked) == 2  # once for each path
+    assert model.only is None
+    for name in ("exit", "rest"):
+        alone = Hasty()
+        head = getattr(alone, name)
+        x, labels = data.training_data.dataset.tensors
+        cross_entropy(head(alone.trunk(x)), labels).backward()
+        made.append(head.weight - 0.1 * head.weight.grad / 2)
+        torch.testing.assert_close(getattr(model, name).weight, made[-1])
+
+
+def test_a_moving_average_forgets_where_it_began():
+    """A decay of a thousand steps, after six of them."""
+    model = net()
+    average = train(net(), Training(epochs=1, learning_rate=0.05, average=0.999), context())
+    weights = train(net(), Training(epochs=1, learning_rate=0.05), context())
+    begun, came, now = (m[0].weight for m in (model, average, weights))
+    assert (came - now).norm() < (came - begun).norm() / 2
+
+
+class Unreadable(TensorDataset):
+    def __getitem__(self, index):
+        if index == 7:
+            raise OSError("image file is truncated")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("views", [0, 1])
+def test_training_data_that_cannot_be_read(views):
+    data = Context(torch.zeros(1, 6), loader(Unreadable(torch.randn(9, 6), torch.arange(9) % 3), 4, 0), 0, {})
+    how = Training(epochs=1, learning_rate=0.1, distill={"views": views})
+    with pytest.raises(InputError, match="the training data cannot be read: OSError: image file is truncated; look"):
+        train(net(), how, data, teacher=Teacher())
+
+
+def test_options_that_change_nothing_are_refused():
+    with pytest.raises(ValidationError, match="adamw has no momentum to set"):
+        Training(epochs=1, learning_rate=0.1, momentum=0.5)
+
+
 class Teacher(nn.Module):
     """Says the same each time, and counts how often it is asked."""
 
@@ -189,9 +251,9 @@ def test_views_keep_what_the_teacher_says():
     """Nothing is augmented here, so that a view is the example itself."""
     asked_each_time, count = distilled(views=0)
     assert count == 3 * 24
-    for views in (1, 2):
+    for views in (1, 2):  # two are one here
         kept, count = distilled(views=views)
-        assert count == views * 24
+        assert count == 24
         assert all(torch.equal(kept[name], asked_each_time[name]) for name in kept)
 
 
@@ -324,12 +386,17 @@ def made(tmp_path, rule, name="small"):
 
 
 def test_rounds_end_when_the_target_is_reached(tmp_path):
-    steps, _ = made(tmp_path, "until = { score = 0.2 }")
-    rounds = [step for step in steps if step.stage.startswith("round")]
-    scores = [step.score for step in rounds]
+    """One of four: 30 % zeros take the score from 0.147 to 0.110."""
+    steps, _ = made(tmp_path, "until = { score = 0.12 }")
     assert all(step.quality is not None for step in steps)
-    assert scores[-1] <= 0.2 or len(rounds) == 8
-    assert all(score > 0.2 for score in scores[1:-2:2])
+    scores = [step.score for step in steps if step.stage.startswith("round")]
+    assert len(scores) == 2
+    assert scores[-1] <= 0.12 < steps[1].score
+
+
+def test_no_round_runs_where_the_target_is_reached_before(tmp_path):
+    steps, _ = made(tmp_path, "until = { parameters = 1_000_000 }")
+    assert [step.stage for step in steps] == ["architecture", "train", "merge batch-norm"]
 
 
 def test_a_round_judges_by_what_its_inner_rounds_left(tmp_path):

@@ -45,6 +45,11 @@ class Augmentation(Table):
     erase: float = Field(0.0, ge=0, le=1)
     augment: str = ""
 
+    @property
+    def changes(self) -> bool:
+        """Whether images are changed at all."""
+        return bool(self.crop or self.flip or self.erase or self.augment)
+
 
 def augmenter(how: Augmentation) -> Change:
     """What `how` does to a batch. Raises InputError where a policy's file is wrong, and for what are no images."""

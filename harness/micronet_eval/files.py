@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -101,6 +101,13 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
             with suppress(OSError):
                 temporary_path.unlink()
         raise
+
+
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Removes what `write_together` left of these files where it was killed; for whoever has the folder for itself."""
+    for name in names:
+        for left in folder.glob(f".{name}.????????"):
+            left.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

@@ -19,21 +19,23 @@ from micronet_eval.training import save
 KEPT = ".kept"
 """The folder, inside of the one that is written, with what a run needs to go on after it was killed."""
 
+MARK = "recipe.sha256"
+"""The file in it that says which recipe may resume."""
+
 
 class Kept:
     """For each stage the weights and the step, and the last epoch of training. Of several processes one writes."""
 
     def __init__(self, folder: Path, recipe: bytes, resume: bool) -> None:
-        self.folder = folder
+        self.folder, mark = folder, folder / MARK
         digest = hashlib.sha256(recipe).hexdigest()
-        mark = folder / "recipe.sha256"
         if resume and not mark.exists():
             told = "is finished, and" if (folder.parent / WEIGHTS).exists() else "has no .kept:"
             raise InputError(f"{folder.parent} {told} there is nothing to resume; run without --resume")
         if resume and mark.read_bytes() != digest.encode():
             raise InputError(f"{folder} was kept by another recipe; run that one, or remove {folder} to begin anew")
         if not resume:
-            if not self.empty:
+            if mark.exists() and not self.empty:
                 raise InputError(
                     f"{folder} has what a run did that has not ended; go on by --resume, or remove it to begin anew"
                 )
@@ -47,7 +49,7 @@ class Kept:
         """Says which recipe may resume from `folder`."""
         if not team().first:
             return
-        write_whole(folder / "recipe.sha256", hashlib.sha256(recipe).hexdigest().encode())
+        write_whole(folder / MARK, hashlib.sha256(recipe).hexdigest().encode())
 
     @property
     def empty(self) -> bool:
@@ -87,6 +89,7 @@ class Kept:
         if not team().first:
             return
         if self.folder.exists():
+            (self.folder / MARK).unlink(missing_ok=True)  # what is left if we are killed now is nothing to resume
             shutil.rmtree(self.folder)
         if self.folder.parent.exists() and not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()

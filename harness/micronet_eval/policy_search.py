@@ -74,7 +74,9 @@ def search(
         raise InputError(f"{path}: a policy is searched for a recipe that trains on images")
     low, high = ranges(examples)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.seed))  # type: ignore[arg-type]
-    folds = order.chunk(how.folds)
+    if len(order) < how.folds:
+        raise InputError(f"{path}: {len(order):,} training examples are fewer than {how.folds} folds; take fewer folds")
+    folds = order.tensor_split(how.folds)
     done, total = 0, sum(-(-(len(order) - len(fold)) // training.batch_size) for fold in folds) * training.epochs
 
     def trained(batches: int) -> None:

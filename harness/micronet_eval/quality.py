@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from micronet_eval.batches import check_apart
 from micronet_eval.conditional import conditional_of
 from micronet_eval.errors import InputError
-from micronet_eval.task import DataMissing, Task
+from micronet_eval.task import DataMissing, Task, readable
 from micronet_eval.trace import SEED
 
 BATCH = 100
@@ -117,7 +117,7 @@ def count_correct(
     draws = torch.Generator().manual_seed(SEED)
     if apart:
         dataset = Subset(dataset, torch.randperm(total, generator=draws).tolist())
-    for inputs, labels in _batches(dataset, BATCH):
+    for inputs, labels in readable(DataLoader(dataset, BATCH), "test"):
         outputs = model(inputs)
         correct += int((_classes(outputs, labels) == labels).sum())
         if apart:
@@ -145,27 +145,13 @@ def _classes(outputs: Any, labels: Tensor) -> Tensor:
     return outputs.argmax(1)
 
 
-def _batches(dataset: Dataset[Any], size: int) -> Iterator[Any]:
-    """Batches of a data set, in order. Raises InputError where it cannot be read, or what reads it dies."""
-    batches = iter(DataLoader(dataset, batch_size=size))
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except Exception as error:  # whatever a data set raises
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"the test data cannot be read: {why}; look after the folder of --data") from error
-        yield batch
-
-
 def negative_log_likelihood(
     model: nn.Module, dataset: Dataset[Any], progress: Progress | None = None
 ) -> tuple[float, int]:
     """Of a stream of tokens, in nats, and how many were predicted; the state goes on from piece to piece."""
     pieces = len(dataset)  # type: ignore[arg-type]
     loss, tokens, state = 0.0, 0, None
-    for i, (inputs, labels) in enumerate(_batches(dataset, 1)):
+    for i, (inputs, labels) in enumerate(readable(DataLoader(dataset, 1), "test")):
         try:
             log_probabilities, state = model(inputs, state)
         except IndexError as error:

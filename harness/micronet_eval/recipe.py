@@ -47,7 +47,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from micronet_eval import packing, plugins
 from micronet_eval.augmentation import augmenter
 from micronet_eval.errors import InputError
-from micronet_eval.files import is_below_a_folder, locked, write_together
+from micronet_eval.files import is_below_a_folder, locked, remove_temporaries, write_together
 from micronet_eval.importing import load_state, read_state_dict
 from micronet_eval.kept import KEPT, Kept
 from micronet_eval.language import example_input, per_token, shares_of_clusters, steps
@@ -76,7 +76,7 @@ from micronet_eval.submission import (
 )
 from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import Example, trace, trace_each
-from micronet_eval.training import Ensemble, Log, Training, loader, logits_of, mix, train
+from micronet_eval.training import LARGEST_BATCH, Ensemble, Log, Training, loader, logits_of, mix, train
 
 STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
@@ -177,7 +177,7 @@ class Recipe(Table):
     seed: int = Field(0, ge=0, lt=2**31)
     data: Literal["task", "noise"] = "task"
     validation: float = Field(0.0, ge=0, lt=1)
-    batch_size: int = Field(32, gt=0)
+    batch_size: int = Field(32, gt=0, le=LARGEST_BATCH)
     start: str = ""
     architecture: Architecture
     stages: list[Stage] = Field(min_length=1)
@@ -254,6 +254,8 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
         with locked(folder) if team().first else nullcontext():
             if run.recipe.start and folder.resolve() == Path(run.recipe.start).resolve():
                 raise InputError(f"{path}: field 'start': it lies in {folder}, where nothing may take its place")
+            if folder.resolve() in (Path(teacher).resolve() for teacher in run.teachers):
+                raise InputError(f"{path}: a teacher lies in {folder}, where nothing may take its place")
             kept = Kept(folder / KEPT, text, resume)
             try:
                 run.all(kept)
@@ -263,18 +265,21 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
                 raise
             if team().first:
                 made_by = {_RECIPE: hashlib.sha256(text).hexdigest()}
-                state = {state_dict: safetensors(_contiguous(run.model), made_by)} if state_dict else {}
-                write_together(folder, {RECIPE: text, **state, **_written(run)})
+                state = {state_dict: safetensors(_apart(run.model), made_by)} if state_dict else {}
+                files = {RECIPE: text, **state, **_written(run)}
+                remove_temporaries(folder, files)
+                write_together(folder, files)
                 kept.remove()
     except BrokenPipeError:  # whoever read what is printed has ended
         raise
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}; name another folder") from error
     team().wait()
 
 
-def _contiguous(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.contiguous() for name, value in model.state_dict().items()}
+def _apart(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as the format takes it: no tensor shares memory with another, as those of tied layers do."""
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
 
 
 def _written(run: _Run) -> dict[str, bytes]:
@@ -331,7 +336,7 @@ class _Run:
             self.task: Task = plugins.lookup("task", recipe.task)
             _check(recipe, self.task)
             self.training, self.held_out = data_of(recipe, self.task, data)
-            self.teachers = {folder: _teacher(folder, self.task) for folder in _teachers(recipe)}
+            self.teachers = {folder: _teacher(folder, self.task, recipe) for folder in _teachers(recipe)}
         except (InputError, DataMissing) as error:
             raise InputError(f"{path}: {error}") from error
         if recipe.architecture.file is not None:
@@ -371,10 +376,12 @@ class _Run:
                 self.rounds(f"{name}.{i}.rounds.stages", stage.rounds, prefix)
 
     def rounds(self, name: str, rounds: Rounds, prefix: str = "") -> None:
+        if rounds.until.reached(self._last):
+            return
         for number in range(1, rounds.times + 1):
             before, here = copied(self.model) if rounds.quality is not None else None, len(self.steps)
             self.stages(name, rounds.stages, f"{prefix}round {number}: ")
-            last = next(step for step in reversed(self.steps) if not step.stage.endswith(_UNDONE))
+            last = self._last
             if rounds.quality is not None and before is not None and last.quality is not None:
                 lower_is_better = METRICS[self.task.metric].lower_is_better
                 if last.quality > rounds.quality if lower_is_better else last.quality < rounds.quality:
@@ -386,6 +393,11 @@ class _Run:
                     return
             if rounds.until.reached(last):
                 return
+
+    @property
+    def _last(self) -> Step:
+        """What the model is now: the last step that was not taken back."""
+        return next(step for step in reversed(self.steps) if not step.stage.endswith(_UNDONE))
 
     def one(self, name: str, stage: Stage, prefix: str = "") -> None:
         """Runs one stage, or takes from what was kept what it came to."""
@@ -500,10 +512,13 @@ def _teachers(recipe: Recipe) -> set[str]:
     return {folder for distill in each if distill is not None for folder in distill.folders}
 
 
-def _teacher(folder: str, task: Task) -> nn.Module:
+def _teacher(folder: str, task: Task, recipe: Recipe) -> nn.Module:
+    """The model in a submission's folder. By the recipe there, if there is one, it must not know what is held out."""
     opened = open_submission(folder)
     if opened.task.name != task.name:
         raise InputError(f"the teacher in {folder} was trained for the task {opened.task.name}, not {task.name}")
+    if recipe.validation and (Path(folder) / RECIPE).exists():
+        _check_unseen(folder, recipe)
     return opened.model
 
 
@@ -511,7 +526,6 @@ def _start(model: nn.Module, recipe: Recipe) -> None:
     """Loads what `train` wrote. What is held out here must not have been trained on there."""
     folder = Path(recipe.start)
     load_state(model, read_state_dict(folder / TRAINED), folder / TRAINED, recipe.architecture.name)
-    there = read_toml(folder / RECIPE, Recipe)
     if not recipe.validation:
         return
     with safe_open(folder / TRAINED, framework="pt") as file:
@@ -521,6 +535,12 @@ def _start(model: nn.Module, recipe: Recipe) -> None:
             f"{folder / RECIPE} is not what {TRAINED} there was trained by, and what that has seen is not known; "
             "train it again in a folder of its own"
         )
+    _check_unseen(recipe.start, recipe)
+
+
+def _check_unseen(folder: str, recipe: Recipe) -> None:
+    """Raises InputError where what the recipe holds out was trained on by the recipe in another folder."""
+    there = read_toml(Path(folder) / RECIPE, Recipe)
     if (there.task, there.data) != (recipe.task, recipe.data):  # other examples, but for those of its own start
         if there.start:
             raise InputError(
@@ -596,6 +616,8 @@ def data_of(recipe: Recipe, task: Task, root: Path | None) -> tuple[Dataset[Any]
     whole = _training_data(recipe, task, root)
     examples = len(whole)  # type: ignore[arg-type]
     held_out = round(recipe.validation * examples)
+    if not examples:
+        raise InputError(f"task {recipe.task} has no training data; look after the folder of --data")
     if not recipe.validation:
         return whole, None
     if not 0 < held_out < examples:

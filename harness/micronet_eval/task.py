@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from micronet_eval.errors import InputError
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 Split = Literal["train", "test"]
+_Batch = TypeVar("_Batch")
 
 
 class DataMissing(Exception):
@@ -62,3 +65,19 @@ class Task:
     def __post_init__(self) -> None:
         if self.metric == "perplexity" and self.tokens < 1:
             raise ValueError(f"task {self.name}: `tokens` says how many tokens the test stream predicts")
+
+
+def readable(batches: Iterable[_Batch], split: str) -> Iterator[_Batch]:
+    """Batches of a data set's split. Raises InputError where it cannot be read, or what reads it dies."""
+    left = iter(batches)
+    while True:
+        try:
+            batch = next(left)
+        except StopIteration:
+            return
+        except InputError:
+            raise
+        except Exception as error:  # whatever a data set raises
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"the {split} data cannot be read: {why}; look after the folder of --data") from error
+        yield batch

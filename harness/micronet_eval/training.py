@@ -22,16 +22,21 @@ from torch.nn.utils import parametrize
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 
 from micronet_eval.augmentation import Augmentation, augmenter
+from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.files import write_whole
 from micronet_eval.parallel import Team, team
 from micronet_eval.strategy import Context
 from micronet_eval.structure import original_of
 from micronet_eval.submission import Table
+from micronet_eval.task import readable
 from micronet_eval.trace import Example
 
 SMALL = 16
 """Edge of images below which the order of the channels does not matter for the speed."""
+
+LARGEST_BATCH = 1 << 31
+"""More than any data set has; what counts batches takes no larger numbers than 2^63."""
 
 Log = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -59,31 +64,32 @@ class Distillation(Table):
 
 
 class Ensemble(nn.Module):
-    """The mean of what several models return."""
+    """The mean of what several models say: of language models, that of their log-probabilities."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([model(x) for model in self.models]).mean(0)
+        return torch.stack([logits_of(model, x) for model in self.models]).mean(0)
 
 
 class Training(Augmentation):
-    """Cross entropy on training data.
+    """Cross entropy on training data; of a conditional model the mean over its paths, each of which sees all examples.
 
-    `schedule` falls to zero by a cosine, or by 10 at a half and at three quarters of the epochs, after `warmup` epochs
-    in which the rate rises linearly. `mixup` and `cutmix` are the alphas of their Beta distributions (arXiv 1710.09412,
+    `schedule` falls to zero by a cosine, or by 10 at a half and at three quarters of the epochs behind the `warmup`, in
+    which the rate rises linearly. `mixup` and `cutmix` are the alphas of their Beta distributions (arXiv 1710.09412,
     1905.04899), 0 for none; with both each batch draws one. `orthonormal` weighs the squared distance of each weight
     matrix' rows (or columns, where they are fewer) from an orthonormal set. `average` is the decay of an exponential
-    moving average of the weights, which is what comes out; 0 for none. `precision = "bf16"` multiplies in bfloat16;
-    weights stay at 32 bits.
+    moving average of the weights, which is what comes out; 0 for none. After n steps it is at most (1 + n) / (10 + n):
+    the weights of the beginning are nothing to average. `precision = "bf16"` multiplies in bfloat16; weights stay at 32
+    bits.
     """
 
     epochs: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, le=LARGEST_BATCH)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(0.9, ge=0, lt=1)
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -106,6 +112,12 @@ class Training(Augmentation):
     def _views_are_whole(self) -> Training:
         if self.distill is not None and self.distill.views and (self.mixup or self.cutmix):
             raise ValueError("the teacher's views are of single examples: leave out distill.views, or mixup and cutmix")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Training:
+        if self.optimizer == "adamw" and "momentum" in self.model_fields_set:
+            raise ValueError('adamw has no momentum to set: leave it out, or take optimizer = "sgd"')
         return self
 
 
@@ -136,13 +148,20 @@ class Shares(BatchSampler):
             yield (batch + (batch * fill)[:fill])[self.team.rank :: self.team.size]
 
 
+class Batches(DataLoader[tuple[Tensor, Tensor]]):
+    """Batches of training data; raises InputError where it cannot be read."""
+
+    def __iter__(self) -> Any:
+        return readable(super().__iter__(), "training")
+
+
 def loader(
     dataset: Dataset[Any], batch_size: int, seed: int, team: Team | None = None
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of a data set, shuffled by the seed; of each the share of this process, where a team is given."""
     order = torch.Generator().manual_seed(seed)
     shares = Shares(RandomSampler(dataset, generator=order), batch_size, team or Team(torch.device("cpu")))  # type: ignore[arg-type]
-    return DataLoader(dataset, batch_sampler=shares, generator=order)
+    return Batches(dataset, batch_sampler=shares, generator=order)
 
 
 def train(
@@ -167,7 +186,7 @@ def train(
     fit = _Fit(model, training, context, len(batches), teacher, group)
     views = None
     if teacher is not None and training.distill is not None and training.distill.views:
-        times = min(training.distill.views, training.epochs)
+        times = min(training.distill.views, training.epochs) if training.changes else 1
         log(f"  the teacher looks at {times} views of {len(dataset):,} examples")  # type: ignore[arg-type]
         views = fit.views(dataset, times, context.seed)
         batches = loader(views, training.batch_size, context.seed, group)
@@ -198,8 +217,10 @@ class _Fit:
         group: Team,
     ) -> None:
         self.training, self.team = training, group
-        self.channels_last = takes_channels_last(model, context.example_input)
+        networks = [model] if teacher is None else [model, teacher]
+        self.channels_last = all(takes_channels_last(network, context.example_input) for network in networks)
         self.model = model.to(group.device)
+        self.paths = paths_of(model)
         self.whole = self.model
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -220,7 +241,7 @@ class _Fit:
 
         The same whenever it is called: what is drawn for them is drawn for nothing else.
         """
-        in_order = DataLoader(dataset, self.training.batch_size)
+        in_order = Batches(dataset, self.training.batch_size)
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.random.fork_rng([self.team.device] if self.team.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -265,31 +286,43 @@ class _Fit:
         inputs, other, share = mix(self.augment(inputs) if taught is None else inputs, training)
         inputs = self.placed(inputs)
         self.optimizer.zero_grad()
-        with self.precision():
-            outputs = logits_of(self.whole, inputs).float()
+        answers = self.answers(inputs)
+        outputs = answers[-1]
         if largest >= outputs.shape[-1]:
             raise InputError(f"train: label {largest} has no output; the model has {outputs.shape[-1]}")
-        loss = _loss(outputs, labels, other, share, training)
-        if self.teacher is not None and training.distill is not None:
+        losses = [_loss(answer, labels, other, share, training) for answer in answers]
+        if self.teacher is not None and (how := training.distill) is not None:
             taught = self.taught(inputs) if taught is None else taught.to(self.team.device)
             if taught.shape[-1] != outputs.shape[-1]:
                 raise InputError(
                     f"train: the teacher has {taught.shape[-1]} outputs and the model {outputs.shape[-1]}; take one of "
                     "the same task"
                 )
-            loss = (1 - training.distill.weight) * loss + distillation(outputs, taught, training.distill)
+            learned = [distillation(answer, taught, how) for answer in answers]
+            losses = [(1 - how.weight) * loss + more for loss, more in zip(losses, learned, strict=True)]
+        loss = torch.stack(losses).mean()
         if training.orthonormal:
             loss = loss + training.orthonormal * orthonormality(self.model)
         loss.backward()  # type: ignore[no-untyped-call]
         with learning_rate_factors(self.model):
             self.optimizer.step()
         self.schedule.step()
+        done = self.schedule.last_epoch
+        decay = min(training.average, (1 + done) / (10 + done))  # the weights at the start are nothing to average
         for name, value in (self.model.state_dict() if self.average else {}).items():
             if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - training.average)
+                self.average[name].lerp_(value, 1 - decay)
             else:
                 self.average[name].copy_(value)
         return loss.detach(), (outputs.argmax(-1) == labels).sum()
+
+    def answers(self, inputs: Tensor) -> list[Tensor]:
+        """The model's logits; of a conditional model those of each path for all examples, the longest path last."""
+        found = []
+        for path in self.paths:
+            with taking(self.model, path), self.precision():
+                found.append(logits_of(self.whole, inputs).float())
+        return found
 
     def placed(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.team.device)

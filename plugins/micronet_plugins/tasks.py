@@ -52,8 +52,8 @@ def fashion_mnist(root: Path | None, split: Split) -> Dataset[Any]:
     The four IDX files, packed by gzip or not, as Debian's package dataset-fashion-mnist installs them, or under `root`
     as torchvision downloads them; checksums are checked.
     """
-    folders = [FASHION_SYSTEM] if root is None else []
-    folders += [(root or HERE) / folder for folder in FASHION_FOLDERS]
+    folders = [(root or HERE) / folder for folder in FASHION_FOLDERS]
+    folders = [FASHION_SYSTEM, *folders] if root is None else [*folders, FASHION_SYSTEM]
     how = f"install Debian's package dataset-fashion-mnist, or put the four files of Fashion-MNIST there{ELSEWHERE}"
     for folder in folders:
         paths = [_packed_or_not(folder / name) for name, _ in FASHION_FILES[split]]
