@@ -220,6 +220,24 @@ def test_the_commands_write_pages(run, submission, tmp_path):
     assert run("leaderboard", submission, "--html", submission)[0] == 2
 
 
+def test_submissions_of_one_name_have_their_own_figures(found, tmp_path):
+    good = found[0].report
+    report = good.model_copy(update={"quality": good.quality.model_copy(update={"measured": 1.0, "passed": True})})
+    worse = report.model_copy(update={"score": replace(report.score, total=1.5)})
+    pages.write([replace(found[0], report=one) for one in (worse, report)], tmp_path / "site")
+    shown = [(tmp_path / "site" / "submissions" / f"{slug}.html").read_text() for slug in ("small", "small-2")]
+    assert [f"<dd>{score.total:.5f}" in text for text in shown for score in (worse.score, report.score)] == [
+        True, False, False, True
+    ]  # fmt: skip
+
+
+def test_submissions_of_one_name_are_told_apart(run, submission, tmp_path):
+    other = shutil.copytree(submission, tmp_path / "other" / submission.name)
+    _, out, _ = run(other, submission, "--html", tmp_path / "site", "--format", "csv")
+    assert [line.partition(",")[0] for line in out.splitlines()[1:]] == [str(other), str(submission)]
+    assert str(other) in (tmp_path / "site" / "index.html").read_text()
+
+
 # --- a comparison -----------------------------------------------------------------------------------------------------
 
 

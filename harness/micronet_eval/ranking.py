@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -126,8 +127,13 @@ def named(folders: Iterable[Path]) -> dict[str, Path]:
             )
         for path in [folder] if (folder / MANIFEST).is_file() else inside:
             found.setdefault(path.resolve(), path)
-    short = [path.name for path in found]
-    return {path.name if short.count(path.name) == 1 else str(given): given for path, given in found.items()}
+    return dict(zip(told_apart([*found.values()]), found.values(), strict=True))
+
+
+def told_apart(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: its own, or as it was given where another one has the same."""
+    short = [Path(os.path.realpath(folder)).name for folder in folders]  # a link to itself has a name, too
+    return [name if short.count(name) == 1 else str(given) for name, given in zip(short, folders, strict=True)]
 
 
 def leaderboard(*folders: str | Path, data: str | Path | None = None) -> list[Board]:

@@ -49,23 +49,23 @@ def evaluate(
 ) -> None:
     """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
     from micronet_eval.evaluation import evaluate
+    from micronet_eval.ranking import judged, told_apart
 
-    outcomes: list[tuple[Path, Report | Exception]] = []
+    outcomes: list[Report | Exception] = []
+    names = told_apart(folders)
     status = 0
-    for folder in folders:
+    for name, folder in zip(names, folders, strict=True):
         try:
             with progress_bar(f"measuring {folder.name}") as progress:
                 asked: dict[str, Any] = {"ruleset": ruleset, "cross_check": cross_check, "isolation": isolation}
                 report = evaluate(folder, data, progress, **asked)
-            outcomes.append((folder, report))
+            outcomes.append(report.model_copy(update={"submission": printable(name)}))
         except (InputError, SubmissionError) as error:
-            outcomes.append((folder, error))
+            outcomes.append(error)
             status = max(status, complain(error))
-    reports = [outcome for _, outcome in outcomes if not isinstance(outcome, Exception)]
+    reports = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
     if html is not None:
-        from micronet_eval.ranking import judged
-
-        write_pages([judged(folder.resolve().name, folder, outcome) for folder, outcome in outcomes], html)
+        write_pages(list(map(judged, names, folders, outcomes)), html)
     if reports:
         show(reports, style, layers, several=len(folders) > 1)
     if not all(report.passed for report in reports):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from micronet_eval.evaluation import Report
 from micronet_eval.pages.comparison import write_comparison
 from micronet_eval.pages.plots import Plot, Point, path_plot, score_plot
 from micronet_eval.pages.site import templates, whole
-from micronet_eval.ranking import Board, Entry, Judged, as_json, boards, judge, named, places, source
+from micronet_eval.ranking import Board, Entry, Judged, as_json, boards, entry_of, judge, named, places, source
 from micronet_eval.task import METRICS
 
 Node = list[Any]
@@ -56,12 +56,13 @@ def _build(found: Sequence[Judged], site: Path) -> None:
     standings = boards(found)
     slugs = _slugs([judged.name for judged in found])
     entries = _entries(standings, found)
+    page_of = dict(zip(entries, slugs, strict=True))
     (site / "submissions").mkdir()
     index = pages.get_template("index.html").render(
         root="",
         boards=standings,
         places=places,
-        page_of=lambda entry: next(s for e, s in zip(entries, slugs, strict=True) if e is entry),
+        page_of=page_of.__getitem__,
         plots=[(board.task, plot) for board in standings if (plot := _score_plot(board, entries, slugs))],
         source=source(),
     )
@@ -85,14 +86,9 @@ def _slugs(names: Sequence[str]) -> list[str]:
 
 
 def _entries(standings: Sequence[Board], found: Sequence[Judged]) -> list[Entry]:
-    """The line of each submission, in the order of `found`."""
-    left = [entry for board in standings for entry in board.entries]
-    entries = []
-    for judged in found:
-        entry = next(entry for entry in left if entry.name == judged.name)
-        left.remove(entry)
-        entries.append(entry)
-    return entries
+    """The line of each submission, in the order of `found`: the one that says the same, but for its place."""
+    unplaced = {replace(e, rank=None, distinctions=(), in_2019=None): e for board in standings for e in board.entries}
+    return [unplaced[entry_of(judged)] for judged in found]
 
 
 def _score_plot(board: Board, entries: Sequence[Entry], slugs: Sequence[str]) -> Plot | None:
