@@ -344,6 +344,25 @@ def test_a_run_that_is_killed_goes_on_and_leaves_no_process(base, tmp_path):
     assert before.items() <= stored().items()  # nothing was done twice
 
 
+@pytest.mark.parametrize("executor", ["here", "local"])
+def test_a_run_that_is_ended_waits_for_no_job(base, tmp_path, executor):
+    long = base.with_name("long.toml")
+    long.write_text(BASE.replace("epochs = 1", "epochs = 9999"))
+    command = [sys.executable, "-c", "from micronet_eval.cli import main; main()", "compare", str(long)]
+    command += ["--executor", executor, "--jobs", "1", "--results", str(tmp_path / "ended.sqlite")]
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as run:
+        while not any((tmp_path / "temporary").glob("*/made/.kept/*.pt")) and run.poll() is None:
+            time.sleep(0.02)
+        run.terminate()
+        try:
+            out, _ = run.communicate(timeout=20)  # also ends no sooner than the last process that it started
+        finally:
+            run.kill()
+    assert (run.returncode, out) == (143, b"")
+
+
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
 def test_ray_gives_the_same_numbers(base, tmp_path):
     pytest.importorskip("ray")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 
 from micronet_eval.comparing import Job, Result
 
@@ -35,7 +36,9 @@ def _together(
     """Takes jobs off `waiting` and runs them; where a process dies, the jobs that ran then are returned."""
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     running: dict[Future[Result], Job] = {}
-    with ProcessPoolExecutor(min(workers, len(waiting)), context, _prepare, gc.get_threshold()) as pool:
+    theirs, ours = context.Pipe(duplex=False)
+    prepared = (theirs, *gc.get_threshold())
+    with theirs, ours, ProcessPoolExecutor(min(workers, len(waiting)), context, _prepare, prepared) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -47,13 +50,14 @@ def _together(
                     yield running.pop(future), result
         except BrokenProcessPool:
             return list(running.values())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            ours.close()  # nobody waits for what still runs
+            raise
     return []
 
 
-def _prepare(*threshold: int) -> None:
-    """Ends this process when the one that started it is gone, also where that was killed; and keeps it silent.
+def _prepare(theirs: Connection, *threshold: int) -> None:
+    """Ends this process when the other end of the pipe is closed, also as its owner was killed; and keeps it silent.
 
     What a library prints would run through the live view on the terminal. What matters is in the result. It searches
     for garbage as seldom as the one that started it: to import torch takes a quarter longer else.
@@ -62,11 +66,9 @@ def _prepare(*threshold: int) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def wait() -> None:
-        parent.join()
+        theirs.poll(None)  # nothing is ever sent
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

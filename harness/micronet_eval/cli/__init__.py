@@ -17,6 +17,14 @@ from micronet_eval.errors import InputError, SubmissionError
 __all__ = ["cli", "listing", "main", "making", "measuring"]
 
 
+class _Terminated(BaseException):
+    """Somebody ends the command. Nobody else catches it, as foreign code's SystemExit is caught."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 def _end() -> None:
     """Leaves the objects that are still there alone, unless there is triton, which complains of what stays."""
     if "triton" not in sys.modules:
@@ -27,7 +35,7 @@ def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
     gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long,
     atexit.register(_end)  # and so it does at the end, when all of it goes anyway
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files and workers end with us
+    signal.signal(signal.SIGTERM, _terminate)  # temporary files and workers end with us
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started us closed it
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
@@ -43,6 +51,8 @@ def main() -> None:
         sys.exit(complain(error))
     except OSError as error:
         sys.exit(complain(_refused(error)))
+    except _Terminated:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _flush() -> None:
