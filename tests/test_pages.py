@@ -291,6 +291,10 @@ def test_ticks_are_round():
     assert Axis(0.004, 0.9, 0, 100, logarithmic=True).ticks() == [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
 
 
+def test_one_tick_alone_tells_no_scale():
+    assert Axis(0.00068, 0.00916, 0, 100).ticks() == pytest.approx([0.002, 0.004, 0.006, 0.008])
+
+
 def test_pixels():
     assert Axis(0, 10, 100, 300).at(2.5) == 150
     assert Axis(0.01, 1, 0, 100, logarithmic=True).at(0.1) == 50
@@ -401,6 +405,18 @@ def test_choosing_in_a_comparison(tab, comparison):
     assert visible() == ["good"] and lines() == 1
     tab.fill("#named", "")
     assert visible() == ["small:a=1,b=2", "good"]
+
+
+def test_a_row_that_failed_is_last_in_every_order(tab, comparison):
+    tab.goto((comparison / "index.html").as_uri())
+    names = tab.locator("tbody th button")
+    for column, best in (("score", "small:a=1,b=2"), ("quality", "small:a=1,b=2"), ("time", "text")):
+        head = tab.get_by_role("button", name=column, exact=True)
+        for _ in range(2):
+            head.press("Enter")
+            assert names.all_inner_texts()[-1] == HOSTILE
+        head.press("Enter")
+        assert names.first.inner_text() == best
 
 
 def test_a_row_and_its_line_light_up_together(tab, comparison):

@@ -82,9 +82,7 @@ def parallel(task: str, rows: Sequence[tuple[int, Row]]) -> Parallel:
     step = (RIGHT - LEFT) / max(1, len(names) - 1)
     metric = rows[0][1].metric
     axes = {name: _axis(name, [row for _, row in rows], metric) for name in names}
-    scales = tuple(
-        Scale(name, round(LEFT + i * step, 1), _ticks(name, axes[name], metric)) for i, name in enumerate(names)
-    )
+    scales = tuple(Scale(name, round(LEFT + i * step, 1), _ticks(name, axes[name])) for i, name in enumerate(names))
     ways = []
     for number, row in rows:
         known = [(s.x, axes[s.name].at(v)) for s in scales if (v := _figure(row, s.name)) is not None]
@@ -110,7 +108,6 @@ def _axis(name: str, rows: Sequence[Row], metric: Metric | None) -> Axis:
     return replace(axis, low=max(axis.low, 0.0), high=min(axis.high, 1.0)) if higher else axis
 
 
-def _ticks(name: str, axis: Axis, metric: Metric | None) -> tuple[tuple[float, str], ...]:
-    share = name == "quality" and metric is not None and not metric.lower_is_better
+def _ticks(name: str, axis: Axis) -> tuple[tuple[float, str], ...]:
     unit = " s" if name == "time" else ""
-    return tuple((axis.at(t), f"{t:.4g}".rstrip() + unit if not share else f"{t:.4g}"[:6]) for t in axis.ticks())
+    return tuple((axis.at(tick), f"{tick:.4g}{unit}") for tick in axis.ticks())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from micronet_eval.task import Metric
 
@@ -79,15 +80,24 @@ class Axis:
         return round(self.start + part * (self.end - self.start), 1)
 
     def ticks(self) -> list[float]:
-        """Round values: 1, 2 and 5 of each power of ten on a logarithmic axis, steps of one of them on a linear one."""
+        """Round values: 1, 2 and 5 of each power of ten on a logarithmic axis, steps of one of them on a linear one.
+
+        At least two: one alone tells no scale.
+        """
         if self.logarithmic:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 2, 5) if self.high / self.low < 1000 else (1,)
             return [t for p in powers for s in steps if self.low <= (t := float(f"{s}e{p}")) <= self.high]
         rough = (self.high - self.low) / 4 * (1 - 1e-9)
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
-        return [n * step for n in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
+        sizes = pairwise(size * power for size in (0.5, 1, 2, 5, 10))
+        smaller, step = next((smaller, step) for smaller, step in sizes if step >= rough)
+        few = self._multiples(step)
+        return few if len(few) > 1 else self._multiples(smaller)
+
+    def _multiples(self, step: float) -> list[float]:
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [n * step for n in range(first, last + 1)]
 
 
 def front(points: Sequence[Point], lower_is_better: bool) -> list[Point]:

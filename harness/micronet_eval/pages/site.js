@@ -2,8 +2,8 @@
 
 // Tables: a click on a column's head sorts by it, a second one the other way; empty cells stay last.
 const valueOf = (row, column) => {
-  const cell = row.cells[column];
-  const text = (cell.dataset.value ?? cell.textContent).trim();
+  const cell = row.cells[column];  // none where the one before spans the rest
+  const text = (cell?.dataset.value ?? cell?.textContent ?? "").trim();
   const number = Number(text.replace(/[,%\s]/g, ""));
   return text === "" ? null : Number.isNaN(number) ? text : number;
 };
