@@ -211,6 +211,34 @@ def test_what_fails_halfway_leaves_the_pages_that_were_there(found, tmp_path, mo
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("html", [".", "..", "file/x", "/proc/nowhere/x", "x" * 300])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(run, tmp_path, monkeypatch, html):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if html.startswith(".") else tmp_path)
+    status, out, err = run("evaluate", "nowhere", "--html", html)
+    assert (status, out) == (2, "")
+    assert "name another folder by --html" in err and "nowhere is no folder" not in err
+
+
+def test_a_link_to_pages_stays(found, tmp_path):
+    pages.write(found[:1], tmp_path / "site")
+    (tmp_path / "link").symlink_to("site")
+    pages.write(found, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "site" / "submissions" / "broken.html").is_file()
+
+
+def test_what_was_measured_is_printed_although_its_pages_cannot_be_written(run, submission, tmp_path, monkeypatch):
+    def full(found, html):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(pages, "write", full)
+    for command in ("evaluate", "leaderboard"):
+        status, out, err = run(command, submission, "--html", tmp_path / "site")
+        assert status == 2 and "the disk is full" in err
+        assert "small" in out
+
+
 def test_the_commands_write_pages(run, submission, tmp_path):
     status, out, err = run("leaderboard", submission, "--format", "json", "--html", tmp_path / "one")
     assert status == 0 and json.loads(out) == json.loads((tmp_path / "one" / "index.json").read_text())

@@ -64,10 +64,10 @@ def evaluate(
             outcomes.append(error)
             status = max(status, complain(error))
     reports = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
-    if html is not None:
-        write_pages(list(map(judged, names, folders, outcomes)), html)
     if reports:
         show(reports, style, layers, several=len(folders) > 1)
+    if html is not None:
+        write_pages(list(map(judged, names, folders, outcomes)), html)
     if not all(report.passed for report in reports):
         status = max(status, FAILED)
     sys.exit(status)
@@ -257,17 +257,17 @@ def compare(
         isolation=isolation,
         live=live,
     )
-    if html is not None:
-        from micronet_eval.pages import write_comparison
-
-        write_comparison(found, html)
-        click.echo(f"wrote {html / 'index.html'}", err=True)
     if style == "table":
         from rich.console import Console
 
         Console().print(found)
     else:
         click.echo(getattr(found, f"to_{style}")())
+    if html is not None:
+        from micronet_eval.pages import write_comparison
+
+        write_comparison(found, html)
+        click.echo(f"wrote {html / 'index.html'}", err=True)
     sys.exit(FAILED if found.failed else 0)
 
 
@@ -290,7 +290,6 @@ def leaderboard(
     for name, folder in ranking.named(folders).items():
         with progress_bar(f"measuring {name}") as progress:
             found.append(ranking.judge(name, folder, data, progress, isolation))
-    write_pages(found, html)
     boards = ranking.boards(found)
     if style == "table":
         from rich.console import Console
@@ -301,6 +300,7 @@ def leaderboard(
         click.echo(json.dumps(ranking.as_json(boards), indent=2))
     else:
         show_rows(ranking.flat(boards), style)
+    write_pages(found, html)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,22 @@ ASSETS = ("style.css", "site.js")
 
 def check(folder: Path) -> None:
     """Raises InputError where a folder holds anything but such pages, or is none that could be written."""
+    place = _place(folder)
+    here = Path.cwd()
+    if place in (here, *here.parents):
+        raise InputError(f"{folder} is where you are, and is replaced as a whole; name another folder by --html")
     try:
-        if folder.exists() and not _is_site(folder):
+        if place.exists() and not _is_site(place):
             raise InputError(f"{folder} exists and holds no pages of this program; name another folder by --html")
+        with tempfile.TemporaryDirectory(dir=next(parent for parent in place.parents if parent.exists())):
+            pass  # so there can be another one
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder by --html") from error
+
+
+def _place(folder: Path) -> Path:
+    """Where a folder really is: a link to it stays."""
+    return Path(os.path.realpath(folder))
 
 
 @contextmanager
@@ -33,18 +45,18 @@ def whole(folder: Path) -> Iterator[Path]:
     One that holds such pages already is replaced. Raises InputError where it holds anything else, or cannot be written.
     """
     check(folder)
-    place = folder.absolute().parent
+    place = _place(folder)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
             made = Path(temporary) / "made"
             made.mkdir()
             for name in ASSETS:
                 (made / name).write_bytes((files("micronet_eval.pages") / name).read_bytes())
             yield made
-            if folder.exists():
-                folder.replace(Path(temporary) / "before")
-            made.replace(folder)
+            if place.exists():
+                place.replace(Path(temporary) / "before")
+            made.replace(place)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another folder by --html") from error
 
