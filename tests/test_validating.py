@@ -145,6 +145,15 @@ def test_a_recipe_that_makes_another_submission(submission, run):
     assert out.splitlines()[-1] == "the weights differ"
 
 
+def test_a_recipe_that_makes_another_architecture(submission, run):
+    edit(submission, "depth = 10", "depth = 16", "recipe.toml")
+    status, out, err = run("reproduce", submission)
+    assert (status, err) == (1, "")
+    assert "submission.toml: field 'architecture' is another" in out
+    assert ": only one of the two has it" in out
+    assert out.splitlines()[-1] == "the weights differ"
+
+
 def test_one_bit_is_found(submission, run):
     packed = packing.read(submission / WEIGHTS)
     values = packed.streams["values"].copy()

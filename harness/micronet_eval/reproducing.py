@@ -31,7 +31,8 @@ class Difference:
 class Reproduction:
     """`identical` says that the weights are the same bit for bit; `remarks` tell what else differs.
 
-    `differences` are the tensors that differ, where both have them; `others` those that only one of the two has.
+    `differences` are the tensors that differ, where both have them; `others` those that only one of the two has, or
+    that have another shape.
     """
 
     identical: bool
@@ -72,10 +73,11 @@ def reproduce(
         except InputError as error:
             raise InputError(str(error).replace(f"{made / RECIPE}", f"{folder / RECIPE}")) from error
         after = packing.read(made / "made" / WEIGHTS)
-        remarks = _remarks(manifest, read_manifest(made / "made"))
+        new = read_manifest(made / "made")
+        remarks = _remarks(manifest, new)
         if packing.file_bytes(after) == packing.file_bytes(before):
             return Reproduction(True, remarks=remarks)
-        one, other = (_tensors(packed, manifest, folder) for packed in (before, after))
+        one, other = _tensors(before, manifest, folder), _tensors(after, new, made / "made")
     shared = [name for name in one if name in other and one[name].shape == other[name].shape]
     return Reproduction(
         identical=False,

@@ -129,7 +129,7 @@ def reproduce(folder: Path, data: Path | None) -> None:
 
     with progress_bar("training, at most") as progress:
         found = reproduce(folder, data, click.echo, progress or (lambda done, total: None))
-    told = [*found.remarks, *(f"only one of the two has {name!r}" for name in found.others)]
+    told = [*found.remarks, *(f"{name}: only one of the two has it, or with this shape" for name in found.others)]
     told += [
         f"{d.tensor}: {d.values:,} of {d.of:,} values differ, by {d.largest:.3g} at most" for d in found.differences
     ]
