@@ -508,6 +508,14 @@ def test_means_spread_and_the_pareto_front():
     assert [row.name for row in sorted_rows(found, "given")] == [row.name for row in found]
 
 
+def test_what_was_not_measured_is_neither_best_nor_passed():
+    known = Result("known", 0, "digits", score=0.1, quality=0.9, passed=True)
+    unknown = Result("unknown", 0, "digits", score=0.2)
+    lucky = [replace(known, name="lucky", score=0.05), Result("lucky", 1, error="why")]
+    found = rows([known, unknown, *lucky])
+    assert [(row.best, row.passed) for row in found] == [(False, True), (False, None), (True, None)]
+
+
 def test_lower_is_better_where_the_task_says_so():
     def row(name, score, quality):
         return Row(name, "wikitext103", 1, 0.1, 0.1, score, quality)
@@ -599,7 +607,7 @@ def test_columns_that_were_asked_for_are_folded_where_they_do_not_fit(table):
     console.print(replace(table, columns=("task", "params32", "ops32", "storage", "score", "quality", "passed")))
     shown = console.file.getvalue()
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 60
-    assert {"yes", "no"} <= set(shown.split()) and " goo" in shown
+    assert {"-", "no"} <= set(shown.split()) and " goo" in shown
 
 
 @pytest.mark.parametrize("width", [60, 200])

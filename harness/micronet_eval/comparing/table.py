@@ -50,13 +50,17 @@ class Row:
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """One row for each name, the mean over its seeds; those that no other row beats in score and quality are marked."""
+    """One row for each name, the mean over its seeds; those that no other row beats in score and quality are marked.
+
+    Where one of the two is unknown nobody can say so.
+    """
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.name, []).append(result)
     found = [_mean(group) for group in groups.values()]
     return [
-        replace(row, best=row.score is not None and not any(_beats(other, row) for other in found)) for row in found
+        replace(row, best=None not in (row.score, row.quality) and not any(_beats(other, row) for other in found))
+        for row in found
     ]
 
 
@@ -69,13 +73,13 @@ def _mean(group: Sequence[Result]) -> Row:
         figures[name] = fmean(values) if values else None
         if len(values) > 1:
             spread[name] = stdev(values)
-    passed = [result.passed for result in good if result.passed is not None]
+    passed = {result.passed for result in group}  # None where it failed, or was not measured
     return Row(
         name=group[0].name,
         task=next((result.task for result in good), ""),
         seeds=len(good),
         spread=spread,
-        passed=all(passed) if passed else None,
+        passed=False if False in passed else None if None in passed else True,
         seconds=fmean(result.seconds for result in good or group),
         errors=tuple(dict.fromkeys(result.error for result in group if result.error)),
         **figures,
