@@ -95,6 +95,25 @@ def test_a_value_is_a_table_or_a_number_as_a_recipe_has_it(text, found):
     assert [options for ((_, _, options),) in parse("quantizer", text)] == found
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'lsq:layer_bits={"1.0.conv1":2,"é":4}',
+        "lsq:keep_batch_norm=true,granularity=channel",
+        "fixed-point:weight_bits=4,calibration=max",
+    ],
+)
+def test_a_cell_is_called_as_it_is_given(text):
+    (cell,) = parse("quantizer", text)
+    assert comparing.title(cell) == text
+
+
+@pytest.mark.parametrize("value", ["a,b", "true", "4", '"', "[", "a b=c", ["a,b", 1.5]])
+def test_a_text_that_would_be_read_as_something_else_is_quoted(value):
+    text = comparing.title((("quantizer", "x", {"option": value}),)).removeprefix("x:")
+    assert options(text) == {"option": value}
+
+
 def test_a_value_is_a_list_or_a_text():
     assert options('keep=["a_1","b"],name=res_20,scheme="x,y"') == {
         "keep": ["a_1", "b"], "name": "res_20", "scheme": "x,y"

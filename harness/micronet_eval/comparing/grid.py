@@ -106,9 +106,15 @@ def title(cell: Cell) -> str:
     """How a cell is called: `magnitude:ratio=0.5 + fixed-point:weight_bits=4`."""
     parts = []
     for _, name, options in cell:
-        told = ",".join(f"{option}={value}" for option, value in options.items())
+        told = ",".join(f"{option}={_written(value)}" for option, value in options.items())
         parts.append(f"{name}:{told}" if told else name)
     return " + ".join(parts)
+
+
+def _written(value: object) -> str:
+    """A value as `parse` reads it."""
+    plain = isinstance(value, str) and _values("", f"option={value}", None) == {"option": [value]}
+    return str(value) if plain else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def jobs_of(
