@@ -246,6 +246,14 @@ def test_the_time_of_a_cell_is_its_own(base, tmp_path, monkeypatch):
     assert (result.error, result.seconds, clock) == ("", 0, [1000])
 
 
+def test_what_a_killed_run_left_of_a_base_goes(base, tmp_path):
+    (job,) = jobs_of(parse("sparsifier", "random"), base, 1, None, None, tmp_path / "kept")
+    left = tmp_path / "kept" / f"{comparing.jobs._depends(job.base, None)}-abc"
+    (left / ".kept").mkdir(parents=True)
+    assert not run(job).error
+    assert not left.exists() and len([*left.parent.iterdir()]) == 2  # the base, and its lock
+
+
 def test_results_last_and_failures_are_tried_again(base, tmp_path, register):
     class Moody(Sparsifier):
         """Fails the first time."""
@@ -681,6 +689,7 @@ def test_the_command(run, base, tmp_path, monkeypatch, width):
         ),
         (["compare", "BASE", "--results", ""], "--results: . is no file; name one"),
         (["compare", "BASE", "--results", "/"], "--results: / is no file; name one"),
+        (["compare", "BASE", "--results", "r.kept"], "--results: trained networks are kept in r.kept; name another"),
         (["compare", "--on", "BASE", "--pruner", "random", "--sort", "scor"], "unknown order 'scor'; nearest: score"),
     ],
 )

@@ -304,7 +304,7 @@ def trained(recipe: str, folder: Path, data: Path | None = None) -> None:
     A recipe that begins with the same stages can resume from there. Raises InputError where the recipe is wrong.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as name:
         path = Path(name) / "recipe.toml"
         path.write_text(recipe, encoding="utf-8")
         _Run(path, data).all(Kept(Path(name) / KEPT, recipe.encode(), resume=False))

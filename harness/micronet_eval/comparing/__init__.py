@@ -131,7 +131,12 @@ def compare(
         raise InputError("strategies are compared on a trained network: give the recipe that trains it by --on")
     if not store.name:
         raise InputError(f"--results: {store} is no file; name one, for example compare.sqlite")
-    kept = store.with_suffix(".kept")
+    if (kept := store.with_suffix(".kept")) == store:
+        raise InputError(
+            f"--results: trained networks are kept in {kept}; name another file, for example compare.sqlite"
+        )
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}; at least 1 network has to be trained")
     strategies = [] if on is None else jobs_of(cells, Path(on), seeds, fine_tune, root, kept)
     todo = jobs_in(list(map(Path, paths)), seeds, root, isolation, {job.name for job in strategies}) + strategies
     if not todo:

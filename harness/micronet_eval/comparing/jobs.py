@@ -150,6 +150,8 @@ def _lay(job: Job, made: Path, data: Path | None) -> None:
     with base.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another job may be training it; the lock ends with its process
         if not base.exists():
+            for left in base.parent.glob(f"{base.name}-*"):  # of a run that was killed: nobody else trains it now
+                shutil.rmtree(left)
             trained(job.base, base, data)
     shutil.copytree(base, made / KEPT)
     Kept.mark(made / KEPT, job.recipe.encode())
