@@ -700,6 +700,21 @@ def test_bad_words(run, base, tmp_path, monkeypatch, words, message):
     assert message in err
 
 
+def test_help_names_every_order(run):
+    assert set(comparing.ORDERS) <= set(re.findall(r"\w+", run("compare", "--help")[1]))
+
+
+def test_no_seed_is_no_comparison(base):
+    with pytest.raises(InputError, match="seeds is 0"):
+        comparing.compare(base, seeds=0)
+
+
+def test_the_reason_of_a_failure_can_be_printed(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    (job,) = jobs_at(tmp_path / os.fsdecode(b"\xff"), 1, None)
+    assert r"\udcff/submission.toml is missing" in run(job).error
+
+
 def test_a_failed_job_is_a_row_with_its_reason(run, base, tmp_path, register):
     class Broken(Sparsifier):
         """Fails."""

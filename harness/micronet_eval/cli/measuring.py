@@ -203,7 +203,12 @@ def _write_checks(junit: Path | None, cases: str, summary: Path | None, text: st
     help="Where to run: here, local, ray, or one of a plugin; with options, for example ray:address=auto,gpus=0.5.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Jobs at a time; by default one a processor.")
-@click.option("--sort", default="given", show_default=True, help="Order of the rows: a column, or as they are given.")
+@click.option(
+    "--sort",
+    default="given",
+    show_default=True,
+    help="Order of the rows, best first: params32, ops32, storage, math, score, quality, time; or as they are given.",
+)
 @click.option("--columns", help="Columns of the table, for example score,quality,time; by default those that fit.")
 @click.option(
     "--format",

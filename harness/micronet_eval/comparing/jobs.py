@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from micronet_eval import plugins
-from micronet_eval.errors import InputError, SubmissionError
+from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.files import digest
 from micronet_eval.isolation import AUTO, Isolation
 
@@ -109,12 +109,9 @@ def run(job: Job) -> Result:
                 start = time.perf_counter()  # all of its jobs share the base, and one of them trains it
             report = evaluate(job.folder or _made(job, Path(folder), data), data, isolation=job.isolation)
         except (InputError, SubmissionError) as error:
-            told = str(error).replace(f"{folder}/", "")
-            return Result(job.name, job.seed, error=told, seconds=time.perf_counter() - start)
+            return _failed(job, str(error).replace(f"{folder}/", ""), start)
         except (Exception, SystemExit) as error:  # of a foreign strategy, whatever it is
-            return Result(
-                job.name, job.seed, error=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - start
-            )
+            return _failed(job, f"{type(error).__name__}: {error}", start)
     total, quality = report.score, report.quality
     return Result(
         name=job.name,
@@ -129,6 +126,10 @@ def run(job: Job) -> Result:
         passed=quality.passed if quality else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _failed(job: Job, told: str, start: float) -> Result:
+    return Result(job.name, job.seed, error=printable(told), seconds=time.perf_counter() - start)
 
 
 def _made(job: Job, folder: Path, data: Path | None) -> Path:
