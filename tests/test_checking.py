@@ -5,8 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from micronet_eval import evaluate
-from micronet_eval.checking import checks, to_junit, to_summary
-from micronet_eval.errors import InputError
+from micronet_eval.checking import check_limits, checks, to_junit, to_summary
 
 
 @pytest.fixture
@@ -38,9 +37,28 @@ def test_lower_is_better_for_a_perplexity(report):
     assert next(check.holds for check in checks(perplexity, min_quality=29)) is False
 
 
-def test_a_quality_in_percent_is_no_share(submission):
-    with pytest.raises(InputError, match=r"--min-quality 99 is no share; write for example 0.94"):
-        checks(evaluate(submission), min_quality=99)
+@pytest.mark.parametrize(
+    ("option", "limit", "told"),
+    [
+        ("--min-quality", "99", "--min-quality 99 is no share; write for example 0.94"),
+        ("--min-quality", "nan", "--min-quality nan is no limit"),
+        ("--max-score", "inf", "--max-score inf is no limit"),
+    ],
+)
+def test_what_is_no_limit_is_told_before_anything_is_measured(
+    run, submission, tmp_path, monkeypatch, option, limit, told
+):
+    monkeypatch.setattr("micronet_eval.evaluation.evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    junit, summary = tmp_path / "j.xml", tmp_path / "s.md"
+    code, out, err = run("check", submission, option, limit, "--junit", junit, "--summary", summary)
+    assert (code, out) == (2, "")
+    assert told in err and told in junit.read_text() and "not evaluated" in summary.read_text()
+
+
+def test_a_perplexity_has_limits_above_1(submission):
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text().replace('task = "digits"', 'task = "wikitext103"'))
+    check_limits(submission, min_quality=35)
 
 
 def test_junit_and_summary(report):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 
 from micronet_eval.errors import InputError, printable
 from micronet_eval.evaluation import Report, evaluate
+from micronet_eval.submission import MANIFEST, read_manifest, task_of
 from micronet_eval.tables import in_markdown
 from micronet_eval.task import METRICS
 
@@ -25,8 +27,20 @@ class Check:
 def check(
     folder: str | Path, max_score: float | None = None, min_quality: float | None = None, data: str | Path | None = None
 ) -> list[Check]:
-    """Evaluates a submission and checks it; as `checks`. Raises what `evaluate` raises."""
+    """Evaluates a submission and checks it; as `checks`. Raises what `check_limits` and `evaluate` raise."""
+    check_limits(folder, max_score, min_quality)
     return checks(evaluate(folder, data), max_score, min_quality)
+
+
+def check_limits(folder: str | Path, max_score: float | None = None, min_quality: float | None = None) -> None:
+    """Raises InputError where a limit can be none for a submission: before its evaluation, which may take hours."""
+    for option, limit in (("--max-score", max_score), ("--min-quality", min_quality)):
+        if limit is not None and not math.isfinite(limit):
+            raise InputError(f"{option} {limit:g} is no limit; write a finite number")
+    if min_quality is not None and not 0 <= min_quality <= 1:
+        task = task_of(read_manifest(Path(folder)), Path(folder) / MANIFEST)
+        if not METRICS[task.metric].lower_is_better:
+            raise InputError(f"--min-quality {min_quality:g} is no share; write for example 0.94 for 94 %")
 
 
 def checks(report: Report, max_score: float | None = None, min_quality: float | None = None) -> list[Check]:
@@ -45,8 +59,6 @@ def checks(report: Report, max_score: float | None = None, min_quality: float | 
         metric = METRICS[quality.metric]
         measured = "not measured" if quality.measured is None else metric.show(quality.measured)
         if min_quality is not None:
-            if not metric.lower_is_better and not 0 <= min_quality <= 1:
-                raise InputError(f"--min-quality {min_quality:g} is no share; write for example 0.94 for 94 %")
             sign = -1 if metric.lower_is_better else 1
             enough = quality.measured is not None and sign * quality.measured >= sign * min_quality
             found.append(Check("quality", enough, f"{measured} {metric.sign} {metric.show(min_quality)}"))

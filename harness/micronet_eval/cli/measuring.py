@@ -144,10 +144,11 @@ def check(
     isolation: Isolation,
 ) -> None:
     """Check a submission in continuous integration: limits, claims, the threshold; exit status 1 if one fails."""
-    from micronet_eval.checking import checks, error_junit, error_summary, to_junit, to_summary
+    from micronet_eval.checking import check_limits, checks, error_junit, error_summary, to_junit, to_summary
     from micronet_eval.evaluation import evaluate
 
     try:
+        check_limits(folder, max_score, min_quality)
         with progress_bar(f"measuring {folder.name}") as progress:
             report = evaluate(folder, data, progress, ruleset=ruleset, isolation=isolation)
     except (InputError, SubmissionError) as error:  # what shows the files has to show this, too
