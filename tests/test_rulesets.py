@@ -73,5 +73,8 @@ def test_an_unknown_ruleset(run, submission):
     assert (status, err) == (
         2, "micronet-eval: unknown ruleset 'micronet-2020'; known: micronet-2019, micronet-2019-text\n"
     )  # fmt: skip
+    assert run("explain", "nowhere", "a", "--ruleset", "micronet-2020")[2] == err
+    with pytest.raises(InputError, match=r"^unknown ruleset 'x'"):
+        micronet_eval.explain(submission, "1.0.conv1", ruleset="x")
     with pytest.raises(InputError, match="unknown ruleset"):
         micronet_eval.score(nn.ReLU(), torch.zeros(1), ruleset="")

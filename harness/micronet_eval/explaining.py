@@ -41,8 +41,9 @@ class Explanation:
 def explain(submission: str | Path | Opened, module: str = "", ruleset: str = DEFAULT) -> tuple[Explanation, ...]:
     """All operations of a submission's module, as `explanations`. Raises InputError that names the submission."""
     opened = submission if isinstance(submission, Opened) else open_submission(submission)
+    counted = opened.account(ruleset)
     try:
-        return explanations(opened.account(ruleset), module, ruleset)
+        return explanations(counted, module, ruleset)
     except InputError as error:
         raise InputError(f"{opened.folder}: {error}") from error
 

@@ -63,13 +63,12 @@ class Opened:
         price, and where `quality` was asked for shares that nobody claims, and does not know them.
         """
         weights = self.folder / WEIGHTS
-        shares = self._shares(quality)
+        prices, shares = formulas(ruleset), self._shares(quality)
         try:
             if self.steps is not None:
-                prices = formulas(ruleset)
                 counted = per_token(self.model, self.trace, self.steps, self.task.tokens, prices, self.clusters)
             else:
-                counted = mean_account(self.trace, formulas(ruleset), shares)
+                counted = mean_account(self.trace, prices, shares)
         except InputError as error:
             raise InputError(f"{weights}: {error}") from error
         return replace(counted, storage=replace(counted.storage, file_bytes=weights.stat().st_size))

@@ -31,7 +31,18 @@ with_layers = click.option("--layers", is_flag=True, help="Show every operation,
 with_data = click.option(
     "--data", type=click.Path(path_type=Path), envvar="MICRONET_DATA", help="Folder with data sets (or MICRONET_DATA)."
 )
-with_ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
+
+
+def _known(context: click.Context, parameter: click.Parameter, ruleset: str) -> str:
+    """The name of a ruleset; that there is none is told before a submission is opened."""
+    from micronet_eval import rulesets
+
+    return rulesets.ruleset(ruleset).name
+
+
+with_ruleset = click.option(
+    "--ruleset", default="micronet-2019", show_default=True, callback=_known, help="Rules to count by."
+)
 
 
 def _replaceable(context: click.Context, parameter: click.Parameter, html: Path | None) -> Path | None:
