@@ -227,6 +227,9 @@ def test_what_cannot_be_compared(run, submission, tmp_path):
     without_task = micronet_eval.score(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(InputError, match="has no score"):
         diff(without_task, without_task)
+    (tmp_path / "none.json").write_text(json.dumps({**json.loads(report_of(submission).to_json()), "score": None}))
+    status, _, err = run("diff", submission, tmp_path / "none.json")
+    assert (status, "small has no score; compare reports" in err) == (2, True)
     assert report_of(submission).quality.measured is None
 
 

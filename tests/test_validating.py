@@ -36,6 +36,7 @@ def test_nothing_is_wrong_with_a_good_submission(good, run):
     assert validate(good) == []
     assert run("validate", good) == (0, "valid\n", "")
     assert json.loads(run("validate", good, "--format", "json")[1]) == []
+    assert run("validate", good, "--format", "csv")[1] == "kind,rule,place,told,mend\n"
 
 
 def edit(folder, before, after, name="submission.toml"):

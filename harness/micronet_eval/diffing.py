@@ -72,9 +72,10 @@ def diff(before: Report | str | Path, after: Report | str | Path, isolation: Iso
     for name in ("task", "ruleset"):
         if (one := getattr(before, name)) != (other := getattr(after, name)):
             raise InputError(f"{before.submission} and {after.submission} differ in {name}: {one!r} and {other!r}")
-    if before.task is None:
-        raise InputError(f"{before.submission} has no score: it was counted without a task")
-    task = plugins.lookup("task", before.task)
+    for report in (before, after):
+        if report.score is None:
+            raise InputError(f"{report.submission} has no score; compare reports that were counted with a task")
+    task = plugins.lookup("task", before.task or "")
     of_storage, of_math = 1 / (32 * Fraction(task.storage)), 1 / Fraction(task.math)
     groups = _groups([m.module for m in before.modules], [m.module for m in after.modules])
     storage = _changes(before.modules, after.modules, groups, _bits)

@@ -368,6 +368,8 @@ def validate(folders: tuple[Path, ...], style: str, data: Path | None, isolation
     fields = ("kind", "rule", "place", "told", "mend")
     if found or style == "json":
         show_rows([{name: getattr(finding, name) for name in fields} for finding in found], style)
+    elif style == "csv":
+        click.echo(",".join(fields))
     else:
         click.echo("valid")
     sys.exit(BAD_INPUT if any(finding.kind == "error" for finding in found) else 0)
