@@ -371,8 +371,8 @@ def test_a_run_that_is_killed_goes_on_and_leaves_no_process(base, tmp_path):
     assert before.items() <= stored().items()  # nothing was done twice
 
 
-@pytest.mark.parametrize("executor", ["here", "local"])
-def test_a_run_that_is_ended_waits_for_no_job(base, tmp_path, executor):
+@pytest.mark.parametrize(("executor", "kept"), [("here", "*/made/.kept/*.pt"), ("local", "*/*/made/.kept/*.pt")])
+def test_a_run_that_is_ended_waits_for_no_job(base, tmp_path, executor, kept):
     long = base.with_name("long.toml")
     long.write_text(BASE.replace("epochs = 1", "epochs = 9999"))
     command = [sys.executable, "-c", "from micronet_eval.cli import main; main()", "compare", str(long)]
@@ -380,7 +380,7 @@ def test_a_run_that_is_ended_waits_for_no_job(base, tmp_path, executor):
     (tmp_path / "temporary").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as run:
-        while not any((tmp_path / "temporary").glob("*/made/.kept/*.pt")) and run.poll() is None:
+        while not any((tmp_path / "temporary").glob(kept)) and run.poll() is None:
             time.sleep(0.02)
         run.terminate()
         try:
@@ -388,6 +388,7 @@ def test_a_run_that_is_ended_waits_for_no_job(base, tmp_path, executor):
         finally:
             run.kill()
     assert (run.returncode, out) == (143, b"")
+    assert not any((tmp_path / "temporary").glob("tmp*"))  # torch has a cache there
 
 
 @pytest.mark.filterwarnings("ignore")  # of Ray's own

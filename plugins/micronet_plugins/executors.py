@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -37,8 +38,13 @@ def _together(
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     running: dict[Future[Result], Job] = {}
     theirs, ours = context.Pipe(duplex=False)
-    prepared = (theirs, *gc.get_threshold())
-    with theirs, ours, ProcessPoolExecutor(min(workers, len(waiting)), context, _prepare, prepared) as pool:
+    most = min(workers, len(waiting))
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place,
+        theirs,
+        ours,
+        ProcessPoolExecutor(most, context, _prepare, (theirs, place, *gc.get_threshold())) as pool,
+    ):
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -56,12 +62,14 @@ def _together(
     return []
 
 
-def _prepare(theirs: Connection, *threshold: int) -> None:
+def _prepare(theirs: Connection, place: str, *threshold: int) -> None:
     """Ends this process when the other end of the pipe is closed, also as its owner was killed; and keeps it silent.
 
     What a library prints would run through the live view on the terminal. What matters is in the result. It searches
-    for garbage as seldom as the one that started it: to import torch takes a quarter longer else.
+    for garbage as seldom as the one that started it: to import torch takes a quarter longer else. Temporary files lie
+    in `place`, which the other one removes: who is ended so does not tidy up.
     """
+    tempfile.tempdir = place
     gc.set_threshold(*threshold)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
