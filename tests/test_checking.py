@@ -55,6 +55,13 @@ def test_what_is_no_limit_is_told_before_anything_is_measured(
     assert told in err and told in junit.read_text() and "not evaluated" in summary.read_text()
 
 
+def test_an_unknown_ruleset_is_told_in_the_files_too(run, submission, tmp_path):
+    junit, summary = tmp_path / "j.xml", tmp_path / "s.md"
+    code, out, err = run("check", submission, "--ruleset", "nope", "--junit", junit, "--summary", summary)
+    assert (code, out) == (2, "")
+    assert "unknown ruleset" in err and "unknown ruleset" in junit.read_text() and summary.exists()
+
+
 def test_a_perplexity_has_limits_above_1(submission):
     manifest = submission / "submission.toml"
     manifest.write_text(manifest.read_text().replace('task = "digits"', 'task = "wikitext103"'))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from micronet_eval import evaluate, kept, plugins, training
+from micronet_eval.conditional import Conditional
 from micronet_eval.errors import InputError
 from micronet_eval.kept import KEPT
 from micronet_eval.parallel import Team
@@ -90,7 +91,7 @@ def test_a_start_is_not_overwritten(trained, tmp_path):
     folder, _ = trained
     path = recipe(tmp_path / "recipe.toml", 'merge = "batch-norm"', head=f'start = "{folder}"\n{RECIPE}')
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(InputError, match=r"field 'start': it lies in .*, where nothing may take its place"):
+    with pytest.raises(InputError, match=r"recipe.toml needs what lies in .*, where nothing may take its place"):
         compress(path, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -169,16 +170,32 @@ def test_a_teacher_that_has_seen_what_is_held_out_is_refused(trained, tmp_path, 
     stage = f'train = {{ epochs = 1, learning_rate = 0.01, distill = {{ teacher = "{trained[0]}" }} }}'
     with pytest.raises(InputError, match=r"made was trained on examples that are held out here; hold them out there"):
         train_only(recipe(tmp_path / "recipe.toml", stage, head=RECIPE.replace(*change)), tmp_path / "out")
-    (tmp_path / "out").mkdir()
     shutil.copytree(trained[0], tmp_path / "foreign", ignore=shutil.ignore_patterns("recipe.toml"))
     stage = stage.replace(str(trained[0]), str(tmp_path / "foreign"))  # of which nobody knows
     train_only(recipe(tmp_path / "recipe.toml", stage, head=RECIPE.replace(*change)), tmp_path / "out")
 
 
+def test_what_a_teacher_has_of_its_own_teacher_counts_too(tmp_path):
+    """Noise, learned from a network that knows all examples; and a start whose recipe is gone is told."""
+    stage, every = "train = { epochs = 1, learning_rate = 0.01 %s }", RECIPE.replace("validation = 0.2", "")
+    train_only(recipe(tmp_path / "every.toml", stage % "", head=every), tmp_path / "every")
+    of = f', distill = {{ teacher = "{tmp_path}/%s" }}'
+    train_only(
+        recipe(tmp_path / "noise.toml", stage % of % "every", head=f'data = "noise"\n{every}'), tmp_path / "noise"
+    )
+    with pytest.raises(InputError, match=r"noise was trained on other data from .*every, which may have seen"):
+        train_only(recipe(tmp_path / "recipe.toml", stage % of % "noise"), tmp_path / "out")
+    (tmp_path / "every/recipe.toml").unlink()
+    with pytest.raises(InputError, match=r"field 'start': .*every/recipe.toml is missing"):
+        train_only(
+            recipe(tmp_path / "recipe.toml", stage % "", head=f'start = "{tmp_path}/every"\n{RECIPE}'), tmp_path / "out"
+        )
+
+
 def test_a_teacher_is_not_overwritten(trained, tmp_path):
     stage = f'train = {{ epochs = 1, learning_rate = 0.01, distill = {{ teacher = "{trained[0]}" }} }}'
     before = {file.name: file.read_bytes() for file in trained[0].iterdir()}
-    with pytest.raises(InputError, match=r"a teacher lies in .*made, where nothing may take its place"):
+    with pytest.raises(InputError, match=r"recipe.toml needs what lies in .*made, where nothing may take its place"):
         train_only(recipe(tmp_path / "recipe.toml", stage), trained[0])
     assert {file.name: file.read_bytes() for file in trained[0].iterdir()} == before
 
@@ -278,10 +295,29 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
+from micronet_eval.conditional import Conditional
 from micronet_eval.parallel import team
 from micronet_eval.recipe import train_only
 from micronet_eval.strategy import Context
 from micronet_eval.training import Training, loader, train
+
+class Hasty(Conditional):
+    paths = ("exit", "full")
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.exit, self.rest = nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def run(self, x):
+        x = self.trunk(x)
+        answer = self.exit(x)
+        return answer if self.takes("exit", answer.softmax(1).amax(1) >= 0.4) else self.rest(x)
+
+def hasty():
+    torch.manual_seed(team().rank)
+    data = TensorDataset(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
+    how = Training(epochs=2, learning_rate=0.1, batch_size=8)
+    return train(Hasty(), how, Context(torch.zeros(1, 6), loader(data, 8, 0), 0, {})).state_dict()
 
 def fit(checkpoint=None):
     generator = torch.Generator().manual_seed(0)
@@ -297,7 +333,7 @@ def fit(checkpoint=None):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    torch.save({"size": team().size, **fit(folder / "epoch.pt")}, folder / f"{team().rank}.pt")
+    torch.save({"size": team().size, "hasty": hasty(), **fit(folder / "epoch.pt")}, folder / f"{team().rank}.pt")
     train_only(folder / "recipe.toml", folder / "made", log=lambda line: print(line, flush=True))
 """
 
@@ -321,6 +357,7 @@ def test_two_processes_come_to_what_one_does(tmp_path):
         assert torch.equal(first[name], second[name])
         assert torch.allclose(first[name], alone[name], atol=1e-6)
     assert first["lines"] == second["lines"] == alone["lines"]
+    assert all(torch.equal(value, second["hasty"][name]) for name, value in first["hasty"].items())
     # With batch norm, whose statistics are those of each share, they come to one network, told and written once.
     assert done.stdout.count("epoch 2 of 2") == 1
     assert evaluate(tmp_path / "made").quality.measured is not None
@@ -361,6 +398,24 @@ def test_batches_are_those_of_torch_in_every_epoch():
             assert torch.equal(x, want_x)
             assert torch.equal(y, want_y)
     assert len(made) == 2
+
+
+class Hasty(Conditional):
+    """A network on images whose examples leave at the exit; the rest views its activations."""
+
+    paths = ("exit", "full")
+
+    def __init__(self):
+        super().__init__()
+        self.exit, self.rest = nn.Linear(3, 3), nn.Sequential(Viewing(), nn.Linear(3 * 16 * 16, 3))
+
+    def run(self, x):
+        answer = self.exit(x.mean((2, 3)))
+        return answer if self.takes("exit", answer.softmax(1).amax(1) >= 0) else self.rest(x)
+
+
+def test_channels_come_last_where_no_path_minds():
+    assert not takes_channels_last(Hasty(), torch.zeros(1, 3, 16, 16))
 
 
 class Conv(nn.Sequential):

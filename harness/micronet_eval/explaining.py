@@ -10,8 +10,10 @@ from pathlib import Path
 from micronet_eval import plugins
 from micronet_eval.costs import ADDENDS, FREE, Cost, Formula
 from micronet_eval.errors import InputError
+from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.rulesets import DEFAULT
+from micronet_eval.rulesets import ruleset as ruleset_of
 from micronet_eval.scoring import Account, Priced, dense_cost, weighted
 from micronet_eval.storage import FREEBIE_BITS, Stored
 from micronet_eval.trace import Op
@@ -38,9 +40,12 @@ class Explanation:
     share: Fraction | int = 1
 
 
-def explain(submission: str | Path | Opened, module: str = "", ruleset: str = DEFAULT) -> tuple[Explanation, ...]:
+def explain(
+    submission: str | Path | Opened, module: str = "", ruleset: str = DEFAULT, *, isolation: Isolation = AUTO
+) -> tuple[Explanation, ...]:
     """All operations of a submission's module, as `explanations`. Raises InputError that names the submission."""
-    opened = submission if isinstance(submission, Opened) else open_submission(submission)
+    ruleset_of(ruleset)  # an unknown one is told before anything is opened
+    opened = submission if isinstance(submission, Opened) else open_submission(submission, isolation=isolation)
     counted = opened.account(ruleset)
     try:
         return explanations(counted, module, ruleset)

@@ -252,10 +252,9 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
     text = path.read_bytes()
     try:
         with locked(folder) if team().first else nullcontext():
-            if run.recipe.start and folder.resolve() == Path(run.recipe.start).resolve():
-                raise InputError(f"{path}: field 'start': it lies in {folder}, where nothing may take its place")
-            if folder.resolve() in (Path(teacher).resolve() for teacher in run.teachers):
-                raise InputError(f"{path}: a teacher lies in {folder}, where nothing may take its place")
+            for needed in filter(None, [run.recipe.start, *run.teachers]):
+                if folder.resolve() == Path(needed).resolve():
+                    raise InputError(f"{path} needs what lies in {folder}, where nothing may take its place")
             kept = Kept(folder / KEPT, text, resume)
             try:
                 run.all(kept)
@@ -518,7 +517,7 @@ def _teacher(folder: str, task: Task, recipe: Recipe) -> nn.Module:
     if opened.task.name != task.name:
         raise InputError(f"the teacher in {folder} was trained for the task {opened.task.name}, not {task.name}")
     if recipe.validation and (Path(folder) / RECIPE).exists():
-        _check_unseen(folder, recipe)
+        _check_unseen(folder, read_toml(Path(folder) / RECIPE, Recipe), recipe)
     return opened.model
 
 
@@ -528,6 +527,7 @@ def _start(model: nn.Module, recipe: Recipe) -> None:
     load_state(model, read_state_dict(folder / TRAINED), folder / TRAINED, recipe.architecture.name)
     if not recipe.validation:
         return
+    there = read_toml(folder / RECIPE, Recipe)
     with safe_open(folder / TRAINED, framework="pt") as file:
         made_by = (file.metadata() or {}).get(_RECIPE)
     if made_by not in (None, hashlib.sha256((folder / RECIPE).read_bytes()).hexdigest()):
@@ -535,17 +535,16 @@ def _start(model: nn.Module, recipe: Recipe) -> None:
             f"{folder / RECIPE} is not what {TRAINED} there was trained by, and what that has seen is not known; "
             "train it again in a folder of its own"
         )
-    _check_unseen(recipe.start, recipe)
+    _check_unseen(recipe.start, there, recipe)
 
 
-def _check_unseen(folder: str, recipe: Recipe) -> None:
-    """Raises InputError where what the recipe holds out was trained on by the recipe in another folder."""
-    there = read_toml(Path(folder) / RECIPE, Recipe)
-    if (there.task, there.data) != (recipe.task, recipe.data):  # other examples, but for those of its own start
-        if there.start:
+def _check_unseen(folder: str, there: Recipe, recipe: Recipe) -> None:
+    """Raises InputError where what the recipe holds out was trained on by the one in another folder."""
+    if (there.task, there.data) != (recipe.task, recipe.data):  # other examples, but for those of what it came from
+        if known := sorted({there.start, *_teachers(there)} - {""}):
             raise InputError(
-                f"{folder} was trained on other data from the start {there.start}, which may have seen what is held "
-                "out here; name one that had no start"
+                f"{folder} was trained on other data from {', '.join(known)}, which may have seen what is held out "
+                "here; name one that had no start and no teacher"
             )
     elif there.seed != recipe.seed or there.validation < recipe.validation:
         raise InputError(

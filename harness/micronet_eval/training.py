@@ -277,7 +277,7 @@ class _Fit:
         return f"loss {total / count:.4f}, {correct / count:.2%} right"
 
     def step(self, inputs: Tensor, labels: Tensor, taught: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One step of the optimizer: the loss, and how many examples the model had right.
+        """One step of the optimizer: the loss, and how many examples the model had right, on its last path.
 
         With what the teacher says to them come inputs that are augmented.
         """
@@ -317,7 +317,7 @@ class _Fit:
         return loss.detach(), (outputs.argmax(-1) == labels).sum()
 
     def answers(self, inputs: Tensor) -> list[Tensor]:
-        """The model's logits; of a conditional model those of each path for all examples, the longest path last."""
+        """The model's logits; of a conditional model those of each path, in their order, for all examples."""
         found = []
         for path in self.paths:
             with taking(self.model, path), self.precision():
@@ -405,10 +405,11 @@ def takes_channels_last(model: nn.Module, example: Example) -> bool:
     """
     if not isinstance(example, Tensor) or example.dim() != 4 or min(example.shape[-2:]) < SMALL:
         return False
-    training = model.training
+    training, images = model.training, example.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last)
     try:
-        with torch.no_grad():
-            model.eval()(example.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last))
+        for path in paths_of(model):
+            with torch.no_grad(), taking(model, path):
+                model.eval()(images)
     except RuntimeError:
         return False
     finally:

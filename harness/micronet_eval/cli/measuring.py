@@ -320,9 +320,8 @@ def explain(folder: Path, module: str, ruleset: str, style: str, isolation: Isol
     from dataclasses import asdict
 
     from micronet_eval.explaining import explain
-    from micronet_eval.opening import open_submission
 
-    explanations = explain(open_submission(folder, isolation=isolation), module, ruleset)
+    explanations = explain(folder, module, ruleset, isolation=isolation)
     if style == "json":
         click.echo(json.dumps([asdict(e) for e in explanations], indent=2, default=float))
     else:

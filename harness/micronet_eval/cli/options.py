@@ -33,16 +33,7 @@ with_data = click.option(
 )
 
 
-def _known(context: click.Context, parameter: click.Parameter, ruleset: str) -> str:
-    """The name of a ruleset; that there is none is told before a submission is opened."""
-    from micronet_eval import rulesets
-
-    return rulesets.ruleset(ruleset).name
-
-
-with_ruleset = click.option(
-    "--ruleset", default="micronet-2019", show_default=True, callback=_known, help="Rules to count by."
-)
+with_ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
 
 
 def _replaceable(context: click.Context, parameter: click.Parameter, html: Path | None) -> Path | None:
