@@ -11,6 +11,15 @@ class SubmissionError(Exception):
     """The submission's own code failed or hit a limit; the command line exits with 3."""
 
 
+def refused(error: OSError, place: object = "") -> InputError:
+    """What the system refused, as the message that it is: a name that is too long, a full disk.
+
+    `place` is told where the error itself names no file.
+    """
+    where, told = error.filename or place, error.strerror or str(error)
+    return InputError(f"{where}: {told}" if where else told)
+
+
 def hidden(character: str) -> bool:
     """Whether a terminal would obey a character, or show nothing: controls, directions, surrogates, private ones."""
     return character not in "\n\t" and unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}

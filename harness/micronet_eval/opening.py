@@ -13,7 +13,7 @@ from micronet_eval import packing, plugins
 from micronet_eval.bounds import bounded
 from micronet_eval.conditional import exact_shares
 from micronet_eval.costs import Formula
-from micronet_eval.errors import InputError
+from micronet_eval.errors import InputError, refused
 from micronet_eval.files import check_own
 from micronet_eval.graph import MOST_NUMBERS, uncounted_numbers
 from micronet_eval.isolation import AUTO, NO_CODE, Isolation, Level
@@ -102,7 +102,7 @@ def open_submission(folder: str | Path, data: Path | None = None, isolation: Iso
         with bounded(isolation.limits.evaluation, str(folder)):
             return _open(folder, data, isolation)
     except OSError as error:  # a name that is too long, a disk that fails: one of several folders, no fault of the rest
-        raise InputError(f"{error.filename or folder}: {error.strerror or error}") from error
+        raise refused(error, folder) from error
 
 
 def _open(folder: Path, data: Path | None, isolation: Isolation) -> Opened:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from micronet_eval.evaluation import Report, evaluate
 from micronet_eval.files import check_own, read_whole
 from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.quality import Progress, Quality
-from micronet_eval.submission import MANIFEST, RECIPE, TABLE_LIMIT, Claims, Manifest, read_manifest
+from micronet_eval.submission import MANIFEST, RECIPE, TABLE_LIMIT, Claims, Manifest, names_of, read_manifest
 from micronet_eval.task import METRICS
 
 if sys.version_info >= (3, 11):
@@ -127,13 +126,7 @@ def named(folders: Iterable[Path]) -> dict[str, Path]:
             )
         for path in [folder] if (folder / MANIFEST).is_file() else inside:
             found.setdefault(path.resolve(), path)
-    return dict(zip(told_apart([*found.values()]), found.values(), strict=True))
-
-
-def told_apart(folders: Sequence[Path]) -> list[str]:
-    """A name for each folder: its own, or as it was given where another one has the same."""
-    short = [Path(os.path.realpath(folder)).name for folder in folders]  # a link to itself has a name, too
-    return [name if short.count(name) == 1 else str(given) for name, given in zip(short, folders, strict=True)]
+    return dict(zip(names_of([*found.values()]), found.values(), strict=True))
 
 
 def leaderboard(*folders: str | Path, data: str | Path | None = None) -> list[Board]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -277,3 +278,16 @@ def build(architecture: Architecture, source: Path, weights: bool = False, isola
     except Exception as error:  # an unknown name, or whatever a builder raises for options that it does not like
         raise InputError(f"{source}: field 'architecture': {error}") from error
     return model.eval()
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each submission's folder, as `told_apart`; a link to itself has one, too."""
+    return told_apart([Path(os.path.realpath(folder)).name for folder in folders], folders)
+
+
+def told_apart(names: Sequence[str], places: Sequence[Path], taken: Set[str] = frozenset()) -> list[str]:
+    """Each name, or the place as it was given where another one has the same name, or it is taken."""
+    return [
+        name if names.count(name) == 1 and name not in taken else str(place)
+        for name, place in zip(names, places, strict=True)
+    ]

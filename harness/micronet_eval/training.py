@@ -115,7 +115,7 @@ class Training(Augmentation):
         return self
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> Training:
+    def _momentum_is_used(self) -> Training:
         if self.optimizer == "adamw" and "momentum" in self.model_fields_set:
             raise ValueError('adamw has no momentum to set: leave it out, or take optimizer = "sgd"')
         return self

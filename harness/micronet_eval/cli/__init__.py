@@ -12,7 +12,7 @@ from pathlib import Path
 from micronet_eval import plugins
 from micronet_eval.cli import listing, making, measuring
 from micronet_eval.cli.group import cli, complain
-from micronet_eval.errors import InputError, SubmissionError
+from micronet_eval.errors import InputError, SubmissionError, refused
 
 __all__ = ["cli", "listing", "main", "making", "measuring"]
 
@@ -50,7 +50,7 @@ def main() -> None:
     except (InputError, SubmissionError) as error:
         sys.exit(complain(error))
     except OSError as error:
-        sys.exit(complain(_refused(error)))
+        sys.exit(complain(refused(error)))
     except _Terminated:
         sys.exit(128 + signal.SIGTERM)
 
@@ -66,9 +66,3 @@ def _flush() -> None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         if not isinstance(error, BrokenPipeError):
             raise
-
-
-def _refused(error: OSError) -> InputError:
-    """What the system refused, as the message that it is: a name that is too long, a full disk."""
-    told = error.strerror or str(error)
-    return InputError(f"{error.filename}: {told}" if error.filename else told)

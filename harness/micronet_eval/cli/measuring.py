@@ -49,10 +49,10 @@ def evaluate(
 ) -> None:
     """Evaluate submissions: what they store and compute, how good they are, whether their claims hold."""
     from micronet_eval.evaluation import evaluate
-    from micronet_eval.ranking import judged, told_apart
+    from micronet_eval.submission import names_of
 
     outcomes: list[Report | Exception] = []
-    names = told_apart(folders)
+    names = names_of(folders)
     status = 0
     for name, folder in zip(names, folders, strict=True):
         try:
@@ -67,6 +67,8 @@ def evaluate(
     if reports:
         show(reports, style, layers, several=len(folders) > 1)
     if html is not None:
+        from micronet_eval.ranking import judged
+
         write_pages(list(map(judged, names, folders, outcomes)), html)
     if not all(report.passed for report in reports):
         status = max(status, FAILED)

@@ -31,8 +31,6 @@ with_layers = click.option("--layers", is_flag=True, help="Show every operation,
 with_data = click.option(
     "--data", type=click.Path(path_type=Path), envvar="MICRONET_DATA", help="Folder with data sets (or MICRONET_DATA)."
 )
-
-
 with_ruleset = click.option("--ruleset", default="micronet-2019", show_default=True, help="Rules to count by.")
 
 

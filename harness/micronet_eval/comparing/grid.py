@@ -18,7 +18,7 @@ from micronet_eval.errors import InputError, printable
 from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.recipe import Recipe, configured
 from micronet_eval.strategy import Quantizer
-from micronet_eval.submission import bounded, checked, read_table
+from micronet_eval.submission import bounded, checked, read_table, told_apart
 from micronet_eval.training import Training
 
 Cell = tuple[tuple[plugins.Kind, str, Mapping[str, Any]], ...]
@@ -171,11 +171,9 @@ def jobs_in(
 ) -> list[Job]:
     """Those of several paths, as `jobs_at`. What would have the name of another, or one taken, has its path for it."""
     found = {path: jobs_at(path, seeds, data, isolation) for path in paths}
-    names = [jobs[0].name for jobs in found.values()]
+    names = told_apart([jobs[0].name for jobs in found.values()], list(found), taken)
     return [
-        job if names.count(job.name) == 1 and job.name not in taken else replace(job, name=printable(str(path)))
-        for path, jobs in found.items()
-        for job in jobs
+        replace(job, name=printable(name)) for name, jobs in zip(names, found.values(), strict=True) for job in jobs
     ]
 
 
