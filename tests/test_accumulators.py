@@ -2,7 +2,9 @@
 
 import itertools
 import random
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,27 @@ def test_the_bias_counts_and_may_need_bits_behind_the_point():
     assert accumulator_bits(-8, 7, bias=4.0, exponent=2) == 5  # 4 is one step of 2**2
     assert accumulator_bits(-8, 7, bias=0.25) == 6  # in quarters: -32 ... 28 + 1
     assert accumulator_bits(-8, 7, bias=-0.25) == 7  # -33
+
+
+def test_widths_of_many_sums_at_once_are_those_of_integers_of_any_size():
+    generator = random.Random(0)
+    sums = [
+        (-generator.getrandbits(bits) - 1, generator.getrandbits(bits), generator.choice([0.0, m, -m]), exponent)
+        for bits in range(1, 60)
+        for exponent in (-20, -3, 0, 5)
+        for m in (1.0, 0.1, 1e-20, generator.getrandbits(12) * 2.0**-9, 3e38)
+    ]
+
+    def by_integers(low, high, bias, exponent):
+        added = Fraction(bias) / Fraction(2) ** exponent
+        low, high = low + min(added, 0), high + max(added, 0)
+        low, high = int(low * added.denominator), int(high * added.denominator)
+        return 1 + max(high.bit_length(), (-low - 1).bit_length())
+
+    low, high, bias, exponent = (np.array(column) for column in zip(*sums, strict=True))
+    found = accumulator_bits(low.astype(float), high.astype(float), bias, exponent)
+    assert found.tolist() == [min(53, by_integers(*each)) for each in sums]
+    assert len({*found.tolist()}) > 20 and found.max() == 53
 
 
 @pytest.mark.rule("beside.accumulators")

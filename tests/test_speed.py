@@ -311,13 +311,13 @@ def test_the_smallest_mask_is_that_of_trying_all(many, monkeypatch):
         block = draw.choice([(1, 1), (1, 4), (4, 1), (2, 2), (16, 16)])
         tensor = torch.randn(shape)
         zero = torch.rand(mask_shape(shape, block)) < draw.choice([0.1, 0.5, 0.9, 1])
-        tensor[elements(zero, block, shape)] = 0
+        tensor[torch.from_numpy(elements(zero.numpy(), block, shape))] = 0
         stored = storage.Stored("", constant(tensor), Plain("float32"), False)
         for width in (1, 9, 32):
             sizes = {None: width * tensor.numel()}
             for each in ((1, 1), *candidates(tuple(shape))):
-                mask = block_mask(tensor != 0, each)
-                sizes[each] = int(elements(mask, each, shape).sum()) * width + mask.numel()
+                mask = block_mask(tensor.numpy() != 0, each)
+                sizes[each] = int(elements(mask, each, shape).sum()) * width + mask.size
             best = min(sizes, key=sizes.get)
             assert stored.mask(width, stored.format) == best
             found.add(best)

@@ -8,11 +8,11 @@ weights.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from micronet_eval.dotted import WIDEST, dot_product, keeps_the_grid, steps_of_outputs
 from micronet_eval.formats import QUANTIZE
@@ -22,6 +22,9 @@ from micronet_eval.trace import Value
 
 HALF = 16
 """The bits of a half-precision float."""
+
+_EXACT = 53
+"""Bits of the integers that float64 holds."""
 
 
 @dataclass(frozen=True)
@@ -88,40 +91,51 @@ def exact_widths(priced: Priced) -> list[tuple[int, int]]:
     steps, grid = range_of(product.x), constant_grid(product.weight)
     if steps is None or grid is None or weight is None or (bias is not None and bias.known is None):
         return []
-    own = steps_of_outputs(product, grid)
-    exponents = {step: exponent for step in set(own) if (exponent := exponent_of_shift(step)) is not None}
-    if not own or not exponents.keys() >= set(own) or any(grid.zeros()):
+    own = np.array(steps_of_outputs(product, grid))
+    exponents = {step: exponent for step in set(own.tolist()) if (exponent := exponent_of_shift(step)) is not None}
+    if not own.size or not exponents.keys() >= set(own.tolist()) or any(grid.zeros()):
         return []
-    exact = product.rows(weight).double() / torch.tensor(own, dtype=torch.float64)[:, None]
-    codes = exact.to(torch.int64)
-    if bool((codes != exact).any()):
+    codes = product.rows(weight).double().cpu().numpy() / own[:, None]
+    if (codes != np.rint(codes)).any():
         return []
-    counts = (codes != 0).sum(1).tolist()
-    positive, negative = codes.clamp(min=0).sum(1).tolist(), (-codes).clamp(min=0).sum(1).tolist()
-    biases = [0.0] * len(counts) if bias is None else bias.data.flatten().tolist()  # type: ignore[union-attr]
-    found = []
-    for step, n, p, m, b in zip(own, counts, positive, negative, biases, strict=True):
-        low, high = p * steps.low - m * steps.high, p * steps.high - m * steps.low
-        if n and (additions := (n - (bias is None)) * product.times):
-            found.append((accumulator_bits(low, high, b, steps.exponent + exponents[step]), additions))
+    counts = np.count_nonzero(codes, axis=1)
+    positive, negative = codes.clip(min=0).sum(1), -codes.clip(max=0).sum(1)
+    low, high = positive * steps.low - negative * steps.high, positive * steps.high - negative * steps.low
+    added = 0.0 if bias is None else bias.data.double().flatten().cpu().numpy()  # type: ignore[union-attr]
+    bits = accumulator_bits(low, high, added, steps.exponent + np.array([exponents[step] for step in own.tolist()]))
+    additions = np.maximum(counts - (bias is None), 0) * product.times
     # A formula that another ruleset or a plugin put in the place of ours counts something else.
-    return found if sum(n for _, n in found) == priced.cost.accumulations else []
+    if additions.sum() != priced.cost.accumulations:
+        return []
+    return [(b, n) for b, n in zip(bits.tolist(), additions.tolist(), strict=True) if n]
 
 
-def accumulator_bits(low: int, high: int, bias: float = 0.0, exponent: int = 0) -> int:
+def accumulator_bits(
+    low: ArrayLike, high: ArrayLike, bias: ArrayLike = 0.0, exponent: ArrayLike = 0
+) -> NDArray[np.int64]:
     """The fewest two's-complement bits for all partial sums, in any order, of terms and a bias.
 
     The terms are multiples of 2**exponent. All of them together come to no less than `low` (at most 0) and no more
     than `high` (at least 0) of those steps; a term that could only raise the sum has a least value of 0, so that no
     partial sum leaves this range. A bias between two steps needs more bits behind the point.
+
+    Of arrays, one sum for each element. What takes 53 bits or more is told as 53: float64 holds no wider integers.
     """
-    if bias:
-        numerator, denominator = bias.as_integer_ratio()
-        numerator, denominator = numerator << max(-exponent, 0), denominator << max(exponent, 0)
-        common = math.gcd(numerator, denominator)
-        numerator, denominator = numerator // common, denominator // common
-        low, high = low * denominator + min(numerator, 0), high * denominator + max(numerator, 0)
-    return 1 + max(high.bit_length(), (-low - 1).bit_length() if low else 0)
+    in_steps = np.ldexp(np.asarray(bias, np.float64), -np.asarray(exponent))
+    behind = _bits_behind_the_point(in_steps)
+    top = np.ldexp(high + np.maximum(in_steps, 0), behind)
+    bottom = np.ldexp(low + np.minimum(in_steps, 0), behind)
+    most = 2.0**_EXACT
+    bits = 1 + np.maximum(np.frexp(top.clip(max=most))[1], np.frexp((-bottom - 1).clip(0, most))[1])
+    return np.where(behind < _EXACT, bits, _EXACT).clip(max=_EXACT).astype(np.int64)
+
+
+def _bits_behind_the_point(numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """By what power of two a float has to be multiplied to be an integer; 0 for an integer."""
+    fraction, exponent = np.frexp(numbers)
+    whole = np.ldexp(fraction, _EXACT).astype(np.int64)
+    lowest = np.frexp((whole & -whole).astype(np.float64))[1] - 1  # the place of the lowest bit that is set
+    return np.where(whole == 0, 0, _EXACT - exponent - lowest).clip(min=0)
 
 
 def range_of(value: Value) -> Steps | None:

@@ -49,7 +49,7 @@ from micronet_eval.formats import (
     of_weights,
 )
 from micronet_eval.graph import MOST_NUMBERS
-from micronet_eval.masks import ELEMENT, Block, block_mask, elements, mask_shape
+from micronet_eval.masks import ELEMENT, Block, Mask, block_mask, elements, mask_shape
 from micronet_eval.nonzeros import seen
 from micronet_eval.storage import stored_tensors
 from micronet_eval.structure import (
@@ -266,9 +266,9 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
             values.write(codes.reshape(-1), width)
         else:
             layout = "bitmask" if block == ELEMENT else f"blocks:{block[0]}x{block[1]}"
-            mask = block_mask(stored.is_nonzero.cpu(), block)
-            masks.write(mask.reshape(-1).numpy(), 1)
-            for piece, kept in _pieces(codes, elements(mask, block, codes.shape).numpy()):
+            mask = block_mask(stored.is_nonzero, block)
+            masks.write(mask.reshape(-1), 1)
+            for piece, kept in _pieces(codes, elements(mask, block, codes.shape)):
                 values.write(piece.take(kept), width)
         for column, bits in stored.format.side:
             overhead.write(column.reshape(-1).numpy(), bits)
@@ -347,7 +347,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().reshape(-1).view(integers[tensor.dtype.itemsize])
 
 
-def _pieces(codes: Codes, kept: NDArray[np.bool_]) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
+def _pieces(codes: Codes, kept: Mask) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
     """Both a piece at a time, and of what is kept the places: to take by places is several times faster."""
     codes, kept = codes.reshape(-1), kept.reshape(-1)
     for start in range(0, codes.size, _CHUNK):
@@ -419,7 +419,7 @@ def _read_tensor(
     return value, number_format
 
 
-def _spread(codes: Codes, kept: NDArray[np.bool_]) -> Codes:
+def _spread(codes: Codes, kept: Mask) -> Codes:
     """The codes at the places of what is kept, and 0 elsewhere."""
     spread: Codes = np.zeros(kept.size, codes.dtype)
     done = 0
@@ -429,16 +429,14 @@ def _spread(codes: Codes, kept: NDArray[np.bool_]) -> Codes:
     return spread
 
 
-def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> NDArray[np.bool_]:
+def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> Mask:
     """Which elements of a tensor are in the file."""
     rows, columns = layout.removeprefix("blocks:").split("x") if layout != "bitmask" else ELEMENT
     block: Block = int(rows), int(columns)
     if block != ELEMENT and block[0] * block[1] > shape.numel():
         raise OffGrid(f"blocks of {rows} x {columns} are larger than a tensor of shape {tuple(shape)}")
     blocks = mask_shape(shape, block)
-    mask = torch.from_numpy(reader.read(blocks[0] * blocks[1], 1)).view(blocks)
-    kept: NDArray[np.bool_] = elements(mask, block, shape).numpy()
-    return kept
+    return elements(reader.read(blocks[0] * blocks[1], 1).reshape(blocks).view(np.bool_), block, shape)
 
 
 _Places = dict[int, list[tuple[nn.Module, str]]]

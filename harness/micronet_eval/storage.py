@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -47,8 +48,8 @@ from micronet_eval.grids import (
     through_views,
     values_of,
 )
-from micronet_eval.masks import ELEMENT, Block, candidates, fewest, kept_elements, mask_bits
-from micronet_eval.nonzeros import count_true, is_nonzero
+from micronet_eval.masks import ELEMENT, Block, Mask, candidates, fewest, kept_elements, mask_bits
+from micronet_eval.nonzeros import is_nonzero
 from micronet_eval.precision import number_width, numbers, written_number
 from micronet_eval.shapes import hashable
 from micronet_eval.trace import FILLS, Op, Trace, Value, constant
@@ -152,16 +153,17 @@ class Stored:
         part = self.is_nonzero[: len(self.is_nonzero) // 4 // block[0] * block[0]]
         if not len(part):
             return False
-        return kept_elements(part, block) + self.nonzeros - count_true(part) > room
+        return bool(kept_elements(part, block) + self.nonzeros - np.count_nonzero(part) > room)
 
     @cached_property
     def _masks(self) -> dict[int, Block | None]:
         return {}
 
     @cached_property
-    def is_nonzero(self) -> Tensor:
+    def is_nonzero(self) -> Mask:
         """Which elements are not zero."""
-        return is_nonzero(self.tensor)
+        kept: Mask = is_nonzero(self.tensor).cpu().numpy()
+        return kept
 
     @cached_property
     def _found(self) -> dict[Block, int]:

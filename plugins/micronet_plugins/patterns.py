@@ -86,7 +86,8 @@ class Block(Sparsifier):
         scores = worths([norm.flatten() for norm in norms], self.scope, costs_of(model, layers, self.mac_cost, context))
         counts = zeros_by_layer(scores, self.sparsity, self.limit)
         for layer, block, norm, count in zip(layers, blocks, norms, counts, strict=True):
-            set_mask(model, layer, elements(without_lowest(norm, count), block, weight_of(layer).shape))
+            kept = elements(without_lowest(norm, count).cpu().numpy(), block, weight_of(layer).shape)
+            set_mask(model, layer, torch.from_numpy(kept).to(norm.device))
         return model
 
 
