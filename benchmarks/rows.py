@@ -61,7 +61,7 @@ def count_model(name: str) -> tuple[dict[str, Any], list[Target]]:
 
 def process() -> dict[str, Any]:
     """The command as a whole process against `import torch`."""
-    command = [sys.executable, "-c", "from micronet_eval.cli import main; main()"]
+    command = [sys.executable, "-c", "from micronet_eval.cli import command; command()"]
     torch = "python -c 'import torch'"
     seconds = processes(
         {

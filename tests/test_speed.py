@@ -56,9 +56,37 @@ print(*(m for m in ("torch._dynamo", "torch._inductor", "sympy", "fvcore") if m 
 
 def test_nothing_is_printed_at_the_end_where_triton_was_loaded():
     pytest.importorskip("triton")
-    code = "import sys, triton; sys.argv = ['micronet-eval', 'tasks']; from micronet_eval.cli import main; main()"
+    code = "import sys, triton; sys.argv = ['micronet-eval', 'tasks']; from micronet_eval.cli import command; command()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("words", "status"), [(["tasks"], 0), (["evaluate", "missing"], 2), (["--nonsense"], 2)])
+def test_the_command_ends_without_taking_everything_apart(words, status, tmp_path):
+    """Yet what is registered to run at the end does run, and all output arrives."""
+    code = f"""
+import atexit, sys
+sys.argv = ["micronet-eval", *{words}]
+from micronet_eval.cli import command
+class Kept:
+    def __del__(self): print("taken apart", flush=True)
+kept = Kept()
+try:
+    command()
+finally:
+    atexit.register(print, "the end", flush=True)
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == status
+    assert bool(done.stderr) == (status != 0) and "Traceback" not in done.stderr
+    assert done.stdout.endswith("the end\n") and ("digits" in done.stdout) == (status == 0)
+
+
+def test_an_error_of_our_own_is_told_at_the_end(tmp_path):
+    code = "from micronet_eval import cli\ncli.main = lambda: 1 / 0\ncli.command()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 # --- ratios -----------------------------------------------------------------------------------------------------------

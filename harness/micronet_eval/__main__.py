@@ -1,5 +1,5 @@
 """`python -m micronet_eval` is the command `micronet-eval`."""
 
-from micronet_eval.cli import main
+from micronet_eval.cli import command
 
-main()
+command()

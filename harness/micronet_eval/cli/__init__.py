@@ -14,7 +14,7 @@ from micronet_eval.cli import listing, making, measuring
 from micronet_eval.cli.group import cli, complain
 from micronet_eval.errors import InputError, SubmissionError, refused
 
-__all__ = ["cli", "listing", "main", "making", "measuring"]
+__all__ = ["cli", "command", "listing", "main", "making", "measuring"]
 
 
 class _Terminated(BaseException):
@@ -25,16 +25,27 @@ def _terminate(*_: object) -> None:
     raise _Terminated
 
 
-def _end() -> None:
-    """Leaves the objects that are still there alone, unless there is triton, which complains of what stays."""
-    if "triton" not in sys.modules:
-        gc.freeze()
+def command() -> None:
+    """`main` as a process of its own, which ends at once: Python would take a model and all of torch apart first."""
+    ends_with: list[int] = []
+
+    def end() -> None:
+        if ends_with:
+            os._exit(ends_with[0])
+
+    atexit.register(end)  # what is registered later comes before it
+    try:
+        main()
+        ends_with.append(0)
+    except SystemExit as error:
+        if isinstance(error.code, int):
+            ends_with.append(error.code)
+        raise
 
 
 def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
-    gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long,
-    atexit.register(_end)  # and so it does at the end, when all of it goes anyway
+    gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long
     signal.signal(signal.SIGTERM, _terminate)  # temporary files and workers end with us
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started us closed it
