@@ -361,11 +361,28 @@ def test_unknown_operation_outside_of_any_submodule_is_said_to_be_in_the_models_
         (lambda x: torch.index_add(x, 0, torch.tensor([1, 2]), x[:2]), 0, 8),
         (lambda x: x.scatter_reduce(0, torch.zeros(4, 4, dtype=torch.int64), x, "mean"), 16, 16),
         (lambda x: x.scatter_reduce(0, torch.zeros(4, 4, dtype=torch.int64), x, "sum"), 0, 16),
+        (lambda x: x.scatter_reduce(0, torch.zeros(2, 4, dtype=torch.int64), x, "prod"), 8, 0),
+        (lambda x: x.scatter_reduce(0, torch.zeros(2, 4, dtype=torch.int64), x, "amax"), 0, 8),
+        (lambda x: x.scatter(0, torch.zeros(2, 4, dtype=torch.int64), x), 0, 0),
+        (lambda x: x.scatter(0, torch.zeros(2, 4, dtype=torch.int64), x, reduce="add"), 0, 8),
+        (lambda x: (x + 0).scatter_(0, torch.zeros(2, 4, dtype=torch.int64), x, reduce="multiply"), 8, 16),
+        (lambda x: x.scatter(0, torch.zeros(2, 4, dtype=torch.int64), 0.3, reduce="multiply"), 8, 0),
     ],
 )
 def test_factors_of_sums_multiply(function, mults, adds):
     found = math_of(module(lambda self, x: function(x)), torch.zeros(4, 4))
     assert (found.mults, found.adds) == (mults, adds)
+
+
+def test_the_number_that_is_scattered_is_stored_and_counts_its_width():
+    def scattered(number):
+        table = torch.zeros(4, 4, dtype=torch.int64)
+        model = module(lambda self, x: x.scatter(0, table, number, reduce="multiply"))
+        return account(trace(model, torch.zeros(4, 4)), FORMULAS)
+
+    by_number, by_shift = scattered(0.3), scattered(0.5)
+    assert by_number.storage.bits - by_shift.storage.bits == 16  # the freebie's
+    assert by_number.storage.parameters - by_shift.storage.parameters == 1
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")

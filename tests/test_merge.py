@@ -14,7 +14,7 @@ from torchvision.models import get_model, resnet18
 from micronet_eval.conditional import Conditional
 from micronet_eval.costs import FORMULAS
 from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
-from micronet_eval.merge import merged, without_batch_norm
+from micronet_eval.merge import merged, merged_trace, without_batch_norm
 from micronet_eval.scoring import account
 from micronet_eval.structure import Mask, ScaleShift
 from micronet_eval.trace import trace
@@ -527,6 +527,30 @@ def test_a_weight_that_is_computed_from_the_parameter_is_not_scaled():
 def test_a_norm_by_the_statistics_of_the_input_is_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False)).eval()
     assert type(same(model, images())[1]) is nn.BatchNorm2d
+
+
+class Live(nn.Module):
+    """Its forward normalizes by the batch, whatever the mode of the model."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.norm = layer, nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        self.norm.train()
+        return self.norm(self.layer(x))
+
+
+@pytest.mark.parametrize("masked", [False, True])  # a masked layer is really merged, and traced again
+def test_a_norm_that_the_forward_runs_in_training_mode_stays(masked):
+    model, x = Live(nn.Conv2d(4, 4, 1)).eval(), torch.zeros(1, 4, 8, 8)
+    if masked:
+        parametrize.register_parametrization(model.layer, "weight", Mask(torch.ones(4, 4, 1, 1, dtype=torch.bool)))
+    math = account(merged_trace(model, x), FORMULAS).math
+    # The convolution takes 4 of both for each of 256 values. A channel of k = 64 values takes 3k + 3 multiplications
+    # and 2 (k - 1) + 2k + 1 additions.
+    assert (math.mults, math.adds) == (4 * 256 + 4 * (3 * 64 + 3), 4 * 256 + 4 * (2 * 63 + 2 * 64 + 1))
+    assert type(merged(model, x).norm) is nn.BatchNorm2d
 
 
 def test_a_model_that_is_one_batch_norm():

@@ -57,7 +57,7 @@ def _merge(model: nn.Module, recorded: Trace, directions: Sequence[Direction]) -
         assert isinstance(norm, _BatchNorm)
         (_merge_backward if direction == "backward" else _merge_forward)(layer, norm)
         _replace_everywhere(model, norm, nn.Identity())
-    return without_batch_norm(model)
+    return without_batch_norm(model, {op.module for op in recorded.ops if _is_normalized(op) and not _is_fixed(op)})
 
 
 def merged_trace(model: nn.Module, example_input: Example) -> Trace:
@@ -76,10 +76,13 @@ def merged_trace(model: nn.Module, example_input: Example) -> Trace:
     return _Rewriting(modules, recorded).without_norms({norm: (layer, way) for norm, layer, way in merges})
 
 
-def without_batch_norm(model: nn.Module) -> nn.Module:
-    """Makes every batch norm of `model` a ScaleShift, merging nothing; changes the model and returns it."""
-    for module in list(model.modules()):
-        if is_norm(module):
+def without_batch_norm(model: nn.Module, but: Container[str] = ()) -> nn.Module:
+    """Makes every batch norm of `model` a ScaleShift, merging nothing; changes the model and returns it.
+
+    Those with the paths of `but` stay: they are no fixed scale and shift, as the forward runs them in training mode.
+    """
+    for path, module in list(model.named_modules()):
+        if is_norm(module) and path not in but:
             if module is model:
                 return _scale_shift(module)
             _replace_everywhere(model, module, _scale_shift(module))
@@ -90,6 +93,15 @@ def is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether a module is a fixed scale and shift and nothing else: a subclass or a hook may do more."""
     plain = type(module) in _NORMS and not module._forward_hooks and not module._forward_pre_hooks
     return plain and module.running_mean is not None
+
+
+def _is_normalized(op: Op) -> bool:
+    return "batch_norm" in op.name
+
+
+def _is_fixed(op: Op) -> bool:
+    """Whether a batch norm runs with the statistics that it keeps, not with those of the batch."""
+    return not op.named.get("training", False)
 
 
 def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -122,12 +134,12 @@ def _mergeable(
     modules: Mapping[str, nn.Module], recorded: Trace, readers: _Readers, directions: Sequence[Direction]
 ) -> Iterator[tuple[str, str, Direction]]:
     """The paths of each batch norm that can be merged and of the layer that takes it; backward where both can."""
-    runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or "batch_norm" in op.name)
+    runs = Counter(op.module for op in recorded.ops if op.name in _DOT_PRODUCTS or _is_normalized(op))
     users = recorded.users
     times = {op: time for time, op in enumerate(recorded.ops)}
     owners = Counter(modules.values())  # of a module, a parametrization among them
     for op in recorded.ops:
-        norm = modules.get(op.module) if "batch_norm" in op.name else None
+        norm = modules.get(op.module) if _is_normalized(op) and _is_fixed(op) else None
         if norm is None or not is_norm(norm):
             continue
         for direction in directions:
@@ -369,7 +381,7 @@ class _Rewriting:
             takes.setdefault(layer, []).append((norm_path, way))
         ops: list[Op] = []
         for op in self.recorded.ops:
-            if "batch_norm" in op.name and is_norm(norm := self.modules[op.module]):
+            if _is_normalized(op) and _is_fixed(op) and is_norm(norm := self.modules[op.module]):
                 if op.module in merges:
                     self._skip(op)
                 else:

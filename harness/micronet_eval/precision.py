@@ -101,6 +101,7 @@ _NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
     "aten.lerp": {"weight": (2, 1)},
     "aten.addcmul": {"value": (3, 1)},
     "aten.addcdiv": {"value": (3, 1)},
+    "aten.scatter_reduce": {"value": (3, 1)},
     **{f"aten.avg_pool{n}d": {"divisor_override": (6, 1)} for n in (2, 3)},
 }
 """Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""

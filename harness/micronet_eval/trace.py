@@ -559,6 +559,8 @@ def _fake_quantized(x: Tensor, func: Any) -> Any:
 @cache
 def _name(func: Any) -> str:
     namespace, _, name = func._schema.name.partition("::")
+    if name in ("scatter", "scatter_") and "reduce" in func._schema.overload_name:
+        name = "scatter_reduce"  # it moves nothing: it adds or multiplies
     return f"{namespace}.{name[:-1] if name.endswith('_') and not name.endswith('__') else name}"
 
 

@@ -112,11 +112,18 @@ def _log2(n: int) -> int:
 
 
 def scattered_sum(op: Op) -> Cost:
-    """One addition for each element that is added somewhere; a mean divides, and a factor multiplies. *(ours)*"""
-    source = next(v for v in reversed(op.inputs) if v.dtype == op.out.dtype)
-    divides = "mean" in op.args  # of scatter_reduce
+    """One addition for each element that is added, or compared, somewhere; or one multiplication. *(ours)*
+
+    A mean divides, and a factor multiplies.
+    """
+    how = op.named.get("reduce", "sum")
+    many = op.named["source" if op.name == "aten.index_add" else "index"].numel
+    if how in ("prod", "multiply"):
+        return Cost(mults=many)
+    if how in ("amax", "amin"):
+        return Cost(adds=many)
     scales = op.kwargs.get("alpha", 1) not in (1, -1)  # of index_add
-    return Cost(mults=op.out.numel * divides + source.numel * scales, accumulations=source.numel)
+    return Cost(mults=op.out.numel * (how == "mean") + many * scales, accumulations=many)
 
 
 def index_put(op: Op) -> Cost:
