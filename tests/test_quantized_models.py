@@ -417,6 +417,46 @@ def test_the_scale_of_a_token_waits_where_its_features_are_summed(summed, bits):
     assert product.input_bits == bits
 
 
+@pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    ("zero", "bits"),
+    [
+        (lambda x: torch.tensor(3, dtype=torch.int64), 8),
+        (lambda x: torch.tensor(-128.0), 8),
+        (lambda x: x.amin(1, keepdim=True).to(torch.int8), 9),  # of each token, subtracted while running
+        (lambda x: x.amin().to(torch.int8).float(), 9),
+        (lambda x: torch.tensor(112.37), 32),
+        (lambda x: torch.tensor(128), 32),
+        (lambda x: x, 32),
+        (lambda x: x.to(torch.int8), 32),
+        (lambda x: x.amin(1, keepdim=True), 32),
+        (lambda x: x.amin().to(torch.int32), 32),
+        (lambda x: x.amin().to(torch.uint8), 32),
+    ],
+)
+def test_codes_less_what_is_no_zero_point_of_theirs_are_wide(zero, bits):
+    """(code - zero point) * scale: what is subtracted is a code itself, one for the tensor or for a token."""
+
+    class Layer(FakeQuantized):
+        def forward(self, x):
+            weight = torch.fake_quantize_per_tensor_affine(self.weight, 0.125, 0, -7, 7)
+            return F.linear((codes(x) - zero(x)) * torch.tensor(0.37), weight)
+
+    layers = count(Layer(0.1), 2, 4).layers
+    product = next(layer for layer in layers if layer.op == "aten.mm")
+    assert (product.input_bits, product.ops32) == (bits, 2 * 12 * bits / 32 + 2 * 9)
+    assert sum(layer.mults for layer in layers if layer.op == "aten.mul") == 2 * 4 * (2 if bits == 32 else 1)
+
+
+def test_a_zero_point_that_is_subtracted_several_times_is_none():
+    class Layer(FakeQuantized):
+        def forward(self, x):
+            shifted = torch.sub(codes(x), x.amin().to(torch.int8), alpha=1000)
+            return F.linear(shifted * torch.tensor(0.37), self.weight)
+
+    assert count(Layer(0.1), 2, 4).layers[-1].input_bits == 32
+
+
 @pytest.mark.rule("width.signs")
 def test_codes_times_a_scale_have_no_sign_bit():
     class Layer(FakeQuantized):

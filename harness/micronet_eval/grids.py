@@ -212,7 +212,7 @@ def _range_of_codes(codes: Value, low: int, high: int) -> tuple[int, int]:
 def dequantized(op: Op) -> Grid | None:
     """The grid of what `op` makes of codes: a conversion to values, or codes of activations multiplied by scales.
 
-    Those scales are of the tensor, or of a token; the zero points may have been subtracted before.
+    Those scales are of the tensor, or of a token; zero points, of the same, may have been subtracted before.
     """
     if is_conversion(op):
         return None if op.name in QUANTIZE else grid_of(op)
@@ -220,9 +220,9 @@ def dequantized(op: Op) -> Grid | None:
         return None
     for codes, scale in permutations(op.inputs, 2):
         source, zeros = through_views(codes), tuple[Value, ...]()
-        if (before := source.producer) is not None and before.name == "aten.sub" and len(before.inputs) == 2:
+        if (before := source.producer) is not None and _subtracts_zero_point(before):
             source, zero = map(through_views, before.inputs)
-            zeros = (zero,) if not zero.dtype.is_floating_point else ()
+            zeros = (zero,)
         one_a_token = scale.dtype.is_floating_point and scale.shape[-1:] in ((), (1,)) and scale.numel < codes.numel
         if not source.is_constant and source.dtype in (torch.int8, torch.uint8) and one_a_token:
             half = 1 << (dtype_width(source) - 1)
@@ -230,6 +230,18 @@ def dequantized(op: Op) -> Grid | None:
             whole = codes.shape if scale.numel == 1 else (1,) * (len(codes.shape) - 1) + codes.shape[-1:]
             return Grid(low, low + 2 * half - 1, (scale,), zeros, blocks=whole)
     return None
+
+
+def _subtracts_zero_point(op: Op) -> bool:
+    """Whether `op` takes from codes others, one for all or one for each token: any other number makes more bits."""
+    if op.name != "aten.sub" or len(op.inputs) != 2 or op.arg(2, "alpha", 1) != 1:
+        return False
+    codes, zero = map(through_views, op.inputs)
+    if op.inputs[1].shape[-1:] not in ((), (1,)) or codes.dtype not in (torch.int8, torch.uint8):
+        return False
+    limits, known = torch.iinfo(codes.dtype), values_of(zero) if zero.is_constant else []
+    held = bool(known) and all(z.is_integer() and limits.min <= z <= limits.max for z in map(float, known))
+    return held or zero.dtype == codes.dtype
 
 
 def _blocks(op: Op, scale: Scale, shape: tuple[int, ...]) -> tuple[int, ...]:
