@@ -554,6 +554,27 @@ def test_fixed_point_has_no_sign_bit():
     assert count(Signs([[0.5], [0.25]], narrow=True), 1, 4).layers[0].ops32 == 7 * 4 / 32 + 5
 
 
+def overwritten(y, x, start):
+    y[:, start:] = x[:, start:]
+    return y
+
+
+@pytest.mark.rule("width.signs")
+@pytest.mark.parametrize(
+    ("activation", "bits"),
+    [
+        (lambda x: x[:, :3], 1),
+        (lambda x: overwritten(torch.fake_quantize_per_tensor_affine(x, 0.5, 0, -8, 7), x, 3), 32),
+        (lambda x: overwritten(torch.fake_quantize_per_tensor_affine(x, 0.5, 0, -8, 7), x, 2), 32),
+        (lambda x: overwritten(x, torch.fake_quantize_per_tensor_affine(x, 0.5, 0, -8, 7), 2), 32),
+    ],
+)
+def test_what_is_written_in_part_has_no_sign_bit_of_its_own(activation, bits):
+    """3 ternary weights behind one output: 1/32 each only where all of the activation has a sign bit."""
+    product = count(Called(lambda x: activation(x) @ torch.tensor([[0.7], [-0.2], [0.1]]).sign()), 1, 3).layers[-1]
+    assert (product.input_bits, product.ops32) == (bits, 3 * bits / 32 + 2)
+
+
 @pytest.mark.rule("width.codebook", "storage.overhead")
 def test_a_codebook_stores_indices_and_its_table():
     class Clustered(nn.Module):

@@ -179,15 +179,13 @@ def has_sign_bit(value: Value) -> bool:
     """Whether a sign stands for itself, as in floating point. Fixed point is two's complement: it does not. *(ours)*"""
 
     def moved_from(value: Value) -> tuple[Value, ...]:
-        op = value.producer
-        moved = op is not None and value.dtype.is_floating_point and not is_conversion(op) and keeps_width(op)
-        return data_inputs(op) if moved else ()  # type: ignore[arg-type]
+        return _moved_by(value) if value.dtype.is_floating_point else ()
 
     def has_one(value: Value, inputs: list[bool]) -> bool:
         op = value.producer
         if not value.dtype.is_floating_point or (op is not None and (is_conversion(op) or dequantized(op) is not None)):
             return False
-        return all(inputs)
+        return all(inputs) and not _is_partly_written(value)
 
     return followed(value, moved_from, has_one)
 
@@ -208,10 +206,23 @@ def pending(value: Value, known: dict[Value, Grid | None] | None = None) -> Grid
 
 
 def _moved_into(value: Value) -> list[Value]:
-    """What a value is moved or selected from, zeros apart: those are zeros of any scale."""
+    """What an activation is moved or selected from, zeros apart: those are zeros of any scale."""
+    if value.is_constant:
+        return []
+    return [v for v in _moved_by(value) if not (v.is_constant and v.nonzeros == 0)]
+
+
+def _moved_by(value: Value) -> tuple[Value, ...]:
+    """What the operation that made a value moved or selected it from; nothing where it computed it."""
     op = value.producer
-    moved = op is not None and not value.is_constant and not is_conversion(op) and keeps_width(op)
-    return [v for v in data_inputs(op) if not (v.is_constant and v.nonzeros == 0)] if moved else []  # type: ignore[arg-type]
+    if op is None or is_conversion(op) or not keeps_width(op) or _is_partly_written(value):
+        return ()
+    return data_inputs(op)
+
+
+def _is_partly_written(value: Value) -> bool:
+    """Whether a value is what a write into a part of it, even an empty one, left: nothing tells what the rest was."""
+    return value.producer is not None and value not in value.producer.outputs
 
 
 def _pending(value: Value, grids: list[Grid | None]) -> Grid | None:
@@ -425,6 +436,8 @@ def _waits(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> bool:
 def _origin(value: Value) -> set[Value]:
     """Where a value comes from through moves, ReLU, max and accumulators; nothing where that is in several places."""
     while (op := value.producer) is not None and (keeps_width(op) or op.name == ACCUMULATOR_OP):
+        if _is_partly_written(value):
+            return set()
         inputs = [v for v in data_inputs(op) if not v.is_constant]
         if len(inputs) != 1:
             return set()
