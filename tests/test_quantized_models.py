@@ -152,6 +152,25 @@ def test_a_scale_that_was_multiplied_in_is_not_counted_again():
     assert scalings(read, torch.zeros(1, 2)) == 2 + 2
 
 
+def overwritten(y, x, start):
+    y[:, start:] = x[:, start:]
+    return y
+
+
+@pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    ("read", "mults"),
+    [
+        (lambda x: overwritten(x * x, rounded(x, 0.1), 1), 2 + 2),  # to codes and back, as they are returned
+        (lambda x: product(overwritten(x * x, rounded(x, 0.1), 1), 0.1), 2 + 2 + 2 + 2),  # and to codes; behind
+        (lambda x: product(overwritten(x * x, product(x, 0.1), 1), 0.1), 2 + 2 + 2 + 2),  # to codes and behind, twice
+    ],
+)
+def test_scales_of_values_that_are_written_into_others_are_multiplied_in(read, mults):
+    """Of two values each: what is read afterwards is not codes and a scale."""
+    assert scalings(read, torch.zeros(1, 2)) == mults
+
+
 def test_scales_that_are_found_while_running_are_multiplied_apart():
     """A weight's float16 scale at 16 bits, that of each token at 32; one multiplication each for 4 tokens x 2."""
     scale, zero = torch.full((2,), 0.1).half().float(), torch.zeros(2, dtype=torch.int32)
@@ -552,11 +571,6 @@ def test_ternary_weights_count_a_32nd_of_what_has_a_sign_bit(scale, scalings):
 @pytest.mark.rule("width.signs")
 def test_fixed_point_has_no_sign_bit():
     assert count(Signs([[0.5], [0.25]], narrow=True), 1, 4).layers[0].ops32 == 7 * 4 / 32 + 5
-
-
-def overwritten(y, x, start):
-    y[:, start:] = x[:, start:]
-    return y
 
 
 @pytest.mark.rule("width.signs")

@@ -393,14 +393,16 @@ def _one_factor(outputs: Value, users: Mapping[Value, list[Op]], trace: Trace) -
 
 
 def _readers(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> Iterator[Op | None]:
-    """What reads a value, seen through moves, ReLU, max and accumulators; None: it is returned."""
+    """What reads a value, seen through moves, ReLU, max and accumulators; None: it is returned, or part of another."""
     waiting, seen = [value], {value}
     while waiting:
         value = waiting.pop()
         if value in trace.outputs:
             yield None
         for op in users.get(value, []):
-            if keeps_width(op) or op.name == ACCUMULATOR_OP:
+            if op in trace.writing_parts:
+                yield None
+            elif keeps_width(op) or op.name == ACCUMULATOR_OP:
                 waiting += [out for out in op.outputs if out not in seen]
                 seen.update(op.outputs)
             else:
@@ -455,7 +457,7 @@ def _is_put_off(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> 
             return False
         for op in users.get(value, []):
             if keeps_width(op):
-                if pending(op.out) is None:
+                if op in trace.writing_parts or pending(op.out) is None:
                     return False
                 waiting += (out for out in op.outputs if out not in seen)
             elif not is_conversion(op) and (

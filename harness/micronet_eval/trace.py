@@ -222,6 +222,12 @@ class Trace:
                 users.setdefault(value, []).append(op)
         return users
 
+    @cached_property
+    def writing_parts(self) -> frozenset[Op]:
+        """The operations that wrote a part of an activation that is read, or returned, as a whole afterwards."""
+        read = (v for v in (*self.users, *self.outputs) if v.producer is not None and v not in v.producer.outputs)
+        return frozenset(v.producer for v in read if v.producer is not None)
+
 
 SEED = 0
 """Numbers that a forward draws are the same every time."""
