@@ -436,6 +436,48 @@ def test_the_scale_of_a_token_waits_where_its_features_are_summed(summed, bits):
     assert product.input_bits == bits
 
 
+def of_channels(x):
+    return codes(x) * x.mean((2, 3), keepdim=True)
+
+
+def of_tokens(x):
+    return codes(x) * x.abs().amax(-1, keepdim=True)
+
+
+@pytest.mark.rule("width.scales")
+@pytest.mark.parametrize(
+    ("values", "bits"),
+    [
+        (lambda x: of_channels(x).permute(0, 2, 3, 1), 32),  # to channels last, as in ConvNeXt
+        (lambda x: of_channels(x).transpose(1, 3), 32),
+        (lambda x: of_channels(x).view(-1, 4), 8),
+        (lambda x: of_channels(x).relu().flatten(0, 2).unsqueeze(0)[:, 1:], 8),
+        (lambda x: of_channels(x).view(1, 8, 2, 4).transpose(1, 3).flatten(2).view(-1, 4), 32),
+        (lambda x: of_channels(x).amax(1), 32),
+        (lambda x: of_channels(x).amax(3), 32),
+        (lambda x: F.max_pool2d(of_channels(x), 3, 1, 1), 32),
+        (lambda x: F.pad(of_channels(x)[..., :2], (1, 1)), 32),
+        (lambda x: of_tokens(x), 8),
+        (lambda x: of_tokens(x).mT, 32),
+        (lambda x: of_tokens(x.flatten(2)).mT, 32),
+        (lambda x: of_tokens(x.flatten(2).mT), 8),
+    ],
+)
+def test_scales_of_rows_wait_as_long_as_the_rows_stay_rows(values, bits):
+    """8-bit codes and a 4-bit weight without a scale, 4 -> 3: other rows are multiplied first, one a code of 64."""
+
+    class Layer(FakeQuantized):
+        def forward(self, x):
+            return F.linear(values(x), torch.fake_quantize_per_tensor_affine(self.weight, 0.125, 0, -7, 7))
+
+    layers = count(Layer(0.1), 1, 4, 4, 4).layers
+    assert next(layer for layer in layers if layer.op in ("aten.mm", "aten.bmm")).input_bits == bits
+    gated = [layer.mults for layer in layers if layer.op == "aten.mul"]  # the first makes codes
+    assert gated == ([4 * 16, 4 * 16] if bits == 32 else [4 * 16])
+    moved = [layer for layer in layers if layer.op in ("aten.max_pool2d_with_indices", "aten.amax")]
+    assert all(layer.input_bits == 32 for layer in moved)
+
+
 @pytest.mark.rule("width.scales")
 @pytest.mark.parametrize(
     ("zero", "bits"),

@@ -111,7 +111,7 @@ def _moved_width(
     out: Value, inputs: Sequence[Value], widths: Mapping[Value, int], known: dict[Value, Grid | None]
 ) -> int:
     """The widest of what is moved; a scale that cannot wait, as it is not common to all, was applied before."""
-    waits = (len(inputs) == 1 and not inputs[0].is_constant) or pending(out, known) is not None
+    waits = pending(out, known) is not None
     return max(widths[v] if waits else _applied_width(v, widths, known) for v in inputs)
 
 
@@ -151,7 +151,7 @@ def _constant_width(value: Value) -> int:
 def _takes_codes(op: Op, value: Value) -> bool:
     """Whether `op` moves, or sums up, codes of which it puts off the scale."""
     if op.name not in LINEAR:
-        return keeps_width(op)
+        return keeps_width(op) and pending(op.out) is not None
     return value.is_constant or pending(value) is None or _pending_in(op, value) is not None
 
 
@@ -200,9 +200,11 @@ def pending(value: Value, known: dict[Value, Grid | None] | None = None) -> Grid
     """
     if known is not None:
         return followed(value, _moved_into, _pending, known)
+    whole = True
     while len(moved := _moved_into(value)) == 1:  # as nearly always
-        value = moved[0]
-    return followed(value, _moved_into, _pending) if moved else _pending(value, [])
+        whole, value = whole and _keeps_rows(value), moved[0]
+    grid = followed(value, _moved_into, _pending) if moved else _pending(value, [])
+    return grid if whole or _has_one_scale(grid) else None
 
 
 def _moved_into(value: Value) -> list[Value]:
@@ -235,13 +237,34 @@ def _pending(value: Value, grids: list[Grid | None]) -> Grid | None:
     if value is op.out and (grid := dequantized(op)) is not None:
         return grid if _is_common(op, grid) else None
     same = bool(grids) and all(g is not None and _same(g, grids[0]) for g in grids)
-    return grids[0] if same else None
+    return grids[0] if same and (_has_one_scale(grids[0]) or _keeps_rows(value)) else None
 
 
 def _is_of_all(grid: Grid) -> bool:
     """Whether there is one scale, and no zero point."""
     one = len(grid.scales) == 1 and (isinstance(grid.scales[0], float) or grid.scales[0].numel == 1)
     return one and not any(grid.zeros())
+
+
+def _has_one_scale(grid: Grid | None) -> bool:
+    """Whether one scale, of what was not put together, holds for all values, and not one for each token."""
+    return grid is None or all(isinstance(s, float) or s.numel == 1 for s in grid.scales)
+
+
+_KEEPS_ROWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "alias", "clone", "contiguous", "detach", "expand", "relu", "slice", "split", "split_with_sizes", "squeeze",
+        "unsqueeze", "view", "_reshape_alias", "_to_copy", "_unsafe_view",
+    )
+)  # fmt: skip
+"""Moves and selections that keep the order of elements: a last dimension that is as long as before is the same."""
+
+
+def _keeps_rows(value: Value) -> bool:
+    """Whether the rows of a value (its last dimension) are rows of what it is moved from, whole and in order."""
+    op = value.producer
+    return op is not None and op.name in _KEEPS_ROWS and value.shape[-1:] == op.inputs[0].shape[-1:]
 
 
 _OF_ROWS = frozenset(f"aten.{name}" for name in ("mm", "bmm", "addmm", "baddbmm"))
@@ -336,9 +359,7 @@ def _pending_in(op: Op, value: Value) -> Grid | None:
     Those are rows of the first factor of a product with a constant.
     """
     grid = pending(value)
-    if grid is None or not grid.is_dynamic or value.numel == 0:
-        return grid
-    if all(isinstance(s, float) or s.numel == 1 for s in grid.scales):
+    if grid is None or not grid.is_dynamic or value.numel == 0 or _has_one_scale(grid):
         return grid
     first, *others = _factors(op)
     of_rows = op.name in _OF_ROWS and value is first and all(v.is_constant for v in others)
