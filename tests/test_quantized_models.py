@@ -265,6 +265,48 @@ def test_codes_are_as_wide_as_what_made_them_says_not_what_reads_them(low, high)
     assert count(Read(0.125), 2, 4).layers[-1].input_bits == 21
 
 
+def fixed(x, exponent, bits):
+    return torch.ops.micronet.fixed_point(x, torch.tensor(exponent, dtype=torch.int8), bits)
+
+
+@pytest.mark.rule("width.conversions")
+@pytest.mark.parametrize(
+    ("first", "second", "bits"),
+    [
+        ((0.3, 0, -8, 7), (0.07, 0, -128, 127), 8),  # -2.4 to 2.1 are codes -34 to 30
+        ((0.3, 0, -8, 7), (0.9, 0, -128, 127), 4),  # -3 to 2
+        ((0.3, 0, -8, 7), (0.15, 0, -128, 127), 4),  # twice the codes, one zero behind each
+        ((0.5, 0, -8, 7), (0.03125, 0, -128, 127), 4),  # 16 times, -128 to 112
+        ((0.5, 0, -8, 7), (0.015625, 0, -128, 127), 8),  # 32 times, which saturates at 127
+        ((0.5, 0, -8, 7), (0.125, 0, 0, 255), 8),  # whose codes would begin at -32
+        ((0.3, 2, -8, 7), (0.3, 2, -128, 127), 4),
+        ((0.3, 2, -8, 7), (0.3, 100, -128, 127), 8),  # 90 to 105
+        ((0.5, 0, -8, 7), (0.0, 0, -128, 127), 8),
+    ],
+)
+def test_codes_on_another_grid_are_as_wide_as_before_where_they_are_shifted_or_smaller(first, second, bits):
+    class Layer(FakeQuantized):
+        def forward(self, x):
+            x = torch.fake_quantize_per_tensor_affine(x, *first).relu().view(-1, 4)
+            return F.linear(torch.fake_quantize_per_tensor_affine(x, *second), self.weight)
+
+    assert next(layer for layer in count(Layer(0.1), 2, 4).layers if layer.op == "aten.mm").input_bits == bits
+
+
+@pytest.mark.parametrize(
+    ("read", "bits"),
+    [
+        (lambda x: fixed(fixed(x, -1, 4), -3, 8), 4),
+        (lambda x: fixed(fixed(x, -3, 8), -1, 4), 4),
+        (lambda x: torch.fake_quantize_per_tensor_affine(fixed(x, -1, 4), 0.07, 0, -128, 127), 8),
+        (lambda x: fixed(fixed(x, -1, 4) * 0.75, -3, 8), 8),
+    ],
+)
+def test_fixed_point_on_another_grid(read, bits):
+    recorded = trace(Called(read), torch.zeros(2, 4))
+    assert bit_widths(recorded)[recorded.outputs[0]] == bits
+
+
 @pytest.mark.parametrize(("largest", "bits"), [(7, 4), (8, 8)])
 def test_codes_that_leave_the_range_they_are_read_with_count_all_of_their_bits(largest, bits):
     import torch.ao.quantization.fx._decomposed  # registers the operations

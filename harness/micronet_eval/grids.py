@@ -178,7 +178,7 @@ def grid_of(op: Op) -> Grid:
     a, shape = op.named, op.inputs[0].shape
     if op.name == FIXED_POINT_OP:
         half = 1 << (a["bits"] - 1)
-        return Grid(-half, half - 1, tuple(2.0 ** int(e) for e in values_of(a["exponent"])))
+        return Grid(-half, half - 1, tuple(2.0 ** int(e) for e in values_of(a["exponent"])), blocks=shape)
     if op.name == CODEBOOK_OP:
         half = 1 << (dtype_width(a["table"]) - 1)
         return Grid(-half, half - 1)  # multiplied with are the values of the table

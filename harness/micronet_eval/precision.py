@@ -14,13 +14,14 @@ from dataclasses import replace
 import torch
 
 from micronet_eval.costs import ADDENDS, SCALE_OP
-from micronet_eval.formats import ACCUMULATOR_OP, QUANTIZE
+from micronet_eval.formats import ACCUMULATOR_OP, DEQUANTIZE, QUANTIZE
 from micronet_eval.grids import (
     Grid,
     constant_grid,
     data_inputs,
     dequantized,
     dtype_width,
+    exponent_of_shift,
     followed,
     grid_of,
     has_only_signs,
@@ -49,13 +50,9 @@ def bit_widths(trace: Trace) -> Mapping[Value, int]:
             if value not in widths:
                 widths[value] = _constant_width(value) if value.is_constant else dtype_width(value)
         for out in op.outputs:
-            if is_conversion(op) and out is op.out and op.name in QUANTIZE:
-                widths[out] = min(grid_of(op).code_bits, widths[op.inputs[0]], dtype_width(out))
-            elif out is op.out and (grid := _waiting(op)) is not None:
-                widths[out] = min(
-                    grid.code_bits, *(widths[v] for v in op.inputs[:1] if is_conversion(op)), dtype_width(out)
-                )
-                widths[out] += grid.shifts_while_running
+            grid = None if out is not op.out else grid_of(op) if op.name in QUANTIZE else _waiting(op)
+            if grid is not None:
+                widths[out] = _code_width(op, grid, widths, known)
             elif _moves_into(op, out) and (inputs := data_inputs(op)):
                 widths[out] = min(_moved_width(out, inputs, widths, known), dtype_width(out))
             else:
@@ -105,6 +102,14 @@ _NUMBERS: Mapping[str, Mapping[str, tuple[int, float]]] = {
     **{f"aten.avg_pool{n}d": {"divisor_override": (6, 1)} for n in (2, 3)},
 }
 """Operation -> its arguments that may be such numbers -> where they stand, and what they are if they are not given."""
+
+
+def _code_width(op: Op, grid: Grid, widths: Mapping[Value, int], known: dict[Value, Grid | None]) -> int:
+    """The codes that `op` makes or reads, as wide as those that they are made of where they are the same or shifted."""
+    source, bits = op.inputs[0], grid.code_bits
+    if op.name in DEQUANTIZE or (is_conversion(op) and _needs_no_more(grid, pending(source, known))):
+        bits = min(bits, widths[source])
+    return min(bits, dtype_width(op.out)) + (op.name not in QUANTIZE and grid.shifts_while_running)
 
 
 def _moved_width(
@@ -285,6 +290,25 @@ def _waiting(op: Op) -> Grid | None:
 
 def _same(a: Grid, b: Grid | None) -> bool:
     return b is not None and a.scales == b.scales and a.zero_points == b.zero_points
+
+
+def _needs_no_more(grid: Grid, before: Grid | None) -> bool:
+    """Whether values on one grid have codes on another that are no wider: the same, of a larger step, or shifted ones.
+
+    On a step that is a power of two smaller the codes end in zeros, unless they saturate. On any other smaller step, as
+    with a zero point of their own, they are other and longer numbers.
+    """
+    if before is None or (grid.scales and _same(grid, before)):
+        return before is not None
+    if grid.shifts_while_running or before.shifts_while_running or any((*grid.zeros(), *before.zeros())):
+        return False
+    steps = [(old, step) for old in before.steps() for step in grid.steps()]
+    return bool(steps) and all(0 < old <= step or _is_shifted(before, old, grid, step) for old, step in steps)
+
+
+def _is_shifted(before: Grid, old: float, grid: Grid, step: float) -> bool:
+    factor = old / step if step else 0
+    return bool(exponent_of_shift(factor)) and grid.low <= before.low * factor and before.high * factor <= grid.high
 
 
 def with_scales(trace: Trace) -> Trace:
