@@ -595,6 +595,11 @@ def test_a_mask_made_of_an_input_does_not_deny_the_freebie():
     assert count(Masked(0.1), 2, 4).freebie
 
 
+def written(into, x):
+    into[:, : x.shape[1]] = x
+    return into
+
+
 @pytest.mark.parametrize(
     ("move", "bits"),
     [
@@ -603,6 +608,13 @@ def test_a_mask_made_of_an_input_does_not_deny_the_freebie():
         (lambda x: x.masked_fill(x > 0, 0.3712), 32),
         (lambda x: F.threshold(x, 0.1, 0.3712), 32),
         (lambda x: F.threshold(x, 0.1, 0.0), 4),
+        (lambda x: torch.cat([x, torch.zeros(2, 4)], 1), 4),  # the shortcut of ResNet's option A
+        (lambda x: torch.cat([x, torch.full((2, 4), 0.3712)], 1), 32),
+        (lambda x: torch.where(torch.eye(2, 4).bool(), x, 0.0), 4),
+        (lambda x: torch.where(torch.eye(2, 4).bool(), x, 0.3712), 32),
+        (lambda x: torch.maximum(x, torch.zeros(4)), 4),
+        (lambda x: written(torch.zeros(2, 6), x), 4),
+        (lambda x: written(torch.full((2, 6), 0.3712), x), 32),
         (lambda x: x.max(1, keepdim=True).values, 4),
         (lambda x: x.max(1, keepdim=True).indices, 64),
         (lambda x: x.topk(2)[1], 64),

@@ -115,9 +115,10 @@ def _code_width(op: Op, grid: Grid, widths: Mapping[Value, int], known: dict[Val
 def _moved_width(
     out: Value, inputs: Sequence[Value], widths: Mapping[Value, int], known: dict[Value, Grid | None]
 ) -> int:
-    """The widest of what is moved; a scale that cannot wait, as it is not common to all, was applied before."""
+    """The widest of what is moved, zeros apart; a scale that cannot wait, as it is not of all, was applied before."""
     waits = pending(out, known) is not None
-    return max(widths[v] if waits else _applied_width(v, widths, known) for v in inputs)
+    said = [v for v in inputs if not _is_zero(v)] or inputs
+    return max(widths[v] if waits else _applied_width(v, widths, known) for v in said)
 
 
 def _moves_into(op: Op, out: Value) -> bool:
@@ -216,7 +217,11 @@ def _moved_into(value: Value) -> list[Value]:
     """What an activation is moved or selected from, zeros apart: those are zeros of any scale."""
     if value.is_constant:
         return []
-    return [v for v in _moved_by(value) if not (v.is_constant and v.nonzeros == 0)]
+    return [v for v in _moved_by(value) if not _is_zero(v)]
+
+
+def _is_zero(value: Value) -> bool:
+    return value.is_constant and value.nonzeros == 0
 
 
 def _moved_by(value: Value) -> tuple[Value, ...]:
