@@ -589,6 +589,49 @@ def test_constants_made_of_fills_are_stored(make, values):
     assert count(Call(lambda x: x * make(x)), 1, 4).storage.bits == values * 32
 
 
+PLACES = [[(3 * column + row) % 16 for column in range(8)] for row in range(16)]
+
+
+def stacked(pieces):
+    """128 pieces of one number each, [16, 8]: which goes where is written nowhere but in the code."""
+    return torch.stack([torch.stack([pieces[place].reshape(()) for place in row]) for row in PLACES])
+
+
+@pytest.mark.parametrize(
+    ("make", "bits"),
+    [
+        (lambda m: stacked(torch.arange(16)).float(), 120 * 32 + 128),  # each of 16 numbers comes 8 times: 8 zeros
+        (lambda m: stacked([torch.full((), 1.0 if i % 3 else -1.0) for i in range(16)]), 128 * 32),
+        (lambda m: torch.block_diag(torch.ones(8, 4), torch.full((8, 4), 2.0)), 64 * 32 + 8),  # 8 blocks of 4x4
+        (lambda m: stacked(m.table), 128 * 32),
+        (lambda m: stacked([m.one if i % 3 else m.other for i in range(16)]), 128 * 32),
+        (lambda m: torch.stack([m.table[[5, 3][i % 2] :][:8] for i in range(16)]), 128 * 32),
+        (lambda m: torch.slice_scatter(torch.ones(16, 8), torch.full((3, 8), 4.0), 0, 5, 8), 128 * 32),
+        # What says nothing, or what tensors that are whole and each there once say.
+        (lambda m: torch.stack([m.table[:8]] * 16), 8 * 32),
+        (lambda m: torch.cat([m.table, m.wide]).view(16, 8), 128 * 32),
+        (lambda m: torch.arange(8).flip(0).float().expand(16, 8), 0),
+        (lambda m: torch.arange(8.0).expand(16, 8), 0),
+        (lambda m: torch.zeros(1, 1).expand(16, 8), 0),
+        (lambda m: torch.stack([torch.arange(8.0)] * 16), 0),
+        # The place in a counter is a number of the code.
+        (lambda m: torch.arange(64.0)[37].expand(16, 8), 32),
+        (lambda m: torch.arange(64.0)[::37][:2].repeat_interleave(64).view(16, 8), 32 + 2),  # 37 beside a zero
+    ],
+)  # fmt: skip
+def test_what_the_code_puts_together_of_pieces_is_stored(make, bits):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.wide = nn.Parameter(torch.rand(16) + 0.5), nn.Parameter(torch.rand(112) + 0.5)
+            self.one, self.other = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x):
+            return x @ make(self)
+
+    assert count(Product(), 1, 16).storage.bits == bits
+
+
 def test_two_draws_are_two_weights():
     assert count(Call(lambda x: x * torch.randn(4) + x * torch.randn(4)), 1, 4).storage.bits == 8 * 32
 

@@ -298,14 +298,34 @@ def _sources_of(use: _Use, found: list[list[_Source]]) -> list[_Source]:
     if producer is None or not found:
         return [(value, itself, None)]
     moved = {s[0]: s for sources in (*found, _written_numbers(producer)) for s in sources}
-    if not moved and producer.name in ("aten.tril", "aten.triu"):
-        return [(value, itself, None)]  # a pattern made of nothing
-    if itself.bits().total >= sum(s.bits().total for _, s, _ in moved.values()):
+    if not moved:
+        return [] if _counts(value) else [(value, itself, None)]  # a pattern made of nothing
+    chosen = _chooses(producer, found)
+    if not chosen and itself.bits().total >= sum(s.bits().total for _, s, _ in moved.values()):
         return list(moved.values())
-    if len(moved) != 1:
+    if chosen or len(moved) != 1:
         return [(value, itself, None)]
     (source, whole, further) = next(iter(moved.values()))
     return [(value, itself, further or (source, whole))]
+
+
+_JOINS = frozenset(
+    f"aten.{name}" for name in ("block_diag", "cat", "diagonal_scatter", "select_scatter", "slice_scatter", "stack")
+)
+"""Moves that put tensors together at places that the model's code gives as numbers."""
+
+
+def _chooses(op: Op, found: list[list[_Source]]) -> bool:
+    """Whether an operation puts together pieces of which the code, which is stored nowhere, chooses one for each place.
+
+    So are weights written into the code: pieces that cost nothing, parts of a table, one piece at several places among
+    others. Tensors that are whole and each there once are no choice, nor is one that is repeated.
+    """
+    if op.name not in _JOINS or len(set(op.inputs)) == 1:
+        return False
+    pieces = [source for sources in found for source in sources if not source[1].is_overhead]
+    is_part = any(origin is not None for _, _, origin in pieces)
+    return is_part or not all(found) or len({value for value, _, _ in pieces}) < len(pieces)
 
 
 def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
@@ -377,6 +397,21 @@ def _costs_nothing(value: Value) -> bool:
         return False
     number = value.data.flatten()[0]
     return bool((value.data == number).all()) and number_width(float(number)) == 1
+
+
+def _counts(value: Value) -> bool:
+    """Whether a constant is a counter seen from any side, or one number everywhere, of numbers that say nothing.
+
+    Along each dimension it changes by the same from element to element, as views of `torch.arange` do.
+    """
+    if value.known is None:
+        return False
+    data = value.known.double()
+    levels = torch.unique(data)
+    steps = levels.diff()
+    is_even = all(bool((d == d.flatten()[:1]).all()) for d in (*(data.diff(dim=i) for i in range(data.dim())), steps))
+    starts = any(number_width(float(end)) == 1 for end in (*levels[:1], *levels[-1:])) or not data.numel()
+    return is_even and starts and all(number_width(float(step)) == 1 for step in steps[:1])
 
 
 def _is_made(value: Value) -> bool:
