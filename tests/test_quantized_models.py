@@ -249,6 +249,30 @@ def test_zero_points_of_codes_take_the_bits_of_a_code():
     assert count(Codes(), 2, 4).storage.overhead_bits == 3 * 32 + 3 * 4
 
 
+def test_zero_points_beyond_the_codes_take_the_bits_of_their_numbers():
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", torch.ones(4, 3, dtype=torch.int8))
+            self.register_buffer("zero", torch.arange(-(2**22), 2**22, 2**23 // 12, dtype=torch.int32)[:12].view(4, 3))
+
+        def forward(self, x):
+            return x @ ((self.codes.float() - self.zero.float()) * torch.tensor(2.0**-10))
+
+    class Read(FakeQuantized):
+        def forward(self, x):
+            ops, limits = torch.ops.quantized_decomposed, (0.25, 1000, -8, 7, torch.int8)
+            return F.linear(ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *limits), *limits), self.weight)
+
+    product = count(Shifted(), 2, 4)
+    assert product.layers[0].weight_bits == 24  # 1 - -2^22 is 2^22 + 1
+    # Codes of 8 bits, a scale of 32, and zero points from -2^22 to less than 2^22, which are the weights.
+    assert (product.storage.value_bits, product.storage.overhead_bits) == (12 * 8, 32 + 12 * 23)
+    assert count(Read(0.25), 2, 4).storage.overhead_bits == 8 + 11  # an exponent, and a number from -8 to 1000
+
+
 @pytest.mark.rule("width.conversions")
 @pytest.mark.parametrize(("low", "high"), [(-(2**20), 2**20 - 1), (-8, 7), (0, 1)])
 def test_codes_are_as_wide_as_what_made_them_says_not_what_reads_them(low, high):

@@ -32,6 +32,7 @@ from micronet_eval.formats import (
     OffGrid,
     Plain,
     Signs,
+    bits_of_range,
     index_bits,
 )
 from micronet_eval.grids import (
@@ -378,9 +379,9 @@ def _scales_in_code(grid: Grid) -> list[tuple[Hashable, Stored]]:
         name = Plain.of(tensor.dtype)
         found.append((("scale", scale), _in_code(f"scale {scale!r}", tensor, name, is_overhead=True)))
     for zero in (int(z) for z in grid.zero_points if not isinstance(z, Value) and z):
-        number_format = Integer(grid.code_bits, grid.low < 0, "int64")
+        number_format = _format_of_zeros(grid, (zero, zero), Plain("int64"))
         stored = _in_code(f"zero point {zero}", torch.tensor(zero), number_format, is_overhead=True)
-        found.append((("zero point", zero, grid.code_bits), stored))
+        found.append((("zero point", zero, number_format.bits), stored))
     return found
 
 
@@ -483,10 +484,16 @@ def _side(value: Value, grid: Grid) -> Stored:
 
 
 def _side_format(value: Value, grid: Grid) -> Format:
-    """A scale as it is; a zero point, which is a code, at the bits of one."""
+    """A scale as it is; a zero point, which is a code, at the bits of one, or at those that its own numbers take."""
     if value.dtype.is_floating_point or value not in map(through_views, _values(grid.zero_points)):
         return Plain.of(value.dtype)
-    return Integer(min(grid.code_bits, dtype_width(value)), grid.low < 0, Plain.of(value.dtype).name)
+    return _format_of_zeros(grid, value.extent or (0, 0), Plain.of(value.dtype))
+
+
+def _format_of_zeros(grid: Grid, extent: tuple[int, int], dtype: Plain) -> Integer:
+    """Zero points are codes; where codes are only read, nothing keeps them from being wider."""
+    low, high = min(grid.low, extent[0]), max(grid.high, extent[1])
+    return Integer(min(bits_of_range(low, high), dtype.code_bits), low < 0, dtype.name)
 
 
 def _values(items: Iterable[object]) -> Iterator[Value]:
