@@ -804,6 +804,60 @@ def test_torchao_4_bit_codes_without_a_scale():
     assert count(layer, 2, 64).storage.bits == 32 * 64 * 4
 
 
+class Claimed(torch.Tensor):
+    """A tensor subclass that holds integers and says of how many bits they are, as those of torchao do."""
+
+    @staticmethod
+    def __new__(cls, codes, target):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, device=codes.device)
+
+    def __init__(self, codes, target):
+        self.codes, self.target = codes, target
+
+    def __tensor_flatten__(self):
+        return ["codes"], {"target_dtype": self.target}
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["codes"], context["target_dtype"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Claimed(args[0].codes, args[0].target)
+        convert = torch.ops.aten._to_copy.default
+        return func(*(convert(a.codes, dtype=a.dtype) if isinstance(a, Claimed) else a for a in args))
+
+
+@pytest.mark.parametrize(
+    ("low", "dtype", "target", "bits"),
+    [
+        (-6, torch.int8, torch.int4, 4),  # -6 to 5
+        (-8, torch.int8, torch.int4, 4),
+        (-9, torch.int8, torch.int4, 8),
+        (-100, torch.int8, torch.int1, 8),
+        (-3, torch.int8, torch.int4, 8),  # -3 to 8
+        (-3, torch.int8, "torch.int0", 8),
+        (-3, torch.int8, "torch.int99", 8),
+        (4, torch.uint8, torch.uint4, 4),  # 4 to 15
+        (5, torch.uint8, torch.uint4, 8),
+    ],
+)
+def test_bits_that_a_tensor_says_it_has_count_if_its_values_fit_them(low, dtype, target, bits):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            codes = torch.arange(low, low + 12).to(dtype).view(4, 3)
+            self.weight = nn.Parameter(Claimed(codes, target), requires_grad=False)
+
+        def forward(self, x):
+            return torch.mm(x, self.weight)
+
+    found = account(trace(Layer(), torch.zeros(2, 4)), FORMULAS)
+    assert found.layers[0].weight_bits == bits
+    assert found.storage.bits == 12 * bits  # one zero does not pay for a mask
+
+
 def test_torchao_float8_weights():
     product, scale, _ = count(quantized(torchao.Float8WeightOnlyConfig()), 2, 64).layers
     assert (product.weight_bits, scale.op, scale.mults) == (8, "micronet.scale", 64)

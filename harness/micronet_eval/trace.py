@@ -387,8 +387,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.kept[id(tensor)] = tensor, whole
         if id(tensor) not in self.kept:
             meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            bits = None if tensor.is_floating_point() else bits
-            self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach(), bits=bits))
+            meant = bits if bits is not None and _fits(tensor, bits) else None
+            self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach(), bits=meant))
             self.kept[id(tensor)] = tensor, meta
         return self.kept[id(tensor)][1]
 
@@ -399,7 +399,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.bind(meta, value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(map(is_traceable_wrapper_subclass, types)):
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # the subclass answers, in operations on what is inside of it
         kwargs = kwargs or {}
         if any(id(t) not in self.values for t in _tensors(args, kwargs)):
@@ -629,6 +629,16 @@ def _meant_bits(context: Any) -> int | None:
     """The bits of the integers inside a tensor subclass that names a `target_dtype`, as torchao's do (`torch.int4`)."""
     target = re.fullmatch(r"torch\.u?int(\d+)", str(context.get("target_dtype"))) if isinstance(context, dict) else None
     return int(target[1]) if target else None
+
+
+def _fits(tensor: Tensor, bits: int) -> bool:
+    """Whether a tensor holds integers of so many bits, as far as its values are known: a subclass may say anything."""
+    if tensor.is_floating_point() or not 0 < bits <= 8 * tensor.dtype.itemsize:
+        return False
+    if tensor.is_meta or not tensor.numel():
+        return True
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if tensor.dtype.is_signed else (0, (1 << bits) - 1)
+    return low <= int(tensor.min()) and int(tensor.max()) <= high
 
 
 def _at(path: str) -> str:
