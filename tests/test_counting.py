@@ -527,6 +527,31 @@ def test_masks_and_tables_do_not_deny_the_freebie():
     assert not account(trace(integers(torch.int8), torch.zeros(1, 4)), FORMULAS).freebie
 
 
+MASK = torch.tensor([True, False, True, True])
+
+
+@pytest.mark.parametrize(
+    ("use", "freebie"),
+    [
+        (lambda x, w: (x * MASK) @ w, True),
+        (lambda x, w: (x * MASK.float()) @ w, True),
+        (lambda x, w: (x * MASK[None, :].expand(2, 4).float() / 0.5) @ w, True),
+        (lambda x, w: torch.where((x > 0) & MASK, x, 0.0) @ w, True),
+        (lambda x, w: x.masked_fill(MASK, 0.0) @ w, True),
+        (lambda x, w: x @ w @ MASK.float(), False),  # weights of 1 bit
+        (lambda x, w: (x * MASK) @ w @ MASK.float(), False),
+        (lambda x, w: x @ w * (2 * MASK.float() - 1), False),
+        (lambda x, w: x @ w * torch.where(MASK, 1.0, -1.0), False),
+    ],
+)
+def test_a_mask_that_multiplies_element_by_element_does_not_deny_the_freebie(use, freebie):
+    weight = nonzero(nn.Linear(4, 4)).weight
+    counted = account(trace(Call(lambda x: use(x, weight)), torch.zeros(2, 4)), FORMULAS)
+    assert counted.freebie == freebie
+    if freebie:
+        assert counted.storage.bits == 16 * 16 + 4
+
+
 def test_clamping_costs_as_many_comparisons_as_it_has_bounds():
     assert count(Call(lambda x: x.clamp(min=0)), 1, 4).math.mults == 4
     assert count(Call(lambda x: x.clamp(max=1)), 1, 4).math.mults == 4

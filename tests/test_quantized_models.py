@@ -727,6 +727,42 @@ def test_a_codebook_stores_indices_and_its_table():
     assert counted.layers[0].weight_bits == 32
 
 
+class LookedUp(nn.Module):
+    """Values that a constant index takes from a table of 20, between two products with a weight of 16 x 16."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16, 16) + 0.5)
+        self.table = nn.Parameter(torch.arange(1.0, 21.0) / 7)
+        self.register_buffer("places", torch.arange(256).view(16, 16) * 7 % 20)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self, x @ self.weight)
+
+
+@pytest.mark.parametrize(
+    ("use", "freebie"),
+    [
+        (lambda m, x: x + m.table[m.places], True),  # a bias of the relative position
+        (lambda m, x: (x + m.table[m.places].t().unsqueeze(0)).softmax(-1) @ x, True),
+        (lambda m, x: x - F.embedding(m.places, m.table[:, None]).permute(2, 0, 1), True),
+        (lambda m, x: torch.addmm(m.table[m.places], x, m.weight), True),
+        (lambda m, x: x @ m.table[m.places], False),  # weights by a codebook
+        (lambda m, x: F.linear(x, m.table[m.places].t().contiguous()), False),
+        (lambda m, x: x * m.table[m.places], False),
+        (lambda m, x: (x + m.table[m.places]) @ m.table[m.places], False),
+        (lambda m, x: x @ m.table[m.places] + m.table[m.places], False),
+        (lambda m, x: torch.addmm(m.table[m.places], x, m.table[m.places]), False),
+    ],
+)
+@pytest.mark.rule("storage.freebie")
+def test_what_is_looked_up_by_an_index_is_quantized_where_it_is_a_factor(use, freebie):
+    counted = count(LookedUp(use), 16, 16)
+    assert counted.freebie == freebie
+    assert counted.storage.bits == 256 * 5 + (256 + 20) * (16 if freebie else 32)  # places from 0 to 19 take 5 bits
+
+
 def test_pruned_weights_are_stored_as_masked():
     model = nonzero(nn.Linear(64, 64, bias=False))
     prune.random_unstructured(model, "weight", 0.5)

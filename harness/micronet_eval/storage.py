@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from micronet_eval.costs import FREE, permutation_of
+from micronet_eval.costs import ADDENDS, FREE, permutation_of
 from micronet_eval.dotted import summed
 from micronet_eval.errors import InputError
 from micronet_eval.formats import (
@@ -193,7 +193,9 @@ def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:
     for op in (*trace.ops, None):
         sources = [s for value in _constants(op, trace) for s in _sources(value, op)]
         for source, tensor, origin in sources:
-            found.setdefault(alike(source), (tensor, op))
+            first, user = found.setdefault(alike(source), (tensor, op))
+            if first.is_index and not tensor.is_index:
+                found[alike(source)] = tensor, user  # where to look for one reader, a code for another
             if origin is not None:
                 origins[alike(source)] = origin
         for key, tensor in (*_numbers(op), *_permutation(op)):
@@ -261,7 +263,31 @@ def _sources(value: Value, op: Op | None) -> list[_Source]:
     Codes are stored with their scales and zero points. The result of other arithmetic on constants is itself what
     inference needs. *(ours)*
     """
-    return followed((value, op), _moved_from, _sources_of)
+    sources = followed((value, op), _moved_from, _sources_of)
+    return [(v, replace(s, is_index=i) if (i := _only_says_where(s, value, op)) != s.is_index else s, o)
+            for v, s, o in sources]  # fmt: skip
+
+
+def _only_says_where(stored: Stored, value: Value, op: Op | None) -> bool:
+    """Whether what is stored to have a constant only says where values go, for the operation that reads the constant.
+
+    An index into another constant is a code of a codebook, unless what was looked up is added, as the bias of a
+    relative position, and is no factor of a product. A mask may be multiplied by, but not in a dot product. *(ours)*
+    """
+    if op is None:
+        return False
+    if stored.is_index:
+        return stored.value is through_views(value) or _is_added(value, op)
+    return stored.value.dtype == torch.bool and op.name in _MASKS
+
+
+_MASKS = frozenset(f"aten.{name}" for name in ("bitwise_and", "bitwise_or", "logical_and", "logical_or", "mul"))
+"""Operations of which a boolean input keeps some elements."""
+
+
+def _is_added(value: Value, op: Op) -> bool:
+    added = op.args[ADDENDS[op.name]] if op.name in ADDENDS else None
+    return op.name in ("aten.add", "aten.sub", "aten.rsub") or (added is value and op.inputs.count(value) == 1)
 
 
 def _moved_from(use: _Use) -> list[_Use]:
@@ -458,12 +484,11 @@ def _stored(value: Value, op: Op | None, grid: Grid | None = None, made: Value |
     if exponent:
         return Stored(name, value, _side_format(value, grid_of(op)), is_overhead=True, in_code=not leaves)  # type: ignore[arg-type]
     index = op is not None and not value.dtype.is_floating_point and value in map(through_views, _places(op))
-    folds = op is not None and op.outputs and op.out.is_constant  # an index into a codebook is a code
     try:
         number_format = _declared_format(value, grid, index)
     except OffGrid as error:
         raise InputError(f"{name!r} cannot be stored: {error}") from error
-    codes = Stored(name, value, number_format, False, index and not folds, in_code=not leaves)
+    codes = Stored(name, value, number_format, False, index, in_code=not leaves)
     if grid is None or isinstance(number_format, Codebook | Plain) or not has_only_signs(made or value, grid):
         return codes
     return min(replace(codes, format=Signs(number_format)), codes, key=lambda stored: stored.bits().total)
