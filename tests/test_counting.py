@@ -347,6 +347,35 @@ def test_factors_of_other_operations_are_numbers_in_the_code():
     assert plain.layers[0].weight_bits == 0
 
 
+def set_by_item(x):
+    copy = x.clone()
+    copy[:, 2] = 0.37
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("write", "bits"),
+    [
+        (lambda x: F.pad(x, (0, 1), value=0.37), 32),
+        (lambda x: x.masked_fill(x > 0, 0.37), 32),
+        (lambda x: x.masked_fill(x > 0, 0.37) + 0.37, 32),
+        (lambda x: F.threshold(x, 0.5, 0.37), 32),
+        (set_by_item, 32),
+        (lambda x: x.index_fill(1, torch.tensor([2, 3]), 0.37), 32 + 2 * 2),  # and two places of 2 bits
+        (lambda x: torch.cat([torch.empty_like(x[:, :1]).fill_(i + 0.37) for i in range(9)], 1), 9 * 32),
+        (lambda x: torch.addmm(x, x, x, alpha=0.37), 32),
+        (lambda x: torch.baddbmm(x[None], x[None], x[None], beta=0.37, alpha=0.3), 2 * 32),
+        # Powers of two are shifts, infinity says nothing; bounds are those of ReLU6 and its like.
+        (lambda x: F.pad(x, (0, 1), value=0.5).masked_fill_(torch.tensor(True), -torch.inf), 1),
+        (lambda x: torch.addmm(x, x, x, beta=0.25), 0),
+        (lambda x: x.clamp(-0.37, 0.37), 0),
+    ],
+)
+@pytest.mark.rule("storage.code")
+def test_numbers_that_are_written_into_activations_are_stored_once(write, bits):
+    assert count(Call(write), 4, 4).storage.bits == bits
+
+
 def causal(x):
     places = torch.arange(4)
     return x + (places[:, None] < places[None, :]).float() * -1e9

@@ -356,7 +356,7 @@ def _chooses(op: Op, found: list[list[_Source]]) -> bool:
 
 
 def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
-    """The numbers in the model's code that tensors are multiplied by, added to, or converted with.
+    """The numbers in the model's code that tensors are multiplied by, added to, converted or written into with.
 
     Powers of two are shifts: as a factor they take nothing, as a scale an exponent of 8 bits.
     """
@@ -364,7 +364,8 @@ def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
         return []
     if is_conversion(op) and op.name != FIXED_POINT_OP:
         return _scales_in_code(grid_of(op))
-    found = [number for number in numbers(op) if number_width(number) > 1]
+    of_sums = [float(op.kwargs.get(name, 1)) for name in ("alpha", "beta")] if op.name in ADDENDS else []
+    found = [n for n in (*numbers(op), *of_sums, written_number(op) or 0.0) if number_width(n) > 1]
     return [(n, _in_code(f"number {n!r}", torch.tensor(float(n)), Plain("float32"))) for n in found]
 
 
