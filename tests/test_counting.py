@@ -317,6 +317,21 @@ def test_parts_of_a_tensor_are_stored_as_parts_or_as_the_whole():
     assert stored == [6, 8, 8]
 
 
+def test_what_is_given_as_out_is_only_written():
+    weight = torch.arange(1.0, 5.0)
+    counted = count(Call(lambda x: torch.mul(x, weight, out=torch.full((1, 4), 0.37))), 1, 4)
+    assert counted.storage.bits == 4 * 32
+    narrow = torch.fake_quantize_per_tensor_affine
+    counted = count(Call(lambda x: torch.maximum(narrow(x, 0.5, 0, -8, 7), narrow(x, 0.5, 0, -8, 7), out=x)), 1, 4)
+    assert counted.layers[-1].input_bits == 4  # whatever lay there before
+
+
+def test_constants_that_are_written_over_an_activation_are_an_operation():
+    weight = torch.arange(1.0, 5.0)
+    counted = count(Call(lambda x: torch.mul(weight, weight[None], out=x * 2) + 1), 1, 4)
+    assert [layer.op for layer in counted.layers] == ["aten.mul", "aten.mul", "aten.add"]
+
+
 def test_what_an_input_is_written_beside_is_stored():
     weight = nonzero(nn.Linear(4, 1, bias=False)).weight
 

@@ -153,7 +153,9 @@ class Op:
 
     @cached_property
     def inputs(self) -> tuple[Value, ...]:
-        return tuple(_leaves(self.args, Value) + _leaves(tuple(self.kwargs.values()), Value))
+        """What it reads, in order; a tensor that is given as `out` is only written."""
+        read = [item for name, item in self.kwargs.items() if name not in _outs(self.func)] if self.kwargs else ()
+        return tuple(_leaves(self.args, Value) + _leaves(read, Value))
 
     @property
     def written(self) -> tuple[Value, ...]:
@@ -411,12 +413,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record(self, func: Any, args: Any, kwargs: Any, read: tuple[Any, ...], read_by_name: dict[str, Any]) -> Any:
         """Runs an operation on tensors that are known, in whose places it reads these values, and records it."""
         written = _written(func, args, kwargs)
-        constants = [v for v in map(self.value, written) if v.is_constant]
+        before = [self.value(tensor) for tensor in written]
+        constants = [v for v in before if v.is_constant]
         self.rewritten |= {v.name or f"a constant of {self.path[-1] if self.path else ''!r}": None for v in constants}
         op = Op(_name(func), self.path[-1] if self.path else "", read, read_by_name, func=func, path=self.branch)
         result = self._execute(func, op, args, kwargs)
         outputs = _leaves((result,), Tensor)
-        if op.name not in FILLS and not all(v.is_constant for v in op.inputs):
+        if op.name not in FILLS and not all(v.is_constant for v in (*op.inputs, *before)):
             op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
             self.ops.append(op)
             self.last = func, args, kwargs, result
@@ -578,6 +581,13 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
         return ()
     into = ((i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
     return tuple((i, a.name) for i, a in into)
+
+
+@cache
+def _outs(func: Any) -> frozenset[str]:
+    """The names of the arguments that an operation only writes into."""
+    schema = getattr(func, "_schema", None)
+    return frozenset(a.name for a in schema.arguments if a.is_out) if schema is not None else frozenset()
 
 
 @cache
