@@ -918,3 +918,23 @@ def test_pt2e_static_quantization():
         assert (layer.input_bits, layer.weight_bits) == (8, 8)
     assert (convolution.mults, linear.mults, relu.mults) == (64 * 8 * 27, 2048, 512)
     assert counted.storage.value_bits == (216 + 2048) * 8 + (8 + 4) * 32
+
+
+@pytest.mark.rule("storage.overhead")
+@pytest.mark.parametrize(("scale", "zero", "overhead"), [(0.3, 0, 32), (0.25, 0, 8), (0.3, 1, 32 + 8)])
+def test_scales_of_weights_that_are_numbers_in_the_code_are_stored(scale, zero, overhead):
+    """As PT2E exports them: codes of int8, and the numbers of their conversion; each number once."""
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor
+
+    class Exported(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", torch.arange(2, 14, dtype=torch.int8).view(3, 4))
+            self.register_buffer("others", torch.arange(3, 15, dtype=torch.int8).view(4, 3))
+
+        def forward(self, x):
+            first, second = (dequantize(w, scale, zero, -127, 127, torch.int8) for w in (self.codes, self.others))
+            return x @ first.t() @ second.t()
+
+    storage = count(Exported().eval(), 1, 4).storage
+    assert (storage.value_bits, storage.overhead_bits) == (2 * 12 * 8, overhead)

@@ -319,6 +319,7 @@ def _sources_of(use: _Use, found: list[list[_Source]]) -> list[_Source]:
             for v in map(through_views, parts)
             if v.data is None or v.data.is_meta or v.data.any()
         ]
+        sides += [(stored.value, stored, None) for stored in _scales_in_code(grid)]
         return [(codes, _stored(codes, op, grid, value), None), *sides]
     itself = _stored(value, op, grid)
     producer = value.producer
@@ -363,7 +364,7 @@ def _numbers(op: Op | None) -> list[tuple[Hashable, Stored]]:
     if op is None:
         return []
     if is_conversion(op) and op.name != FIXED_POINT_OP:
-        return _scales_in_code(grid_of(op))
+        return [(stored.value, stored) for stored in _scales_in_code(grid_of(op))]
     of_sums = [float(op.kwargs.get(name, 1)) for name in ("alpha", "beta")] if op.name in ADDENDS else []
     found = [n for n in (*numbers(op), *of_sums, written_number(op) or 0.0) if number_width(n) > 1]
     return [(n, _in_code(f"number {n!r}", torch.tensor(float(n)), Plain("float32"))) for n in found]
@@ -397,19 +398,26 @@ def _permutation(op: Op | None) -> list[tuple[Hashable, Stored]]:
     return [(("permutation", order), _in_code(name, torch.tensor(order), places, is_overhead=True))]
 
 
-def _scales_in_code(grid: Grid) -> list[tuple[Hashable, Stored]]:
-    """The scale and zero point that a conversion has as numbers; those that are equal are stored once."""
-    found: list[tuple[Hashable, Stored]] = []
-    for scale in (s for s in grid.scales if not isinstance(s, Value)):
-        exponent = exponent_of_shift(scale)
-        tensor = torch.tensor(float(scale)) if exponent is None else torch.tensor(exponent, dtype=torch.int8)
-        name = Plain.of(tensor.dtype)
-        found.append((("scale", scale), _in_code(f"scale {scale!r}", tensor, name, is_overhead=True)))
-    for zero in (int(z) for z in grid.zero_points if not isinstance(z, Value) and z):
-        number_format = _format_of_zeros(grid, (zero, zero), Plain("int64"))
-        stored = _in_code(f"zero point {zero}", torch.tensor(zero), number_format, is_overhead=True)
-        found.append((("zero point", zero, number_format.bits), stored))
-    return found
+def _scales_in_code(grid: Grid) -> list[Stored]:
+    """The scales and zero points that a conversion has as numbers; those that are equal are stored once."""
+    zeros = [int(zero) for zero in grid.zero_points if not isinstance(zero, Value) and zero]
+    return [
+        *(_scale(float(scale)) for scale in grid.scales if not isinstance(scale, Value)),
+        *(_zero_point(zero, _format_of_zeros(grid, (zero, zero), Plain("int64"))) for zero in zeros),
+    ]
+
+
+@cache
+def _scale(scale: float) -> Stored:
+    """The same for the same number; of a power of two its exponent."""
+    exponent = exponent_of_shift(scale)
+    tensor = torch.tensor(scale) if exponent is None else torch.tensor(exponent, dtype=torch.int8)
+    return _in_code(f"scale {scale!r}", tensor, Plain.of(tensor.dtype), is_overhead=True)
+
+
+@cache
+def _zero_point(zero: int, number_format: Integer) -> Stored:
+    return _in_code(f"zero point {zero}", torch.tensor(zero), number_format, is_overhead=True)
 
 
 def _costs_nothing(value: Value) -> bool:
