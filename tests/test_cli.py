@@ -139,13 +139,36 @@ def test_csv(run, submission):
     assert float(row["ops32"]) == report.math.ops32
     assert float(row["score"]) == report.score.total
     assert float(row["quality"]) == report.quality.measured
-    assert row["passed"] == "False"
+    assert (row["passed"], row["claims"]) == ("False", "")  # nothing is claimed
+
+
+def test_a_failed_claim_is_no_failed_threshold_in_rows(run, easy):
+    claim(easy, "math = 1000")
+    (row,) = csv.DictReader(io.StringIO(run(easy, "--format", "csv")[1]))
+    assert (row["passed"], row["claims"]) == ("True", "failed")
+    assert run(easy, "--format", "markdown")[1].endswith(" | True | failed |\n")
+
+
+def test_what_was_not_measured_is_empty_in_rows(run, on_task):
+    def nowhere(root, split):
+        raise DataMissing("no data")
+
+    folder = on_task("absent", dataset=nowhere)
+    claim(folder, "storage = 20_000")
+    for style, end in [("csv", ",,,held\n"), ("markdown", " |  |  | held |\n")]:
+        status, out, _ = run(folder, "--format", style)
+        assert status == 0 and out.endswith(end)
+    claim(folder, "")
+    manifest = folder / "submission.toml"
+    manifest.write_text(manifest.read_text().replace("\n[claims]\n\n", "quality = 0.99\n"))
+    assert run(folder, "--format", "csv")[1].endswith(",,,\n")
+    assert run("count", "torchvision:resnet18", "--input", "1x3x64x64", "--format", "csv")[1].endswith(",,,,,,\n")
 
 
 def test_markdown(run, submission):
     head, line, row = run(submission, "--format", "markdown")[1].splitlines()
-    assert head == "| submission | task | params32 | ops32 | storage | math | score | quality | passed |"
-    assert line == "| " + " | ".join(["---"] * 9) + " |"
+    assert head == "| submission | task | params32 | ops32 | storage | math | score | quality | passed | claims |"
+    assert line == "| " + " | ".join(["---"] * 10) + " |"
     assert row.startswith(f"| small | digits | {evaluate(submission).storage.params32} | ")
 
 

@@ -195,10 +195,12 @@ def test_what_is_not_measured_neither_holds_nor_fails(judged, run, tmp_path):
     assert report.claims[1].measured is None
     assert (report.quality.measured, report.quality.passed, report.quality.examples) == (None, None, 0)
     assert (report.quality.claimed, report.quality.reason) == (0.9, "nobody has it")
-    assert report.passed
+    assert report.passed is None and report.claims_held is None
     status, out, _ = run(tmp_path)
     assert status == 0
     assert "not measured" in out
+    assert judged("storage = 101", missing=True).claims_held is True
+    assert judged("storage = 1", missing=True).passed is False
 
 
 # --- thresholds -------------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def test_score_returns_the_report_that_count_prints(run):
     assert report.score.storage == report.storage.params32 / 6.9e6
     assert report.score.math == report.math.ops32 / 1170e6
     assert report.quality.measured is None
-    assert (report.passed, report.claims) == (True, ())
+    assert (report.passed, report.claims_held, report.claims) == (None, None, ())
 
 
 @pytest.mark.parametrize("training", [True, False])

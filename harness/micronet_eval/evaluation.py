@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from functools import cache
@@ -54,6 +54,11 @@ class Claim(BaseModel):
     claimed: float
     measured: float | None
     holds: bool | None
+
+
+def _all_hold(verdicts: Collection[bool | None]) -> bool | None:
+    """False where one fails, else None where one is not known."""
+    return False if False in verdicts else None if None in verdicts else True
 
 
 class PathCost(BaseModel):
@@ -111,10 +116,14 @@ class Report(BaseModel):
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def passed(self) -> bool:
-        """Whether no threshold and no claim fails; what was not measured does not fail."""
-        quality_fails = self.quality is not None and self.quality.passed is False
-        return not quality_fails and all(claim.holds is not False for claim in self.claims)
+    def passed(self) -> bool | None:
+        """Whether the threshold and all claims hold: False where one fails, None where one was not measured."""
+        return _all_hold([self.quality.passed if self.quality else None, *(claim.holds for claim in self.claims)])
+
+    @property
+    def claims_held(self) -> bool | None:
+        """Whether all claims hold: False where one fails, None where one was not measured, or there is none."""
+        return _all_hold([claim.holds for claim in self.claims] or [None])
 
     def explain(self, module: str = "") -> tuple[Explanation, ...]:
         """The formula of every operation of a module (of all, without one), with its numbers.

@@ -73,7 +73,7 @@ def render_many(reports: Sequence[Report], width: int = 80) -> Table:
 
 
 def rows(reports: Sequence[Report]) -> list[dict[str, object]]:
-    """The figures of reports as flat rows, for CSV and Markdown."""
+    """The figures of reports as flat rows, for CSV and Markdown; None is what was not measured."""
     return [
         {
             "submission": r.submission,
@@ -84,7 +84,8 @@ def rows(reports: Sequence[Report]) -> list[dict[str, object]]:
             "math": r.score.math if r.score else None,
             "score": r.score.total if r.score else None,
             "quality": r.quality.measured if r.quality else None,
-            "passed": r.passed,
+            "passed": r.quality.passed if r.quality else None,
+            "claims": {True: "held", False: "failed", None: None}[r.claims_held],
         }
         for r in reports
     ]
