@@ -281,10 +281,26 @@ def test_exit_status_2_where_the_disk_is_full(words, unbuffered):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_who_has_seen_enough_is_no_error(unbuffered):
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["tasks"], 0),
+        (["tasks", "--format", "csv"], 0),
+        (["--help"], 0),
+        (["validate", "nowhere"], 2),
+        (["strategies", "nope"], 2),
+    ],
+)
+def test_a_reader_who_has_seen_enough_is_no_error(words, status, unbuffered):
+    reads, writes = os.pipe()
+    os.close(reads)
     told = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    ended = subprocess.run(["sh", "-c", f"'{COMMAND}' tasks | true"], stderr=subprocess.PIPE, text=True, env=told)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = subprocess.run([COMMAND, *words], stdout=writes, stderr=subprocess.PIPE, text=True, env=told)
+    both = subprocess.run([COMMAND, *words], stdout=writes, stderr=writes, env=told)
+    os.close(writes)
+    assert (ended.returncode, both.returncode) == (status, status)
+    assert ("unknown strategy" in ended.stderr) == (words == ["strategies", "nope"])
+    assert "Exception" not in ended.stderr and "pipe" not in ended.stderr
 
 
 @pytest.mark.parametrize("words", [["tasks"], ["validate", "nowhere"]])

@@ -636,7 +636,7 @@ def test_what_was_kept_is_not_overwritten(tmp_path, run, monkeypatch):
 
 
 def test_output_that_nobody_reads_is_no_fault_of_the_folder(tmp_path):
-    """As of `compress ... | head`: click ends quietly where a pipe is broken."""
+    """Of a `log` that writes into a pipe; the command itself goes on to the end, as `compress ... | head` shows."""
     (tmp_path / "recipe.toml").write_text(TWICE)
 
     def broken(line):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from micronet_eval import plugins
 from micronet_eval.cli import listing, making, measuring
 from micronet_eval.cli.group import cli, complain
 from micronet_eval.errors import InputError, SubmissionError, refused
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 __all__ = ["cli", "command", "listing", "main", "making", "measuring"]
 
@@ -25,9 +30,34 @@ def _terminate(*_: object) -> None:
     raise _Terminated
 
 
+class _Unread(io.FileIO):
+    """A pipe whose reader may have seen enough: that is no error, and does not end what writes into it."""
+
+    def write(self, data: ReadableBuffer, /) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _patient(stream: TextIO) -> TextIO:
+    """A stream of this process that outlasts its reader, so that the exit status says what it always says.
+
+    Click and rich would end with status 1 where a pipe is broken, which means that a threshold or a claim fails.
+    """
+    if stream.isatty():
+        return stream
+    raw = _Unread(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, None, stream.line_buffering)
+
+
 def command() -> None:
     """`main` as a process of its own, which ends at once: Python would take a model and all of torch apart first."""
     ends_with: list[int] = []
+    if sys.stdout is not None:
+        sys.stdout = _patient(sys.stdout)
+    if sys.stderr is not None:
+        sys.stderr = _patient(sys.stderr)
 
     def end() -> None:
         if ends_with:
@@ -69,11 +99,10 @@ def main() -> None:
 def _flush() -> None:
     """Writes what is left: at its own end Python could only say that it cannot, with status 120.
 
-    Raises OSError where the disk is full. Whoever reads a pipe may have seen enough: that is no error.
+    Raises OSError where the disk is full.
     """
     try:
         sys.stdout.flush()
-    except OSError as error:
+    except OSError:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-        if not isinstance(error, BrokenPipeError):
-            raise
+        raise
