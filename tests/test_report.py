@@ -1,6 +1,7 @@
 """The report: its keys and schema, claims and thresholds at their limits, and the two functions of the library."""
 
 import copy
+import io
 import json
 import re
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import micronet_eval
 from micronet_eval import evaluate, packing
 from micronet_eval.evaluation import Report
+from micronet_eval.report import render_many
 from micronet_eval.task import DataMissing, Task
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "report.schema.json").read_text())
@@ -201,6 +204,32 @@ def test_what_is_not_measured_neither_holds_nor_fails(judged, run, tmp_path):
     assert "not measured" in out
     assert judged("storage = 101", missing=True).claims_held is True
     assert judged("storage = 1", missing=True).passed is False
+
+
+# --- width ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_table_of_several_leaves_columns_out_until_it_fits(judged, failing):
+    """Texts of 10 + 8 + 3 x 7 + 12 + 11 columns and 8 borders, 22 more with blanks: 84; without math 74, and so on."""
+    report = judged("storage = 101\nquality = 0.9", missing=True)
+    claims = [claim.model_copy(update={"holds": False}) for claim in report.claims for _ in range(3)]
+    wide = report.model_copy(update={"task": "cifar100", "claims": tuple(claims if failing else report.claims)})
+    for width in range(40, 101):
+        console = Console(width=width, file=io.StringIO())
+        console.print(render_many([wide, wide], width))
+        title, top, head, *rows, bottom = console.file.getvalue().splitlines()
+        lines = [top, head, *rows, bottom]
+        assert len({len(line) for line in lines}) == 1 and len(top) <= width
+        assert {line[-1] for line in lines} == {"┓", "┃", "┩", "│", "┘"}
+        assert failing or sum("1 of 2 hold" in row for row in rows) == (2 if width >= 53 else 0)
+        shown = [name.strip() for name in head.strip("┃").split("┃")]
+        least = {"math": 84, "storage": 74, "task": 64, "claims": 53}
+        assert failing or shown == [
+            name
+            for name in ("submission", "task", "storage", "math", "score", "quality", "claims")
+            if width >= least.get(name, 0)
+        ]
 
 
 # --- thresholds -------------------------------------------------------------------------------------------------------

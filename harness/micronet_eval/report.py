@@ -24,8 +24,11 @@ from micronet_eval.task import METRICS
 
 COSTLIEST = 10
 WIDE = 100  # columns of a terminal from which on everything is shown of each module
-NARROW = 80  # columns of a terminal below which less is shown of each operation and submission
+NARROW = 80  # columns of a terminal below which less is shown of each operation
 SMALL = 56  # columns of a terminal below which only the figures that matter most are shown
+NAME = 10  # columns of a terminal that a submission's name has at least
+LIST = 14  # columns of a terminal that names of failing claims have at least
+BORDER = 3  # columns of a terminal between the texts of two columns of a table
 VERDICTS = {True: Text("holds", "green"), False: Text("fails", "bold red"), None: Text("not measured", "yellow")}
 
 
@@ -48,27 +51,30 @@ def render(report: Report, all_layers: bool = False, width: int = 80) -> Rendera
 
 def render_many(reports: Sequence[Report], width: int = 80) -> Table:
     """Several reports, a row each; narrow terminals show less of each."""
-    columns: dict[str, Callable[[Report], RenderableType]] = {
+    columns: dict[str, Callable[[Report], Text]] = {
         "task": lambda report: Text(report.task or ""),
-        "storage": lambda report: _short(report.score.storage) if report.score else "",
-        "math": lambda report: _short(report.score.math) if report.score else "",
-        "score": lambda report: _short(report.score.total) if report.score else "",
+        "storage": lambda report: Text(_short(report.score.storage) if report.score else ""),
+        "math": lambda report: Text(_short(report.score.math) if report.score else ""),
+        "score": lambda report: Text(_short(report.score.total) if report.score else ""),
         "quality": _quality,
         "claims": lambda report: _verdict_of_claims(report.claims),
     }
-    if width < NARROW:
-        del columns["task"], columns["storage"], columns["math"]
-    if width < SMALL:
-        del columns["claims"]
+    cells = {name: [cell(report) for report in reports] for name, cell in columns.items()}
+    widths = {name: max(len(name), *(cell.cell_len for cell in column)) for name, column in cells.items()}
+    widths["claims"] = min(widths["claims"], max(LIST, width // 5))  # names of failing claims may be folded
+    shown = list(columns)
+    for name in ("math", "storage", "task", "claims"):  # what is told least by the others stays longest
+        if NAME + sum(widths[name] for name in shown) + BORDER * (len(shown) + 1) >= width:
+            shown.remove(name)
     table = Table(title="Submissions")
-    table.add_column("submission", overflow="fold", min_width=10)
-    for name in columns:
+    table.add_column("submission", overflow="fold", min_width=NAME)
+    for name in shown:
         if name in ("task", "claims"):
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", width=widths[name])
         else:
             table.add_column(name, justify="right", no_wrap=True)
-    for report in reports:
-        table.add_row(Text(report.submission), *(cell(report) for cell in columns.values()))
+    for i, report in enumerate(reports):
+        table.add_row(Text(report.submission), *(cells[name][i] for name in shown))
     return table
 
 
