@@ -100,6 +100,25 @@ def test_evaluate_is_the_default_command(run, submission):
     assert json.loads(short[1])["submission"] == "small"
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"), [("evaluat", "evaluate"), ("strategys", "strategies"), ("chekc", "check"), ("dif", "diff")]
+)
+def test_a_mistyped_command_is_no_folder(run, submission, monkeypatch, tmp_path, word, meant):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("micronet_eval.evaluation.evaluate", None)
+    for words in ([word, submission], [word]):
+        status, out, err = run(*words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"micronet-eval: unknown command '{word}'; nearest: {meant}")
+
+
+def test_a_folder_may_have_the_name_of_a_mistyped_command(run, easy, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(easy, "evaluat")
+    assert run("evaluat")[0] == 0
+    assert "nowhere is no folder" in run("nowhere")[2]  # near no command
+
+
 def test_json_is_the_report(run, submission):
     _, out, err = run(submission, "--format", "json")
     assert err == ""
