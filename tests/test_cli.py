@@ -229,6 +229,32 @@ def test_layers_shows_every_operation(run, submission, monkeypatch):
     assert every.count("\n") - few.count("\n") == len(evaluate(submission).layers) - 10
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["F", "--layers", "--format", "csv"], "--layers is not shown by --format csv"),
+        (["F", "--cross-check", "--format", "markdown"], "--cross-check is not shown by --format markdown"),
+        (["F", "F", "--layers"], "--layers is not shown by a table of several submissions"),
+        (["F", "F", "--cross-check"], "--cross-check is not shown by a table of several submissions"),
+        (["count", "torchvision:resnet18", "--input", "1x3x64x64", "--depth", "1", "--layers"], "by --depth"),
+        (["count", "torchvision:resnet18", "--input", "1x3x64x64", "--depth", "0", "--cross-check"], "by --depth"),
+    ],
+)
+def test_what_would_not_be_shown_is_refused_before_anything_is_measured(run, submission, monkeypatch, words, told):
+    monkeypatch.setattr("micronet_eval.evaluation.evaluate", None)
+    monkeypatch.setattr("micronet_eval.targets.count", None)
+    status, out, err = run(*(submission if word == "F" else word for word in words))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert told in err and "or write --format json" in err
+
+
+def test_json_shows_all_that_is_asked_for(run, submission):
+    words = ["torchvision:resnet18", "--input", "1x3x64x64", "--depth", "1", "--layers", "--cross-check"]
+    report = json.loads(run("count", *words, "--format", "json")[1])
+    assert report["breakdown"] and len(report["layers"]) == report["coverage"]["priced"] and report["cross_check"]
+    assert len(json.loads(run(submission, submission, "--layers", "--format", "json")[1])) == 2
+
+
 # --- exit status ------------------------------------------------------------------------------------------------------
 
 

@@ -218,7 +218,7 @@ def test_a_table_of_several_leaves_columns_out_until_it_fits(judged, failing):
     for width in range(40, 101):
         console = Console(width=width, file=io.StringIO())
         console.print(render_many([wide, wide], width))
-        title, top, head, *rows, bottom = console.file.getvalue().splitlines()
+        _, top, head, *rows, bottom = console.file.getvalue().splitlines()
         lines = [top, head, *rows, bottom]
         assert len({len(line) for line in lines}) == 1 and len(top) <= width
         assert {line[-1] for line in lines} == {"┓", "┃", "┩", "│", "┘"}

@@ -20,7 +20,7 @@ from micronet_eval.cli.options import (
     with_layers,
     with_ruleset,
 )
-from micronet_eval.cli.showing import live, progress_bar, show, show_modules, show_rows, write_pages
+from micronet_eval.cli.showing import check_shown, live, progress_bar, show, show_modules, show_rows, write_pages
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.isolation import Isolation
 
@@ -51,6 +51,7 @@ def evaluate(
     from micronet_eval.evaluation import evaluate
     from micronet_eval.submission import names_of
 
+    check_shown(style, layers, cross_check, several=len(folders) > 1)
     outcomes: list[Report | Exception] = []
     names = names_of(folders)
     status = 0
@@ -110,6 +111,7 @@ def count(
     """
     from micronet_eval.targets import count
 
+    check_shown(style, layers, cross_check, depth=depth)
     asked: dict[str, Any] = {"shares": dict(map(_share, shares)), "ruleset": ruleset, "cross_check": cross_check}
     report = count(target, *inputs, task=task, **asked)
     if depth is None:

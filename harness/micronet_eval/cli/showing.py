@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from micronet_eval.errors import printable
+from micronet_eval.errors import InputError, printable
 
 if TYPE_CHECKING:
     from micronet_eval.comparing import Watch
@@ -73,6 +73,15 @@ def live(total: int) -> Iterator[Watch]:
     view = LiveView(total)
     with Live(view, console=Console(stderr=True), transient=True, vertical_overflow="crop"):
         yield view.watch
+
+
+def check_shown(style: str, layers: bool, cross_check: bool, several: bool = False, depth: int | None = None) -> None:
+    """Raises InputError where what is asked for would not be shown, before anything is measured; JSON has all of it."""
+    asked = "--layers" if layers else "--cross-check" if cross_check else ""
+    without = (f"--format {style}" if style != "table" else "a table of several submissions" if several
+               else "--depth" if depth is not None else "")  # fmt: skip
+    if asked and without and style != "json":
+        raise InputError(f"{asked} is not shown by {without}; leave {asked} out, or write --format json")
 
 
 def show(reports: list[Report], style: str, layers: bool, several: bool = False) -> None:
