@@ -1,11 +1,14 @@
 """`micronet-eval check`: limits, claims and threshold, as JUnit XML and as Markdown."""
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 from micronet_eval import evaluate
 from micronet_eval.checking import check_limits, checks, to_junit, to_summary
+from micronet_eval.plugins import lookup
+from micronet_eval.task import DataMissing
 
 
 @pytest.fixture
@@ -97,6 +100,30 @@ def test_the_command(run, submission, tmp_path):
     assert ElementTree.parse(tmp_path / "j.xml").getroot().get("failures") == "1"
     run(*words)
     assert (tmp_path / "s.md").read_text().count("### small") == 2
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_the_terminal_gets_a_table_and_the_reason_and_the_file_markdown(
+    run, submission, tmp_path, monkeypatch, register, width
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    def nowhere(root, split):
+        raise DataMissing("nobody has it")
+
+    register(tasks={"absent": replace(lookup("task", "digits"), name="absent", dataset=nowhere)})
+    manifest = submission / "submission.toml"
+    manifest.write_text(manifest.read_text().replace('task = "digits"', 'task = "absent"'))
+    code, out, _ = run("check", submission, "--min-quality", "0.8", "--summary", tmp_path / "s.md")
+    assert code == 1
+    assert "|" not in out and "\\" not in out and "*" not in out and "…" not in out
+    assert max(map(len, out.splitlines())) <= width
+    assert "quality fails not measured >= 80.00%" in " ".join(out.split())
+    assert {"threshold", "measured", "quality", "fails"} <= set(out.split())
+    assert "Quality: not measured: nobody has it" in out
+    text = (tmp_path / "s.md").read_text()
+    assert "| quality | **fails** | not measured \\>= 80.00% |" in text
+    assert "\nquality not measured: nobody has it\n" in text
 
 
 def test_the_summary_is_appended_to_the_file_that_is_there(run, submission, tmp_path):

@@ -115,4 +115,7 @@ def to_summary(report: Report, found: Sequence[Check]) -> str:
     verdicts: dict[bool | None, str] = {True: "holds", False: "**fails**", None: "not measured"}
     lines += [f"| {in_markdown(c.name)} | {verdicts[c.holds]} | {in_markdown(c.figures)} |" for c in found]
     storage = f"{report.storage.params32:,.0f} 32-bit parameters, {report.math.ops32:,.0f} 32-bit operations"
-    return "\n".join([*lines, "", f"{storage}; rules {report.ruleset}.", *map(in_markdown, report.warnings), ""])
+    quality = report.quality
+    reasons = [] if quality is None or quality.measured is not None else [f"quality not measured: {quality.reason}"]
+    below = map(in_markdown, (*reasons, *report.warnings))
+    return "\n".join([*lines, "", f"{storage}; rules {report.ruleset}.", *below, ""])

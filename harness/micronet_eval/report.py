@@ -13,6 +13,7 @@ from rich.text import Text
 
 from micronet_eval.accumulators import Figure
 from micronet_eval.breakdown import ModuleCost
+from micronet_eval.checking import Check
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.diffing import Change, Diff
 from micronet_eval.dotted import WIDEST
@@ -76,6 +77,25 @@ def render_many(reports: Sequence[Report], width: int = 80) -> Table:
     for i, report in enumerate(reports):
         table.add_row(Text(report.submission), *(cells[name][i] for name in shown))
     return table
+
+
+def render_checks(report: Report, found: Sequence[Check], width: int = 80) -> RenderableType:
+    """The checks of a submission, a row each, and why its quality could not be measured."""
+    fails = any(check.holds is False for check in found)
+    verdict = Text("failed", "bold red") if fails else Text("passed", "green")
+    total = f"score {report.score.total:.6g}" if report.score else "no score"
+    heading = Text(" · ".join(filter(None, (report.submission, report.task, report.ruleset))), "bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("check", overflow="fold", width=9 if width < SMALL else None)  # of "threshold"
+    table.add_column("", no_wrap=True)
+    table.add_column("figures", overflow="fold")
+    for check in found:
+        table.add_row(Text(check.name), VERDICTS[check.holds], Text(check.figures))
+    parts: list[RenderableType] = [Rule(heading, align="left"), Text.assemble(verdict, ", ", total), table]
+    if report.quality is not None and report.quality.measured is None:
+        parts.append(Text.assemble(("Quality: ", "bold"), _reason(report.quality), overflow="fold"))
+    parts += [Text.assemble(("Warning: ", "bold yellow"), warning) for warning in report.warnings]
+    return Group(*parts)
 
 
 def rows(reports: Sequence[Report]) -> list[dict[str, object]]:

@@ -160,9 +160,13 @@ def check(
         _write_checks(junit, error_junit(name, error), summary, error_summary(name, error))
         raise
     found = checks(report, max_score, min_quality)
-    text = to_summary(report, found)
-    _write_checks(junit, to_junit(report, found), summary, text)
-    click.echo(text)
+    _write_checks(junit, to_junit(report, found), summary, to_summary(report, found))
+    from rich.console import Console
+
+    from micronet_eval.report import render_checks
+
+    console = Console()
+    console.print(render_checks(report, found, console.width))
     sys.exit(FAILED if any(c.holds is False for c in found) else 0)
 
 
