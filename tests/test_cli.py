@@ -541,6 +541,22 @@ def test_no_word_of_a_list_is_lost(run, monkeypatch, width, words):
     assert max(len(line) for line in out.splitlines()) <= width
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("words", [["tasks"], ["strategies"], ["strategies", "fixed-point"], ["validate", "nowhere"]])
+def test_a_list_breaks_no_word_of_people(run, monkeypatch, width, words):
+    """Each word is there whole: in a table, or, where one would be too narrow, in fields below each other."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = run(*words)[1]
+    rows = json.loads(run(*words, "--format", "json")[1])
+    told = [str(row[name]) for row in rows for name in ("name", "kind", "does", "option", "meaning", "mend", "baseline")
+            if name in row]  # fmt: skip
+    assert {word for text in told for word in text.split()} <= set(out.split())
+    assert max(map(len, out.splitlines())) <= width
+    assert ("┃" in out) == (width >= {"strategies": 60, "tasks": 120, "fixed-point": 120, "nowhere": 80}[words[-1]])
+    if "┃" not in out and words == ["tasks"]:
+        assert re.search(r"^storage +690,922 *\nmath +12,630,528 *\nquality +top-1 >= 97.00% *\n", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("style", ["table", "csv"])
 def test_letters_that_the_output_cannot_show_are_escaped(run, monkeypatch, tmp_path, encoding, style):

@@ -16,9 +16,14 @@ import click
 from micronet_eval.errors import InputError, printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from micronet_eval.comparing import Watch
     from micronet_eval.evaluation import Report
     from micronet_eval.ranking import Judged
+
+FOLDED = 24
+"""Columns of a terminal from which on the texts of a table's column may be folded."""
 
 
 @contextmanager
@@ -135,15 +140,34 @@ def show_rows(rows: list[dict[str, Any]], style: str) -> None:
         print_rows(rows, style)
     else:
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table()
-        for name in rows[0]:
-            table.add_column(name, overflow="fold", no_wrap=name in ("name", "option", "storage", "math"))
-        for row in rows:
-            table.add_row(*(Text(str(value)) for value in row.values()))
-        Console().print(table)
+        console = Console()
+        console.print(_table(rows, console.width))
+
+
+def _table(rows: Sequence[Mapping[str, object]], width: int) -> Table:
+    """Rows as a table that fits; without the packages, or as fields below each other, where it would be too wide."""
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = {name: max(cell_len(str(value)) for value in (name, *(row[name] for row in rows))) for name in rows[0]}
+    for shown in (list(widths), [name for name in widths if name != "package"]):
+        if sum(min(widths[name], FOLDED) + 3 for name in shown) < width:  # each with two blanks and a border
+            table = Table()
+            for name in shown:
+                table.add_column(name, overflow="fold", width=widths[name] if widths[name] <= FOLDED else None)
+            for row in rows:
+                table.add_row(*(Text(str(row[name])) for name in shown))
+            return table
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        for name, value in row.items():
+            table.add_row(Text(name, "bold"), Text(str(value)))
+        table.add_row()
+    return table
 
 
 def write_pages(found: list[Judged], html: Path | None) -> None:
