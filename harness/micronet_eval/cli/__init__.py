@@ -33,7 +33,7 @@ def _terminate(*_: object) -> None:
 class _Unread(io.FileIO):
     """A pipe whose reader may have seen enough: that is no error, and does not end what writes into it."""
 
-    def write(self, data: ReadableBuffer, /) -> int | None:
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -48,7 +48,9 @@ def _patient(stream: TextIO) -> TextIO:
     if stream.isatty():
         return stream
     raw = _Unread(stream.fileno(), "wb", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, None, stream.line_buffering)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=bool(stream.line_buffering)
+    )
 
 
 def command() -> None:

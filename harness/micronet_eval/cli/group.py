@@ -14,7 +14,7 @@ from micronet_eval.plugins import unknown
 FAILED, BAD_INPUT, BROKEN = 1, 2, 3
 
 
-class _Commands(DefaultGroup):  # type: ignore[misc]  # it has no types
+class _Commands(DefaultGroup):
     """Commands of which one may be left out, and none is mistyped for a folder."""
 
     def resolve_command(
