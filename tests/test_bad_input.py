@@ -441,6 +441,16 @@ def test_an_unknown_strategy(refused):
         ('"wide-resnet"', '"wideresnet"', "field 'architecture': unknown architecture 'wideresnet'; nearest: wide-"),
         ("depth = 10", "depth = 11", "field 'architecture': depth 11"),
         ("channels = 1", "channels = 3", "the model does not run on input 1x1x8x8"),
+        (
+            "[arch",
+            "paths = { exit = 0.3 }\n[arch",
+            "field 'submission.paths': shares are given of exit, but the model has",
+        ),
+        (
+            "[arch",
+            "claims = { quality = 97 }\n[arch",
+            "field 'submission.claims.quality': Input should be less than or",
+        ),
         ('pruner = "low-rank"', 'pruner = "low-rang"', "unknown pruner 'low-rang'; nearest: low-rank"),
         ("parameters = 40_000", "", "field 'stages.0': pruner low-rank: option 'parameters': Field required"),
         ("parameters = 40_000", "parameters = -1", "field 'stages.0': pruner low-rank: option 'parameters': Input"),

@@ -377,8 +377,8 @@ def test_claimed_shares_are_used_and_marked_where_there_is_no_data(made, run, mo
     status, out, err = run(made())
     assert (status, out) == (2, "")
     assert err == (
-        f"micronet-eval: {tmp_path}/made/submission.toml: the share of the test set that takes each path cannot be "
-        "measured (nobody has it); claim it in a table [paths] with: exit, full\n"
+        f"micronet-eval: {tmp_path}/made/submission.toml: field 'paths': the share of the test set that takes each "
+        "path cannot be measured (nobody has it); claim it in a table [paths] with: exit, full\n"
     )
 
 

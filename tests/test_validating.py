@@ -73,6 +73,11 @@ def test_every_wrong_field_is_a_finding(good, run):
             lambda f: edit(f, "[provenance]", "[claims]\nquality = 99.5\n[provenance]"),
             "submission.toml: field 'claims.quality': Input should be less than or equal to 1, a share; correct the",
         ),
+        (
+            "manifest.field",
+            lambda f: edit(f, "[provenance]", "[paths]\nexit = 0.3\n[provenance]"),
+            "submission.toml: field 'paths': shares are given of exit, but the model has only one path; correct the",
+        ),
         ("manifest.field", lambda f: edit(f, "depth = 10", "depth = 11"), "field 'architecture': depth 11"),
         ("score.claims", lambda f: edit(f, "[provenance]", "[claims]\nstorage = 1\n[provenance]"), "claims.storage: "),
     ],

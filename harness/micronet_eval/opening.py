@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from micronet_eval import packing, plugins
 from micronet_eval.bounds import bounded
-from micronet_eval.conditional import exact_shares
+from micronet_eval.conditional import exact_shares, paths_of
 from micronet_eval.costs import Formula
 from micronet_eval.errors import InputError, refused
 from micronet_eval.files import check_own
@@ -25,7 +26,7 @@ from micronet_eval.rulesets import DEFAULT
 from micronet_eval.rulesets import ruleset as ruleset_of
 from micronet_eval.scoring import Account
 from micronet_eval.storage import without_values
-from micronet_eval.submission import MANIFEST, WEIGHTS, Manifest, build, read_manifest, task_of
+from micronet_eval.submission import MANIFEST, WEIGHTS, Claims, Manifest, build, read_manifest, task_of
 from micronet_eval.task import METRICS, Task
 from micronet_eval.trace import Example, Trace, trace, trace_each
 
@@ -75,18 +76,14 @@ class Opened:
 
     def _shares(self, quality: Quality | None) -> Mapping[str, Fraction]:
         """Which share of the examples takes each path of a conditional model; nothing where there are none."""
-        where = self.folder / MANIFEST
         paths = () if self.steps is not None else tuple(path for path in self.trace.by_path() if path)
-        try:
-            shares = exact_shares(paths, self.manifest.paths)
-        except InputError as error:
-            raise InputError(f"{where}: field 'paths': {error}") from error
+        shares = exact_shares(paths, self.manifest.paths)
         if quality is not None and quality.taken:
             return {path: Fraction(quality.taken[path], quality.examples) for path in paths}
         if paths and not shares and quality is not None:
             raise InputError(
-                f"{where}: the share of the test set that takes each path cannot be measured ({quality.reason}); "
-                f"claim it in a table [paths] with: {', '.join(paths)}"
+                f"{self.folder / MANIFEST}: field 'paths': the share of the test set that takes each path cannot be "
+                f"measured ({quality.reason}); claim it in a table [paths] with: {', '.join(paths)}"
             )
         return shares
 
@@ -151,14 +148,23 @@ def _open(folder: Path, data: Path | None, isolation: Isolation) -> Opened:
 
 def _check_manifest(manifest: Manifest, task: Task, model: nn.Module, where: Path) -> None:
     """What of a manifest only its task and its architecture can judge."""
-    if not METRICS[task.metric].lower_is_better and (manifest.claims.quality or 0) > 1:
-        raise InputError(f"{where}: field 'claims.quality': Input should be less than or equal to 1, a share")
+    check_claims(manifest.claims, manifest.paths, task, model, f"{where}: field '")
     clusters = len(cutoffs_of(model)) + 1
     if manifest.frequencies is not None and len(manifest.frequencies.clusters) != clusters:
         given = len(manifest.frequencies.clusters)
         raise InputError(
             f"{where}: field 'frequencies.clusters': {given} shares, but the model has {clusters} clusters"
         )
+
+
+def check_claims(claims: Claims, shares: Mapping[str, Decimal], task: Task, model: nn.Module, before: str) -> None:
+    """Raises InputError where no such model can be as is claimed; its message has `before` in front of the field."""
+    if not METRICS[task.metric].lower_is_better and (claims.quality or 0) > 1:
+        raise InputError(f"{before}claims.quality': Input should be less than or equal to 1, a share")
+    try:
+        exact_shares(paths_of(model) if shares else (), shares)
+    except InputError as error:
+        raise InputError(f"{before}paths': {error}") from error
 
 
 def formulas(ruleset: str = DEFAULT) -> Mapping[str, Formula]:

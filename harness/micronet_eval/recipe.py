@@ -52,7 +52,7 @@ from micronet_eval.importing import load_state, read_state_dict
 from micronet_eval.kept import KEPT, Kept
 from micronet_eval.language import example_input, per_token, shares_of_clusters, steps
 from micronet_eval.merge import BOTH, merged, without_batch_norm
-from micronet_eval.opening import open_submission
+from micronet_eval.opening import check_claims, open_submission
 from micronet_eval.parallel import team
 from micronet_eval.paths import mean_account
 from micronet_eval.quality import measure
@@ -344,7 +344,8 @@ class _Run:
                 "model.py are packed by micronet-eval import"
             )
         torch.manual_seed(recipe.seed)
-        self.model = build(recipe.architecture, path, weights=True)
+        self.model, about = build(recipe.architecture, path, weights=True), recipe.submission
+        check_claims(about.claims, about.paths, self.task, self.model, f"{path}: field 'submission.")
         if recipe.start:
             try:
                 _start(self.model, recipe)
