@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
+from micronet_eval.plugins import check_options
 from micronet_eval.structure import changes
 from micronet_eval.submission import build, read_manifest
 
@@ -114,14 +116,37 @@ def test_a_manifest_that_is_no_text(refused, submission):
         ),
         ('"wide-resnet"', '"wide-resnets"', "field 'architecture': unknown architecture 'wide-resnets'; nearest: wide"),
         ("depth = 10", "depth = 11", "field 'architecture': depth 11: a wide residual network has 6 n + 4 layers"),
-        ("depth = 10", "deep = 10", "field 'architecture': wide_resnet() got an unexpected keyword argument 'deep'"),
-        ("depth = 10", 'depth = "deep"', "field 'architecture': "),
+        ("depth = 10", "deep = 10", "field 'architecture.deep': unknown option 'deep'; nearest: depth"),
+        ("depth = 10", 'depth = "16"', "field 'architecture.depth': Input should be a valid integer"),
+        ("depth = 10", "depth = true", "field 'architecture.depth': Input should be a valid integer"),
+        ('"wide-resnet"', '"torchvision"', "field 'architecture.depth': unknown option 'depth'; known: model, classes"),
     ],
 )
 def test_a_broken_manifest(refused, submission, before, after, message):
     edit(submission / MANIFEST, before, after)
     assert f"{submission / MANIFEST}" in (error := refused(submission))
     assert message in error
+
+
+def test_an_architecture_that_returns_no_module(refused, register, submission):
+    register(architectures={"five": lambda **options: 5})
+    edit(submission / MANIFEST, '"wide-resnet"', '"five"')
+    assert "field 'architecture': five has to return an nn.Module, not int" in refused(submission)
+
+
+def test_options_of_an_architecture_are_looked_at_by_its_signature():
+    def build(widths: tuple[int, ...], kind: "Unknown", *more, scale: float = 1.0, **others):  # noqa: F821
+        pass
+
+    def strict(widths: tuple[int, ...], kind: np.ndarray = None, scale: float = 1.0):
+        pass
+
+    check_options(build, {"widths": [1], "kind": 1, "colour": 2})  # an annotation that nobody can read
+    check_options(strict, {"widths": [1, 2], "kind": 1, "scale": 2})
+    with pytest.raises(InputError, match=r"^x: field 'architecture.widths': Input should be a valid integer$"):
+        check_options(strict, {"widths": ["1"]}, "x: ")
+    with pytest.raises(InputError, match=r"^field 'architecture.widths': Field required"):
+        check_options(strict, {})
 
 
 def test_every_fault_of_a_manifest_is_named(run, submission):
@@ -440,6 +465,8 @@ def test_an_unknown_strategy(refused):
         ('data = "noise"', "seed = 2147483648", "field 'seed': Input should be less than 2147483648"),
         ('"wide-resnet"', '"wideresnet"', "field 'architecture': unknown architecture 'wideresnet'; nearest: wide-"),
         ("depth = 10", "depth = 11", "field 'architecture': depth 11"),
+        ("depth = 10", "deepth = 16", "field 'architecture.deepth': unknown option 'deepth'; nearest: depth"),
+        ("depth = 10", "depth = 16.0", "field 'architecture.depth': Input should be a valid integer"),
         ("channels = 1", "channels = 3", "the model does not run on input 1x1x8x8"),
         (
             "[arch",

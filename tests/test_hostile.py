@@ -83,7 +83,8 @@ FORKS = "import os, time\nfor i in range({}): os.fork() or {}\ntime.sleep(9)"
         ("x = [open('/dev/null') for i in range(999)]", {"files": 64}, "Too many open files"),
         ("f = open('big', 'wb')\nfor i in range(99): f.write(bytes(1 << 20))", {"written": 1 << 20}, "OSError|SIGXFSZ"),
         ("print('{\"score\": 0}')", {}, "no function build()"),
-        ("def build(): return 3", {}, "AttributeError"),
+        ("def build(): return 3", {}, "model.py: TypeError: build() has to return an nn.Module, not int"),
+        ("def build(*, width): return 3", {}, "model.py: field 'architecture.width': Field required (add this field)"),
         ("raise ValueError('\\x1b[2J\\u202eevil')", {}, r"ValueError: \x1b[2J\u202eevil"),
     ],
 )  # fmt: skip

@@ -378,9 +378,18 @@ def _work(file: str, limits: str, level: str, descriptor: str) -> None:
         build = runpy.run_path(file, run_name="model").get("build")
         if build is None:
             raise LookupError("it has no function build()")
-        from micronet_eval.graph import graph_of
+        from torch import nn
 
-        answer = graph_of(build(**options)).model_dump_json()
+        from micronet_eval.graph import graph_of
+        from micronet_eval.plugins import check_options
+
+        check_options(build, options)
+        model = build(**options)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"build() has to return an nn.Module, not {type(model).__name__}")
+        answer = graph_of(model).model_dump_json()
+    except InputError as error:
+        answer = json.dumps({"error": str(error)})
     except BaseException as error:  # somebody's code; SystemExit and KeyboardInterrupt, too
         answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
     with os.fdopen(int(descriptor), "w") as out:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -90,6 +92,39 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, cutoff=0.5)
     return f"unknown {kind} {name[:100]!a}; {'nearest' if near else 'known'}: {', '.join(near or known)}"
+
+
+def check_options(builder: Callable[..., Any], options: Mapping[str, Any], before: str = "") -> None:
+    """Looks at the options of an architecture before its builder does, by the signature that it has.
+
+    Raises InputError that begins with `before` and names the option that is unknown, missing, or not of the type of its
+    annotation: text is no number. What an annotation that pydantic does not know allows is left to the builder.
+    """
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        parameters = inspect.signature(builder, eval_str=True).parameters
+    except NameError:  # annotations that only a type checker can read
+        parameters = inspect.signature(builder).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    for name, value in options.items():
+        if name not in named:
+            if takes_all:
+                continue
+            raise InputError(f"{before}field 'architecture.{name}': {unknown('option', name, named)}")
+        annotation = named[name].annotation
+        if annotation is inspect.Parameter.empty or isinstance(annotation, str):
+            continue
+        try:  # as JSON, which has no tuples: a list may be one
+            TypeAdapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError as error:
+            raise InputError(f"{before}field 'architecture.{name}': {error.errors()[0]['msg']}") from error
+        except PydanticUserError:
+            continue
+    for name, parameter in named.items():
+        if name not in options and parameter.default is parameter.empty:
+            raise InputError(f"{before}field 'architecture.{name}': Field required (add this field)")
 
 
 def formulas() -> Mapping[str, Formula]:

@@ -259,6 +259,8 @@ def build(architecture: Architecture, source: Path, weights: bool = False, isola
     built here of what the worker gives back. Raises InputError that names `source` where the name or an option is
     wrong, SubmissionError where that code fails.
     """
+    from torch import nn
+
     from micronet_eval.structure import StructureError, without_weights
 
     if architecture.file is not None:
@@ -273,10 +275,17 @@ def build(architecture: Architecture, source: Path, weights: bool = False, isola
             raise SubmissionError(printable(f"{code}: {error}")) from error
     try:
         builder = plugins.lookup("architecture", architecture.name)
-        with nullcontext() if weights else without_weights():
-            model: nn.Module = builder(**architecture.options)
-    except Exception as error:  # an unknown name, or whatever a builder raises for options that it does not like
+    except InputError as error:
         raise InputError(f"{source}: field 'architecture': {error}") from error
+    plugins.check_options(builder, architecture.options, f"{source}: ")
+    try:
+        with nullcontext() if weights else without_weights():
+            model = builder(**architecture.options)
+    except Exception as error:  # whatever a builder raises for options that it does not like
+        raise InputError(f"{source}: field 'architecture': {error}") from error
+    if not isinstance(model, nn.Module):
+        found = type(model).__name__
+        raise InputError(f"{source}: field 'architecture': {architecture.name} has to return an nn.Module, not {found}")
     return model.eval()
 
 
