@@ -56,14 +56,39 @@ def test_every_wrong_field_is_a_finding(good, run):
     assert out.splitlines()[0] == "kind,rule,place,told,mend"
 
 
+def replaced(path):
+    """The path of a file that was removed."""
+    path.unlink()
+    return path
+
+
+def moved(path):
+    """Leaves a link to a file in its place."""
+    path.symlink_to(path.rename(path.parent.with_name(path.name)))
+
+
 @pytest.mark.parametrize(
     ("rule", "change", "message"),
     [
         ("folder.exists", lambda f: f.rename(f.with_name("elsewhere")), "it is no folder"),
         ("folder.files", lambda f: (f / "link").symlink_to("/etc/passwd"), "link: it is a link"),
         ("folder.files", lambda f: [(f / f"x{i}").touch() for i in range(200)], "it holds 203 files; at most 100"),
+        (
+            "folder.files",
+            lambda f: (f / "link").symlink_to("x"),
+            "it is a link; remove what is no part of the submission",
+        ),
+        ("folder.files", lambda f: replaced(f / WEIGHTS).mkdir(), f"{WEIGHTS}: it is no ordinary file; put the file"),
+        (
+            "folder.files",
+            lambda f: replaced(f / "submission.toml").mkdir(),
+            "it is no ordinary file; put the file itself",
+        ),
+        ("folder.files", lambda f: moved(f / WEIGHTS), f"{WEIGHTS}: it is a link; put the file itself there"),
+        ("folder.files", lambda f: moved(f / "recipe.toml"), "recipe.toml: it is a link; put the file itself there"),
+        ("folder.files", lambda f: replaced(f / WEIGHTS).symlink_to("x"), f"{WEIGHTS}: it is a link; put the file"),
         ("manifest.toml", lambda f: (f / "submission.toml").write_text("a ="), "no valid TOML"),
-        ("manifest.toml", lambda f: (f / "submission.toml").unlink(), "is missing"),
+        ("manifest.toml", lambda f: (f / "submission.toml").unlink(), "is missing; write it as docs/format.md shows"),
         ("manifest.task", lambda f: edit(f, '"digits"', '"digit"'), "unknown task 'digit'"),
         ("weights.file", lambda f: (f / WEIGHTS).write_bytes(b""), "truncated or damaged"),
         ("weights.file", lambda f: (f / WEIGHTS).unlink(), "is missing"),
@@ -85,7 +110,7 @@ def test_every_wrong_field_is_a_finding(good, run):
 def test_a_finding_of_each_rule(good, rule, change, message):
     change(good)
     errors = [text for text in told(good, rule) if text.startswith("error")]
-    assert errors
+    assert len(errors) == 1
     assert message in errors[0]
 
 
@@ -120,6 +145,22 @@ def test_code_that_fails(own, tmp_path):
     (folder / "model.py").write_text(MODEL + "\n1 / 0\n")
     (text,) = told(folder, "code.runs")
     assert text.startswith(f"error {folder / 'model.py'}: ZeroDivisionError")
+
+
+def test_code_that_is_missing(own, tmp_path):
+    folder = shutil.copytree(own, tmp_path / "own")
+    (folder / "state.pt").unlink()
+    (folder / "model.py").unlink()
+    place = folder / "model.py"
+    assert told(folder, "code.runs") == [f"error {place}: is missing; put it beside submission.toml, which names it"]
+
+
+def test_a_folder_of_submissions_is_none(good):
+    (good.parent / "notes").mkdir()
+    place = good.parent
+    assert told(place, "folder.exists") == [
+        f"error {place}: it holds submissions, and is none; name one of them: small"
+    ]
 
 
 def test_weights_that_change_while_they_are_measured(good, monkeypatch):

@@ -178,8 +178,10 @@ def graph_of_file(path: Path, options: dict[str, Any], isolation: Isolation) -> 
 
     try:
         regular = stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; put it beside submission.toml, which names it") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; submission.toml names it") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if not regular:
         raise InputError(f"{path} is no ordinary file; a submission brings its own, not a link")
     path = path.resolve()

@@ -6,7 +6,6 @@ An evaluation stops at the first mistake. Here every part is looked at, as far a
 from __future__ import annotations
 
 import re
-import stat
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,13 +38,15 @@ from micronet_eval.submission import (
 from micronet_eval.task import METRICS
 
 CODE = "model.py"
+PARTS = (MANIFEST, WEIGHTS, RECIPE, CODE)
 MOST_FILES = 100
+MOST_NAMES = 10
 
 RULES: dict[str, tuple[str, str]] = {
     "folder.exists": ("a submission is a folder", "name a folder with submission.toml and weights.safetensors"),
     "folder.files": ("it holds ordinary files, few and not too large", "remove what is no part of the submission"),
     "folder.finished": ("no run is unfinished in it", "end it by `micronet-eval compress --resume`, or remove .kept"),
-    "manifest.toml": ("submission.toml is TOML of at most 1 MiB", "write it anew"),
+    "manifest.toml": ("submission.toml is TOML of at most 1 MiB", "write it as docs/format.md shows"),
     "manifest.field": ("its fields are those that docs/format.md names", "correct the field"),
     "manifest.letters": ("a word has letters of one script", "write it in one script, so that nobody mistakes it"),
     "manifest.task": ("its task is registered", "name one of `micronet-eval tasks`"),
@@ -94,13 +95,20 @@ def _findings(folder: Path, data: Path | None, isolation: Isolation) -> Iterator
     if not folder.is_dir():
         yield _found("folder.exists", folder, "it is no folder")
         return
+    if several := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}") if not (folder / MANIFEST).exists()):
+        mend = f"name one of them: {', '.join(several[:MOST_NAMES])}{', ...' if several[MOST_NAMES:] else ''}"
+        yield _found("folder.exists", folder, "it holds submissions, and is none", mend=mend)
+        return
     yield from _files(folder)
-    yield from _recipe(folder)
-    manifest, wrong = _manifest(folder)
+    odd = {name for name in PARTS if _oddity(folder / name)}  # of these _files has told
+    if RECIPE not in odd:
+        yield from _recipe(folder)
+    manifest, wrong = _manifest(folder) if MANIFEST not in odd else (None, [])
     yield from wrong
-    packed = list(_tried("weights.file", folder / WEIGHTS, lambda: packing.read(folder / WEIGHTS)))
+    weights = folder / WEIGHTS
+    packed = list(_tried("weights.file", weights, lambda: packing.read(weights))) if WEIGHTS not in odd else []
     yield from packed
-    if manifest is None or packed:
+    if manifest is None or packed or odd - {RECIPE}:
         return
     opened: Opened | None = None
     try:
@@ -129,14 +137,20 @@ def _files(folder: Path) -> Iterator[Finding]:
         state = path.lstat()
         if path.name == KEPT:
             yield _found("folder.finished", path, "a run of `compress` was not ended here", "warning")
-        elif stat.S_ISLNK(state.st_mode):
-            yield _found("folder.files", path, "it is a link")
-        elif not stat.S_ISREG(state.st_mode):
-            yield _found("folder.files", path, "it is no ordinary file")
+        elif told := _oddity(path):
+            mend = "put the file itself there" if path.name in PARTS else ""
+            yield _found("folder.files", path, told, mend=mend)
         elif state.st_size > LARGEST:
             yield _found("folder.files", path, f"it has {state.st_size:,} bytes")
-        elif path.name not in (MANIFEST, WEIGHTS, RECIPE, CODE):
+        elif path.name not in PARTS:
             yield _found("folder.files", path, "nothing reads it", "warning")
+
+
+def _oddity(path: Path) -> str:
+    """Why a path is no file of a submission's own; nothing where it is one, or is missing."""
+    if path.is_symlink():
+        return "it is a link"
+    return "it is no ordinary file" if path.exists() and not path.is_file() else ""
 
 
 def _recipe(folder: Path) -> Iterator[Finding]:
@@ -190,9 +204,12 @@ def _tried(rule: str, place: Path, look: Callable[[], object]) -> Iterator[Findi
 
 
 def _misfit(error: Exception, rule: str, folder: Path) -> Finding:
-    """The finding of an error that only the whole submission shows: of the field that it names, or of the weights."""
-    named = re.match(rf"({re.escape(str(folder / MANIFEST))}: field '[^']*'): ", str(error))
-    return _from(error, "manifest.field", named[1]) if named else _from(error, rule, folder / WEIGHTS)
+    """The finding of an error that only the whole submission shows: of what it names, else of the weights."""
+    if named := re.match(rf"({re.escape(str(folder / MANIFEST))}: field '[^']*'): ", str(error)):
+        return _from(error, "manifest.field", named[1])
+    if str(error).startswith(f"{folder / CODE} "):
+        return _from(error, "code.runs", folder / CODE)
+    return _from(error, rule, folder / WEIGHTS)
 
 
 def _from(error: Exception, rule: str, place: Path | str) -> Finding:
