@@ -6,12 +6,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 from rich.console import Console
 
 from micronet_eval import evaluate
+from micronet_eval.opening import check_claims
+from micronet_eval.plugins import lookup
 from micronet_eval.report import print_report
+from micronet_eval.submission import Architecture, Manifest, Step, Table, build, read_manifest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,6 +72,35 @@ def test_the_readme_begins_with_the_set_up_commands():
     text = README.splitlines()
     assert text[2].strip().startswith("pip install . && micronet-eval submissions/3")
     assert text[3].strip().startswith("pipx run tox")
+
+
+def fields_of(table, prefix="", needed=True):
+    """The fields of a TOML table, and of tables in it, each with whether it is needed."""
+    for name, field in table.model_fields.items():
+        kinds = [] if get_origin(field.annotation) is list else [field.annotation, *get_args(field.annotation)]
+        inside = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Table)]
+        if inside:
+            yield from fields_of(inside[0], f"{prefix}{name}.", needed=field.is_required())
+            continue
+        yield f"{prefix}{name}", "yes" if needed and field.is_required() else "no"
+        if field.annotation is Architecture:
+            yield from {f"{name}.name": "or `file`", f"{name}.file": "or `name`"}.items()
+
+
+def test_the_fields_of_a_manifest_are_those_of_the_table():
+    text = (ROOT / "docs" / "format.md").read_text().partition("## submission.toml")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z.]+)` \| [^|]+ \| ([^|]+) \|", text, re.M)
+    assert rows == list(fields_of(Manifest))
+    assert set(Architecture.model_fields) == {"name", "file"}
+    assert all(f"`{field}`" in text for field in Step.model_fields)
+
+
+def test_the_manifest_of_the_documentation_fits_its_architecture(tmp_path):
+    (example,) = re.findall(r"```toml\n(name.*?)```", (ROOT / "docs" / "format.md").read_text(), re.S)
+    (tmp_path / "submission.toml").write_text(example)
+    manifest = read_manifest(tmp_path)
+    model = build(manifest.architecture, tmp_path)
+    check_claims(manifest.claims, manifest.paths, lookup("task", manifest.task), model, "")
 
 
 def test_relative_links_of_the_documentation_lead_somewhere():
