@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,12 @@ from micronet_eval.errors import InputError
 from micronet_eval.recipe import compress
 from micronet_eval.strategy import Sparsifier
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DOCS = Path(__file__).parent.parent / "docs"
 BASE = """
 task = "digits"
 seed = 5
@@ -177,6 +184,36 @@ def test_options_out_of_range_are_told_before_anything_is_trained(base, run, tmp
     assert (status, out) == (2, "")
     assert message in err
     assert list(tmp_path.glob("results*")) == []
+
+
+@pytest.mark.parametrize("words", [["--pruner", "random"], ["--sparsifier", "random"], ["--quantizer", "affine"]])
+def test_a_base_that_quantizes_is_refused_before_anything_is_trained(run, tmp_path, words):
+    (tmp_path / "base.toml").write_text(BASE + '[[stages]]\nquantizer = "fixed-point"\n')
+    status, out, err = run("compare", "--on", tmp_path / "base.toml", *words, "--results", tmp_path / "r.sqlite")
+    assert (status, out) == (2, "")
+    assert err == (
+        f"micronet-eval: --on {tmp_path / 'base.toml'} quantizes already (stages.1); give a recipe that only trains\n"
+    )
+    assert not (tmp_path / "r.kept").exists()
+
+
+@pytest.mark.parametrize("name", ["accumulators", "biases"])
+def test_what_goes_behind_a_quantizer_is_compared_on_what_it_quantized(tmp_path, name):
+    (tmp_path / "base.toml").write_text(BASE + '[[stages]]\nquantizer = "fixed-point"\n')
+    (job,) = jobs_of(parse("quantizer", name), tmp_path / "base.toml", 1, None, None, tmp_path)
+    assert [stage["quantizer"] for stage in tomllib.loads(job.recipe)["stages"] if "quantizer" in stage][1] == name
+
+
+@pytest.mark.parametrize("page", ["compare.md", "index.md"])
+def test_the_command_of_the_documentation_fits_its_recipe(tmp_path, page):
+    text = (DOCS / page).read_text()
+    (recipe,) = re.findall(r"```toml\n(.*?)```", text, re.S)
+    (tmp_path / "trained.toml").write_text(recipe)
+    (command,) = re.findall(r"compare --on trained.toml([^`]*)", text)
+    pruned = [cell for given in re.findall(r"--pruner (\S+)", command) for cell in parse("pruner", given)]
+    (quantizer,) = re.findall(r"--quantizer (\S+)", command)
+    cells = grid([pruned, parse("quantizer", quantizer)])
+    assert len(jobs_of(cells, tmp_path / "trained.toml", 1, None, None, tmp_path)) == 2 * len(pruned)
 
 
 def test_a_base_that_is_no_recipe_is_told_by_its_name(run, tmp_path):

@@ -75,6 +75,11 @@ class Quantizer(Strategy, ABC):
         """Whether batch norm has to be there still, so that `compare` must not merge it first."""
         return False
 
+    @property
+    def goes_behind_another(self) -> bool:
+        """Whether it leaves the formats of a quantizer before it; `compare` refuses to quantize anew by any other."""
+        return False
+
 
 def values_of(annotation: Any) -> str:
     """The type of an option as users write its values: `true, false or activations`, `{ name = int, ... }`."""

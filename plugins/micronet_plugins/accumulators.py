@@ -44,6 +44,10 @@ class Accumulators(Quantizer):
     overflow: float = Field(0, ge=0, lt=1, description="share of a layer's sums that need not fit")
     batches: int = Field(16, gt=0, description="batches of training data whose sums are looked at")
 
+    @property
+    def goes_behind_another(self) -> bool:
+        return True
+
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         try:
             graph = traced(self._quantized(model, context)).eval()

@@ -30,6 +30,10 @@ class Biases(Quantizer):
     bits: int = Field(16, ge=2, le=24, description="bits of a bias")
     scale_bits: Literal[16, 32] = Field(32, description="bits of the scales of weights")
 
+    @property
+    def goes_behind_another(self) -> bool:
+        return True
+
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         model = copied(merged(model, context.example_input))
         if self.scale_bits == 16:

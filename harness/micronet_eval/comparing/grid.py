@@ -16,7 +16,7 @@ from micronet_eval import plugins
 from micronet_eval.comparing.jobs import Job
 from micronet_eval.errors import InputError, printable
 from micronet_eval.isolation import AUTO, Isolation
-from micronet_eval.recipe import Recipe, configured
+from micronet_eval.recipe import Recipe, configured, named_stages
 from micronet_eval.strategy import Quantizer
 from micronet_eval.submission import bounded, checked, read_table, told_apart
 from micronet_eval.training import Training
@@ -123,11 +123,13 @@ def jobs_of(
     """A job for each cell and seed, on the network that the recipe `base` trains.
 
     Behind each strategy comes `fine_tune`, the options of a training stage; quantizers come behind merged batch norm,
-    unless they want it as it is. Raises InputError where the recipe or the options of training are wrong.
+    unless they want it as it is. Raises InputError where the recipe or the options of training are wrong, and where the
+    recipe quantizes what is to be pruned or quantized.
     """
     found: list[Job] = []
     recipe = read_table(base)
-    checked(recipe, Recipe, base)
+    given = named_stages(checked(recipe, Recipe, base).stages)
+    quantized = next((place for place, stage in given if stage.quantizer is not None), "")
     if fine_tune:
         checked(fine_tune, Training, "--fine-tune")
     stages = recipe.get("stages", [])
@@ -135,6 +137,8 @@ def jobs_of(
         more: list[dict[str, Any]] = []
         for kind, name, options in cell:
             strategy = configured(kind, name, options, f"{kind} {name}")
+            if quantized and not (isinstance(strategy, Quantizer) and strategy.goes_behind_another):
+                raise InputError(f"--on {base} quantizes already ({quantized}); give a recipe that only trains")
             if isinstance(strategy, Quantizer) and not strategy.wants_batch_norm:
                 more.append({"merge": "batch-norm"})
             more += [{kind: name, **options}] + ([{"train": dict(fine_tune)}] if fine_tune else [])
