@@ -16,7 +16,7 @@ from torch import nn
 
 from micronet_eval.errors import InputError
 from micronet_eval.merge import merged
-from micronet_eval.plugins import check_options
+from micronet_eval.plugins import check_options, unknown
 from micronet_eval.structure import changes
 from micronet_eval.submission import build, read_manifest
 
@@ -103,7 +103,11 @@ def test_a_manifest_that_is_no_text(refused, submission):
         ('name = "small"\n', 'name = ""\n', "field 'name': String should have at least 1 character"),
         ('name = "wide-resnet"\n', "", "field 'architecture.name': Field required (add this field)"),
         ('name = "small"\n', 'name = "small"\ncolour = 1\n', "field 'colour': Extra inputs are not permitted (remove"),
-        ('authors = [\n    "test",\n]', "authors = 3", "field 'authors': Input should be a valid list"),
+        (
+            'authors = [\n    "test",\n]',
+            "authors = 3",
+            "field 'authors': Input should be a valid list (write it in brackets",
+        ),
         ("[provenance]", "[claims]\nscore = -1\n[provenance]", "field 'claims.score': Input should be greater than 0"),
         ("[provenance]", "[claims]\nquality = nan\n[provenance]", "field 'claims.quality': Input should be a finite"),
         ("[provenance]", "[claims]\nquality = 80\n[provenance]", "field 'claims.quality': Input should be less than"),
@@ -126,6 +130,18 @@ def test_a_broken_manifest(refused, submission, before, after, message):
     edit(submission / MANIFEST, before, after)
     assert f"{submission / MANIFEST}" in (error := refused(submission))
     assert message in error
+
+
+def test_a_byte_order_mark_is_no_fault(run, submission):
+    (submission / MANIFEST).write_bytes(b"\xef\xbb\xbf" + (submission / MANIFEST).read_bytes())
+    assert run("validate", submission)[2] == ""
+    assert read_manifest(submission).name == "small"
+
+
+def test_a_name_that_is_not_known_beside_many_that_are():
+    listed = ", ".join(map(str, range(20)))
+    assert unknown("module", "no", map(str, range(1000))) == f"unknown module 'no'; known: {listed} and 980 more"
+    assert unknown("option", "x", []) == "unknown option 'x'; none is known"
 
 
 def test_an_architecture_that_returns_no_module(refused, register, submission):
@@ -484,9 +500,25 @@ def test_an_unknown_strategy(refused):
         ("parameters = 40_000", "parameters = 1", "1 parameters cannot be reached"),
         ("parameters = 40_000", "parameters = 40_000\nmacs = 1", "1 MACs cannot be reached"),
         ("sparsity = 0.5", "sparsety = 0.5", "field 'stages.2': sparsifier magnitude: "),
-        ('merge = "batch-norm"', 'merge = "batch-norm"\npruner = "low-rank"', "field 'stages.3': Value error, a stage"),
-        ('merge = "batch-norm"', "", "field 'stages.3': Value error, a stage has exactly one of: train, statistics"),
-        ('merge = "batch-norm"', 'merging = "batch-norm"', "field 'stages.3': Value error, a stage has exactly one"),
+        ('merge = "batch-norm"', 'merge = "batch-norm"\npruner = "low-rank"', "field 'stages.3': a stage has"),
+        ('merge = "batch-norm"', "", "field 'stages.3': a stage has exactly one of: train, statistics"),
+        ('merge = "batch-norm"', 'merging = "batch-norm"', "field 'stages.3': unknown stage 'merging'; nearest: merge"),
+        (
+            'pruner = "low-rank"',
+            'pruner = "fixed-point"',
+            "field 'stages.0': 'fixed-point' is no pruner, but a quantizer",
+        ),
+        ('pruner = "low-rank"', 'pruner = "gradual"', "field 'stages.0': 'gradual' is no pruner, but a sparsifier"),
+        (
+            'sparsifier = "magnitude"',
+            'sparsifier = "magnitud"',
+            "field 'stages.2': unknown sparsifier 'magnitud'; near",
+        ),
+        (
+            "statistics = { batches = 1 }",
+            "train = { epochs = 1, learning_rate = 1, distill = { teacher = 'nowhere' } }",
+            "field 'stages.1': teacher: nowhere is no folder",
+        ),
         ('merge = "batch-norm"', 'merge = "batch-norm"\nall = 1', "only a strategy has options, not: all"),
         ("statistics = { batches = 1 }", "train = { epochs = 0, learning_rate = 1 }", "'stages.1.train.epochs'"),
         ("statistics = { batches = 1 }", "train = { learning_rate = 1 }", "'stages.1.train.epochs': Field required"),

@@ -425,7 +425,7 @@ def test_frequencies_of_the_manifest_weigh_the_clusters(text, tiny, tmp_path, ru
     assert mixed.math.ops32 == pytest.approx(0.25 * cheap.math.ops32 + 0.75 * dear.math.ops32)
     assert mixed.storage == cheap.storage
     for clusters, message in (
-        ("[0.5, 0.6]", "field 'frequencies.clusters': Value error, the shares must sum to 1, not 1.1"),
+        ("[0.5, 0.6]", "field 'frequencies.clusters': the shares must sum to 1, not 1.1"),
         ("[0.5, 0.25, 0.25]", "field 'frequencies.clusters': 3 shares, but the model has 2 clusters"),
     ):
         manifest.write_text(before + f"\n[frequencies]\nclusters = {clusters}\n")

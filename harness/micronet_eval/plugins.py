@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from micronet_eval.costs import Formula
 
 Kind = Literal["pruner", "sparsifier", "quantizer", "task", "architecture", "cost", "executor"]
+STRATEGIES: tuple[Kind, ...] = ("pruner", "sparsifier", "quantizer")
+MOST_KNOWN = 20  # names that a message lists
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,23 @@ def add_commands(cli: Any) -> None:
 
 
 def lookup(kind: Kind, name: str) -> Any:
-    """What is registered under a name. Raises InputError that lists the nearest names."""
+    """What is registered under a name. Raises InputError that lists the nearest names, or says what it is instead."""
     known = registered(kind)
     if name not in known:
+        others = [other for other in STRATEGIES if name in registered(other)] if kind in STRATEGIES else []
+        if others:
+            raise InputError(f"{name!a} is no {kind}, but a {' and a '.join(others)}")
         raise InputError(unknown(kind, name, known))
     return known[name].thing
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence about a name that is not known, with the nearest ones that are."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, cutoff=0.5)
-    return f"unknown {kind} {name[:100]!a}; {'nearest' if near else 'known'}: {', '.join(near or known)}"
+    """One sentence about a name that is not known, with the nearest ones that are, or else the first ones."""
+    known, told = list(known), f"unknown {kind} {name[:100]!a}"
+    if near := difflib.get_close_matches(name, known, cutoff=0.5):
+        return f"{told}; nearest: {', '.join(near)}"
+    more = f" and {len(known) - MOST_KNOWN:,} more" if len(known) > MOST_KNOWN else ""
+    return f"{told}; known: {', '.join(known[:MOST_KNOWN])}{more}" if known else f"{told}; none is known"
 
 
 def check_options(builder: Callable[..., Any], options: Mapping[str, Any], before: str = "") -> None:

@@ -78,7 +78,6 @@ from micronet_eval.task import METRICS, DataMissing, Task
 from micronet_eval.trace import Example, trace, trace_each
 from micronet_eval.training import LARGEST_BATCH, Ensemble, Log, Training, loader, logits_of, mix, train
 
-STRATEGIES: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
 NOISE_EXAMPLES = 256
 
 TRAINED = "trained.safetensors"
@@ -138,15 +137,18 @@ class Stage(BaseModel):
 
     @model_validator(mode="after")
     def _one(self) -> Stage:
-        if len(self.model_fields_set & set(type(self).model_fields)) != 1:
-            raise ValueError(f"a stage has exactly one of: {', '.join(type(self).model_fields)}")
-        if self.strategy_kind is None and self.__pydantic_extra__:
-            raise ValueError(f"only a strategy has options, not: {', '.join(self.__pydantic_extra__)}")
+        known, options = type(self).model_fields, [*(self.__pydantic_extra__ or {})]
+        if options and not self.model_fields_set & set(known):
+            raise ValueError(plugins.unknown("stage", options[0], known))
+        if len(self.model_fields_set & set(known)) != 1:
+            raise ValueError(f"a stage has exactly one of: {', '.join(known)}")
+        if self.strategy_kind is None and options:
+            raise ValueError(f"only a strategy has options, not: {', '.join(options)}")
         return self
 
     @property
     def strategy_kind(self) -> plugins.Kind | None:
-        return next((kind for kind in STRATEGIES if getattr(self, kind) is not None), None)
+        return next((kind for kind in plugins.STRATEGIES if getattr(self, kind) is not None), None)
 
     def __str__(self) -> str:
         (field,) = self.model_fields_set & set(type(self).model_fields)
@@ -335,7 +337,8 @@ class _Run:
             self.task: Task = plugins.lookup("task", recipe.task)
             _check(recipe, self.task)
             self.training, self.held_out = data_of(recipe, self.task, data)
-            self.teachers = {folder: _teacher(folder, self.task, recipe) for folder in _teachers(recipe)}
+            teachers = _teachers(recipe).items()
+            self.teachers = {folder: _teacher(folder, place, self.task, recipe) for folder, place in teachers}
         except (InputError, DataMissing) as error:
             raise InputError(f"{path}: {error}") from error
         if recipe.architecture.file is not None:
@@ -506,19 +509,23 @@ def _check(recipe: Recipe, task: Task) -> None:
             raise InputError(f"field '{name}': {error}") from error
 
 
-def _teachers(recipe: Recipe) -> set[str]:
-    """The folders of submissions that some stage learns from."""
-    each = (stage.train.distill for _, stage in named_stages(recipe.stages) if stage.train is not None)
-    return {folder for distill in each if distill is not None for folder in distill.folders}
+def _teachers(recipe: Recipe) -> dict[str, str]:
+    """The folders of submissions that some stage learns from, each with the place of the first such stage."""
+    each = ((place, stage.train.distill) for place, stage in named_stages(recipe.stages) if stage.train is not None)
+    found = [(folder, place) for place, distill in each if distill is not None for folder in distill.folders]
+    return dict(reversed(found))
 
 
-def _teacher(folder: str, task: Task, recipe: Recipe) -> nn.Module:
+def _teacher(folder: str, place: str, task: Task, recipe: Recipe) -> nn.Module:
     """The model in a submission's folder. By the recipe there, if there is one, it must not know what is held out."""
-    opened = open_submission(folder)
-    if opened.task.name != task.name:
-        raise InputError(f"the teacher in {folder} was trained for the task {opened.task.name}, not {task.name}")
-    if recipe.validation and (Path(folder) / RECIPE).exists():
-        _check_unseen(folder, read_toml(Path(folder) / RECIPE, Recipe), recipe)
+    try:
+        opened = open_submission(folder)
+        if opened.task.name != task.name:
+            raise InputError(f"the teacher in {folder} was trained for the task {opened.task.name}, not {task.name}")
+        if recipe.validation and (Path(folder) / RECIPE).exists():
+            _check_unseen(folder, read_toml(Path(folder) / RECIPE, Recipe), recipe)
+    except InputError as error:
+        raise InputError(f"field '{place}': teacher: {error}") from error
     return opened.model
 
 
@@ -583,7 +590,10 @@ def strategy_of(stage: Stage, place: str) -> Strategy | None:
 
 def configured(kind: plugins.Kind, name: str, options: Mapping[str, Any], place: str) -> Strategy:
     """A strategy with options. Raises InputError that begins with the `place` where one is unknown or out of range."""
-    strategy: type[Strategy] = plugins.lookup(kind, name)
+    try:
+        strategy: type[Strategy] = plugins.lookup(kind, name)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
     try:
         return strategy(**options)
     except ValidationError as error:

@@ -173,7 +173,7 @@ def checked(table: Mapping[str, Any], model: type[Model], path: str | Path) -> M
 def read_table(path: Path, number: Callable[[str], Any] = float) -> dict[str, Any]:
     """A TOML file as it is, with fractions as `number`. Raises InputError that names the file."""
     try:
-        text = read_whole(path, TABLE_LIMIT).decode()
+        text = read_whole(path, TABLE_LIMIT).decode("utf-8-sig")  # some editors put a mark in front
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -223,8 +223,15 @@ def _fault(path: str | Path, fault: Any) -> str:
 def faults_of(fault: Any) -> tuple[str, str]:
     """The field that a fault of pydantic is about, and what is wrong, with the mend."""
     field = ".".join(str(part) for part in fault["loc"])[:200]
-    mend = {"missing": "add this field", "extra_forbidden": "remove it or mend its spelling"}.get(fault["type"])
-    return f"field {field!r}", f"{fault['msg']}{f' ({mend})' if mend else ''}"
+    mend = _MENDS.get(fault["type"])
+    return f"field {field!r}", f"{fault['msg'].removeprefix('Value error, ')}{f' ({mend})' if mend else ''}"
+
+
+_MENDS = {
+    "missing": "add this field",
+    "extra_forbidden": "remove it or mend its spelling",
+    "list_type": "write it in brackets: [...]",
+}
 
 
 def read_manifest(folder: Path) -> Manifest:
