@@ -319,6 +319,15 @@ def test_the_names_of_the_library():
         assert callable(getattr(micronet_eval, name)) or name == "RULES"
     with pytest.raises(AttributeError, match="has no attribute 'evalute'"):
         _ = micronet_eval.evalute
+    assert set(micronet_eval.__all__) <= set(dir(micronet_eval))
+
+
+def test_a_kind_that_is_none_in_python(tmp_path):
+    with pytest.raises(micronet_eval.InputError, match=r"^unknown kind 'pruners'; nearest: pruner"):
+        micronet_eval.registered("pruners")
+    with pytest.raises(micronet_eval.InputError, match=r"^unknown kind of strategy 'task'; known: pruner, "):
+        micronet_eval.new_plugin("task", "x", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from micronet_eval.checking import check
     from micronet_eval.comparing import Comparison, compare
     from micronet_eval.diffing import diff
+    from micronet_eval.errors import InputError, SubmissionError
     from micronet_eval.evaluation import Report, evaluate, score
     from micronet_eval.explaining import explain
     from micronet_eval.importing import import_weights
@@ -34,6 +35,7 @@ _ROOMS = {
     "checking": ("check",),
     "comparing": ("Comparison", "compare"),
     "diffing": ("diff",),
+    "errors": ("InputError", "SubmissionError"),
     "evaluation": ("Report", "evaluate", "score"),
     "explaining": ("explain",),
     "importing": ("import_weights",),
@@ -60,11 +62,18 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"micronet_eval.{room}"), name)
 
 
+def __dir__() -> list[str]:
+    """What a notebook completes: all names, imported already or not."""
+    return sorted(__all__)
+
+
 __all__ = [
     "RULES",
     "Comparison",
+    "InputError",
     "Report",
     "Search",
+    "SubmissionError",
     "check",
     "compare",
     "compress",

@@ -17,8 +17,10 @@ from micronet_eval.errors import InputError
 def new_plugin(kind: plugins.Kind, name: str, folder: str | Path) -> None:
     """Writes a package with the strategy `name`, its tests and its README into `folder`, which must not exist yet.
 
-    Raises InputError where the name cannot be used or the folder cannot be written.
+    Raises InputError where the kind is none of a strategy, the name cannot be used or the folder cannot be written.
     """
+    if kind not in plugins.STRATEGIES:
+        raise InputError(plugins.unknown("kind of strategy", kind, plugins.STRATEGIES))
     module = name.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or keyword.iskeyword(module):
         raise InputError(f"{name!r} is no name for a package; use small letters, digits and hyphens, as in my-{kind}")

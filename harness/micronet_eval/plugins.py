@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pluggy
 
@@ -51,7 +51,9 @@ def packages() -> Mapping[Any, tuple[str, str]]:
 
 
 def registered(kind: Kind) -> Mapping[str, Registered]:
-    """All that is registered of one kind, by name. Raises InputError where two plugins use one name."""
+    """All that is registered of one kind, by name. Raises InputError where two plugins use one name, or for no kind."""
+    if kind not in get_args(Kind):
+        raise InputError(unknown("kind", kind, get_args(Kind)))
     plugins = manager()
     found: dict[str, Registered] = {}
     for implementation in getattr(plugins.hook, f"micronet_register_{kind}s").get_hookimpls():
