@@ -75,7 +75,7 @@ def test_a_folder_without_manifest(refused, tmp_path):
         ('task = "digits"', 'task = "digit"', "field 'task': unknown task 'digit'; nearest: digits"),
         ('name = "wide-resnet"', 'name = "wide-resnets"', "unknown architecture 'wide-resnets'; nearest: wide-resnet"),
         ("depth = 10", "depth = 11", "field 'architecture': depth 11"),
-        ("depth = 10", "depth = 10\nsize = 1", "field 'architecture'"),
+        ("depth = 10", "depth = 10\nsize = 1", "field 'architecture.size': unknown option 'size'; known: depth"),
         ("width = 1", "width = 2", "the weights do not fit"),
     ],
 )
