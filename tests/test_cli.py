@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from micronet_eval import cli, evaluate, score
+from micronet_eval.isolation import Limits
 from micronet_eval.plugins import lookup
 from micronet_eval.strategy import Quantizer
 from micronet_eval.tables import to_markdown
@@ -592,3 +593,8 @@ def test_a_progress_bar_on_a_terminal_only(run, submission):
     assert "not zero" in on
     assert "measuring" not in out + err
     assert "\x1b" not in out + err
+
+
+def test_the_help_tells_the_limits_that_are_in_force(run):
+    told = re.search(r"by default (memory=.+); (evaluation=\d+) ", " ".join(run("validate", "--help")[1].split()))
+    assert Limits.parse(",".join(told.groups())) == Limits()

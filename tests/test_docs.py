@@ -74,6 +74,18 @@ def test_the_readme_begins_with_the_set_up_commands():
     assert text[3].strip().startswith("pipx run tox")
 
 
+def test_the_worked_example_of_the_format_prints_what_is_shown(tmp_path, monkeypatch, capsys):
+    code, shown = re.search(
+        r"## A worked example.*?```python\n(.*?)```.*?```text\n(.*?)```",
+        (ROOT / "docs" / "format.md").read_text(),
+        re.S,
+    ).groups()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out == re.sub(r"\n +", "", shown)
+    assert (tmp_path / "tiny.safetensors").stat().st_size == 536
+
+
 def fields_of(table, prefix="", needed=True):
     """The fields of a TOML table, and of tables in it, each with whether it is needed."""
     for name, field in table.model_fields.items():

@@ -57,8 +57,8 @@ _isolation = click.option(
 _limits = click.option(
     "--limits",
     default="",
-    help="Limits of that code, for example memory=4G,cpu=60,wall=60,processes=32,files=256,written=64M; "
-    "evaluation=3600 limits the seconds of a whole evaluation.",
+    help="Limits of that code, NAME=NUMBER,...; by default memory=8G, cpu=120, wall=120, processes=64, files=256, "
+    "written=64M; evaluation=86400 limits the seconds of a whole evaluation.",
 )
 
 
