@@ -208,7 +208,7 @@ def strategy(data: bytes) -> None:
     """Texts of `compare --pruner`, each with --fine-tune. What is accepted is a recipe that says the same."""
     base = _place() / "base.toml"
     if not base.exists():
-        base.write_bytes(RECIPE)
+        base.write_bytes(RECIPE[: RECIPE.index(b"[[stages]]\n[stages.rounds]")])  # nothing goes behind a quantizer
     for kind, text in STRATEGIES.items():
         with suppress(InputError):
             cells = parse(kind, edited(text, data).decode("utf-8", "replace"))

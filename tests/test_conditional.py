@@ -393,7 +393,7 @@ def _tasks_without_data(dataset):
         thing = plugins.lookup(kind, name)
         return replace(thing, dataset=dataset) if kind == "task" else thing
 
-    return SimpleNamespace(lookup=lookup)
+    return SimpleNamespace(**{**vars(plugins), "lookup": lookup})
 
 
 @pytest.mark.parametrize(

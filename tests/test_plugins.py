@@ -109,7 +109,7 @@ def test_without_entry_points_nothing_is_there(monkeypatch):
     empty = plugins.manager.__wrapped__()
     monkeypatch.setattr(plugins, "manager", lambda: empty)
     assert not any(plugins.registered(kind) for kind in KINDS)
-    with pytest.raises(InputError, match=r"unknown task 'digits'; known: $"):
+    with pytest.raises(InputError, match=r"unknown task 'digits'; none is known$"):
         plugins.lookup("task", "digits")
 
 
