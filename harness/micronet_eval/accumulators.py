@@ -92,8 +92,8 @@ def exact_widths(priced: Priced) -> list[tuple[int, int]]:
     if steps is None or grid is None or weight is None or (bias is not None and bias.known is None):
         return []
     own = np.array(steps_of_outputs(product, grid))
-    exponents = {step: exponent for step in set(own.tolist()) if (exponent := exponent_of_shift(step)) is not None}
-    if not own.size or not exponents.keys() >= set(own.tolist()) or any(grid.zeros()):
+    fractions, exponents = np.frexp(own)
+    if not own.size or (fractions != 0.5).any() or any(grid.zeros()):  # of a power of two it is one half
         return []
     codes = product.rows(weight).double().cpu().numpy() / own[:, None]
     if (codes != np.rint(codes)).any():
@@ -102,7 +102,7 @@ def exact_widths(priced: Priced) -> list[tuple[int, int]]:
     positive, negative = codes.clip(min=0).sum(1), -codes.clip(max=0).sum(1)
     low, high = positive * steps.low - negative * steps.high, positive * steps.high - negative * steps.low
     added = 0.0 if bias is None else bias.data.double().flatten().cpu().numpy()  # type: ignore[union-attr]
-    bits = accumulator_bits(low, high, added, steps.exponent + np.array([exponents[step] for step in own.tolist()]))
+    bits = accumulator_bits(low, high, added, steps.exponent + exponents - 1)
     additions = np.maximum(counts - (bias is None), 0) * product.times
     # A formula that another ruleset or a plugin put in the place of ours counts something else.
     if additions.sum() != priced.cost.accumulations:

@@ -264,8 +264,13 @@ def _sources(value: Value, op: Op | None) -> list[_Source]:
     inference needs. *(ours)*
     """
     sources = followed((value, op), _moved_from, _sources_of)
-    return [(v, replace(s, is_index=i) if (i := _only_says_where(s, value, op)) != s.is_index else s, o)
-            for v, s, o in sources]  # fmt: skip
+    return [(source, _as_read(stored, value, op), origin) for source, stored, origin in sources]
+
+
+def _as_read(stored: Stored, value: Value, op: Op | None) -> Stored:
+    """The same but for whether it is an index, which only the operation that reads the constant says."""
+    is_index = _only_says_where(stored, value, op)
+    return stored if is_index == stored.is_index else replace(stored, is_index=is_index)
 
 
 def _only_says_where(stored: Stored, value: Value, op: Op | None) -> bool:

@@ -95,7 +95,8 @@ def _findings(folder: Path, data: Path | None, isolation: Isolation) -> Iterator
     if not folder.is_dir():
         yield _found("folder.exists", folder, "it is no folder")
         return
-    if several := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}") if not (folder / MANIFEST).exists()):
+    several = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    if several and not (folder / MANIFEST).exists():
         mend = f"name one of them: {', '.join(several[:MOST_NAMES])}{', ...' if several[MOST_NAMES:] else ''}"
         yield _found("folder.exists", folder, "it holds submissions, and is none", mend=mend)
         return

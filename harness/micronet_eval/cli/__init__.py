@@ -56,10 +56,9 @@ def _patient(stream: TextIO) -> TextIO:
 def command() -> None:
     """`main` as a process of its own, which ends at once: Python would take a model and all of torch apart first."""
     ends_with: list[int] = []
-    if sys.stdout is not None:
-        sys.stdout = _patient(sys.stdout)
-    if sys.stderr is not None:
-        sys.stderr = _patient(sys.stderr)
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:
+            setattr(sys, name, _patient(stream))
 
     def end() -> None:
         if ends_with:

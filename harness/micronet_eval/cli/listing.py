@@ -26,8 +26,7 @@ def strategies(name: str | None, style: str) -> None:
     """List the installed pruners, sparsifiers and quantizers, or the options of those with one name."""
     from micronet_eval.strategy import values_of
 
-    kinds: tuple[plugins.Kind, ...] = ("pruner", "sparsifier", "quantizer")
-    found = [(key, kind, entry) for kind in kinds for key, entry in plugins.registered(kind).items()]
+    found = [(key, kind, entry) for kind in plugins.STRATEGIES for key, entry in plugins.registered(kind).items()]
     if name is None:
         listing = [
             {"name": key, "kind": kind, "does": _first_line(entry.thing), "package": entry.package}

@@ -94,7 +94,7 @@ def augment(recipe: Path, output: Path, folds: int, trials: int, top: int, examp
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(["pruner", "sparsifier", "quantizer"]))
+@click.argument("kind", type=click.Choice(plugins.STRATEGIES))
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; by default NAME.")
 def new(kind: plugins.Kind, name: str, output: Path | None) -> None:
