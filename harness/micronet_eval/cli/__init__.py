@@ -88,22 +88,10 @@ def main() -> None:
             plugins.add_commands(cli)
             cli()
         finally:
-            _flush()
+            sys.stdout.flush()  # at its own end Python could only say that the disk is full, with status 120
     except (InputError, SubmissionError) as error:
         sys.exit(complain(error))
     except OSError as error:
         sys.exit(complain(refused(error)))
     except _Terminated:
         sys.exit(128 + signal.SIGTERM)
-
-
-def _flush() -> None:
-    """Writes what is left: at its own end Python could only say that it cannot, with status 120.
-
-    Raises OSError where the disk is full.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-        raise
