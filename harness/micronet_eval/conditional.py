@@ -156,8 +156,8 @@ def exact_shares(paths: Sequence[str], shares: Mapping[str, Decimal | float]) ->
 
 @contextmanager
 def taking(model: nn.Module, path: str) -> Iterator[None]:
-    """All examples take `path`, whatever they are."""
-    conditional = conditional_of(model)
+    """All examples take `path`, whatever they are; that without a name is the only one of its model."""
+    conditional = conditional_of(model) if path else None
     if conditional is None:
         yield
         return

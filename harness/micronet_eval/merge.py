@@ -92,7 +92,7 @@ def without_batch_norm(model: nn.Module, but: Container[str] = ()) -> nn.Module:
 def is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether a module is a fixed scale and shift and nothing else: a subclass or a hook may do more."""
     plain = type(module) in _NORMS and not module._forward_hooks and not module._forward_pre_hooks
-    return plain and module.running_mean is not None
+    return plain and module._buffers.get("running_mean") is not None
 
 
 def _is_normalized(op: Op) -> bool:
@@ -265,11 +265,12 @@ def _scales_and_shifts(norms: Iterable[_BatchNorm]) -> dict[_BatchNorm, ScaleAnd
     for together in on_device.values():
         means: list[Tensor] = [norm.running_mean for norm in together]  # type: ignore[misc]
         variances: list[Tensor] = [norm.running_var for norm in together]  # type: ignore[misc]
+        affine = [(norm.weight, norm.bias) for norm in together]
         weights: list[Tensor] = [
-            torch.ones_like(m) if n.weight is None else n.weight for n, m in zip(together, means, strict=True)
+            torch.ones_like(m) if w is None else w for (w, _), m in zip(affine, means, strict=True)
         ]
         biases: list[Tensor] = [
-            torch.zeros_like(m) if n.bias is None else n.bias for n, m in zip(together, means, strict=True)
+            torch.zeros_like(m) if b is None else b for (_, b), m in zip(affine, means, strict=True)
         ]
         sizes = [len(mean) for mean in means]
         mean, variance, weight, bias = (torch.cat(of).double() for of in (means, variances, weights, biases))

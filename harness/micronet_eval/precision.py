@@ -80,7 +80,9 @@ def factor_widths(op: Op, widths: Mapping[Value, int]) -> tuple[int, int]:
 
 def numbers(op: Op) -> tuple[float, ...]:
     """The Python numbers that the elements of a tensor are multiplied by, divided by, or added to."""
-    names = _NUMBERS.get(op.name, {})
+    names = _NUMBERS.get(op.name)
+    if names is None:
+        return ()
     found = (op.arg(position, name, default) for name, (position, default) in names.items())
     used = (n for n in found if isinstance(n, float | int) and not isinstance(n, bool))
     return tuple(n for n in used if op.name in ("aten.mul", "aten.div") or abs(n) != 1)  # alpha = 1 does nothing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -253,16 +253,15 @@ def math_of(operations: Iterable[Priced]) -> Math:
 
 def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module, ...]:
     """The cost of each module in steps, in order of execution; what neither computes nor stores is left out."""
-    dense_ops, sparse_ops, op_bits = (dict[str, Fraction | int]() for _ in range(3))
+    dense_ops, sparse_ops, op_bits = (defaultdict[str, Fraction | int](int) for _ in range(3))
     dense_bits, sparse_bits, bits = (Counter[str]() for _ in range(3))
     widest = FREEBIE_BITS if account.freebie else 64
     for p in account.operations:
-        steps = [(op_bits, p.bits)]
+        op_bits[p.op.module] += p.bits * p.share
         if p.op.name != SCALE_OP:
             whole = dense_cost(p, formulas)
-            steps += [(dense_ops, whole.mults + whole.all_adds), (sparse_ops, p.cost.mults + p.cost.all_adds)]
-        for sums, cost in steps:
-            sums[p.op.module] = sums.get(p.op.module, 0) + cost * p.share
+            dense_ops[p.op.module] += (whole.mults + whole.all_adds) * p.share
+            sparse_ops[p.op.module] += (p.cost.mults + p.cost.all_adds) * p.share
     for tensor, op in account.stored.items():
         module = op.module if op is not None else ""
         bits[module] += tensor.bits(widest).total

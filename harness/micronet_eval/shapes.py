@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -38,16 +39,14 @@ def _plain(*tensors: Tensor) -> bool:
 
 def _in_rows(t: Tensor) -> bool:
     """Contiguous, with the strides of a new tensor: those of dimensions of size 1 can be anything, and are kept."""
-    if not t.is_contiguous():
-        return False
-    if 1 not in t.shape:
-        return True
-    step = 1
-    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
-        if stride != step:
-            return False
-        step *= size
-    return True
+    return t.stride() == _strides(t.shape)
+
+
+@cache
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Those of a new tensor."""
+    steps = accumulate(reversed(shape[1:]), lambda step, size: step * max(size, 1), initial=1)
+    return tuple(steps)[::-1][: len(shape)]
 
 
 def _like(x: Tensor, *numbers: Any, **more: Any) -> Result:

@@ -120,8 +120,8 @@ class Shortcuts:
         self.recorder, self.call_module = recorder, call
         self.called: dict[Any, _Called] = {}
         self.forwards = {kind: kind.forward for kind in KINDS if _is_torchs(kind)}
-        # The names of all that a layer has -> whether its options are among them, and no step of its own.
-        self.whole: dict[Any, bool] = {}
+        # The names of all that a layer has -> their number, whether its options are among them and no step of its own.
+        self.sorts: dict[Any, tuple[int, bool]] = {}
         stand_ins = (stand_in for _, stand_in in recorder.kept.values())
         self.own = {id(t): Layout(t.dtype, t.shape) for t in stand_ins if type(t) is Tensor and not t.is_complex()}
 
@@ -169,10 +169,13 @@ class Shortcuts:
         shape, parameters, buffers = x.shape, attributes["_parameters"], attributes["_buffers"]
         options, is_usual = KINDS[kind]
         names = kind, *attributes, *parameters, *buffers
-        if names not in self.whole:
+        sort = self.sorts.get(names)
+        if sort is None:
             others = {*_STEPS, *parameters, *buffers}
-            self.whole[names] = attributes.keys() >= {*options} and attributes.keys().isdisjoint(others)
-        if not self.whole[names] or 0 in shape or _has_hooks(attributes):
+            is_whole = attributes.keys() >= {*options} and attributes.keys().isdisjoint(others)
+            sort = self.sorts[names] = (len(self.sorts), is_whole)
+        number, is_whole = sort
+        if not is_whole or 0 in shape or _has_hooks(attributes):
             return None
         own = self.own
         tensors: dict[str, Any] = {
@@ -188,7 +191,7 @@ class Shortcuts:
         except ValueError:  # more than numbers, text, tuples and lists
             return None
         alike = [None if layout is None else layout.dtype for layout in tensors.values()]
-        return names, len(shape), x.dtype, chosen, *alike
+        return number, len(shape), x.dtype, chosen, *alike
 
     def _learned(self, key: Any, module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Any:
         """Calls the module the long way; keeps what it called if that was one operation, whose result it returns.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -33,14 +34,14 @@ from micronet_eval.shortcuts import Shortcuts
 from micronet_eval.unfused import unfused
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen ones take several times as long to make
 class Buffer:
     """The memory that a tensor lies in. Views and in-place results lie in one and the same."""
 
     bytes: int
 
 
-@dataclass(eq=False)  # frozen ones take several times as long to make
+@dataclass(eq=False)
 class Value:
     """A tensor at one moment of the run. In-place operations make a new value; a value never changes.
 
@@ -169,9 +170,7 @@ class Op:
     @cached_property
     def named(self) -> dict[str, Any]:
         """All arguments by the names that the operation's schema gives them."""
-        schema = getattr(self.func, "_schema", None)
-        names = [a.name for a in schema.arguments] if schema is not None else []
-        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+        return {**dict(zip(_argument_names(self.func), self.args, strict=False)), **self.kwargs}
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def trace(model: nn.Module, example_input: Example) -> Trace:
 def trace_each(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     """As `trace`, of several forward passes one after the other; the operations of each belong to the path it names."""
     for example in examples.values():
-        _check(model, example)
+        _check(example)
     with uncollected(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return _trace(model, examples)
@@ -271,10 +270,8 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _check(model: nn.Module, example_input: Example) -> None:
-    """Raises InputError for what cannot be traced at all."""
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise InputError("a TorchScript module shows none of its operations; give the original module")
+def _check(example_input: Example) -> None:
+    """Raises InputError for what no model runs on."""
     given = example_input if isinstance(example_input, Tensor | Sequence | Mapping) else None
     if any(isinstance(item, Tensor) and item.layout != torch.strided for item in tree_flatten(given)[0]):
         raise InputError("the example input is sparse or nested; give a dense one with the shape of one example")
@@ -285,6 +282,8 @@ def _check(model: nn.Module, example_input: Example) -> None:
 def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     recorder = _Recorder()
     modules = {module: name for name, module in model.named_modules()}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        raise InputError("a TorchScript module shows none of its operations; give the original module")
     for kind in ("_parameters", "_buffers"):
         for module, path in modules.items():
             for name, tensor in getattr(module, kind).items():
@@ -337,6 +336,10 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
             yield from tensors_in(list(item.values()))
 
 
+_USUAL = (Tensor, nn.Parameter)
+"""Types of tensors that are no wrappers."""
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records operations. Tensors are known by identity and kept alive, so that an identity stays unique."""
 
@@ -348,12 +351,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.path: list[str] = []
         self.branch = ""
         self.values: dict[int, Value] = {}
-        self.alive: list[Tensor] = []
-        self.sharing: dict[int, list[Tensor]] = {}
         self.inputs: tuple[Value, ...] = ()
         self.nodes: dict[Value, str] = {}
         self.buffers: dict[Value, Buffer] = {}
-        self.memory: dict[int, Buffer] = {}  # by storage
+        self.memory: dict[int, tuple[Buffer, list[Tensor]]] = {}  # by storage, with the tensors on it
         self.overwritten: dict[int, tuple[Value, Op]] = {}  # constants that were written into since, by what
         self.made: dict[Any, list[Value]] = {}  # what was folded, so that each layer's mask is made, and held, once
         self.returned: dict[Any, tuple[Any, ...]] = {}  # shape, strides, dtype that torch's slow kernels gave
@@ -367,14 +368,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def bind(self, tensor: Tensor, value: Value) -> Tensor:
         storage = tensor.untyped_storage()
-        memory = storage._cdata
+        memory = self.memory.get(storage._cdata)
+        if memory is None:
+            memory = self.memory[storage._cdata] = (Buffer(storage.nbytes()), [])
+        buffer, sharing = memory
         if id(tensor) not in self.values:
-            self.alive.append(tensor)
-            self.sharing.setdefault(memory, []).append(tensor)
-        if memory not in self.memory:
-            self.memory[memory] = Buffer(storage.nbytes())
+            sharing.append(tensor)
         self.values[id(tensor)] = value
-        self.buffers[value] = self.memory[memory]
+        self.buffers[value] = buffer
         return tensor
 
     def known(self, name: str, tensor: Tensor, bits: int | None = None) -> Tensor:
@@ -382,17 +383,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         A tensor subclass stands for the tensors inside of it: its own code runs on their stand-ins.
         """
-        if id(tensor) not in self.kept and is_traceable_wrapper_subclass(tensor):
+        if id(tensor) in self.kept:
+            return self.kept[id(tensor)][1]
+        stand_in: Tensor
+        if type(tensor) not in _USUAL and is_traceable_wrapper_subclass(tensor):
             names, context = tensor.__tensor_flatten__()
             inner = {n: self.known(f"{name}.{n}", getattr(tensor, n), _meant_bits(context)) for n in names}
-            whole = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
-            self.kept[id(tensor)] = tensor, whole
-        if id(tensor) not in self.kept:
-            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            stand_in = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+        else:
+            stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             meant = bits if bits is not None and _fits(tensor, bits) else None
-            self.bind(meta, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach(), bits=meant))
-            self.kept[id(tensor)] = tensor, meta
-        return self.kept[id(tensor)][1]
+            self.bind(stand_in, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach(), bits=meant))
+        self.kept[id(tensor)] = tensor, stand_in
+        return stand_in
 
     def input(self, tensor: Tensor) -> Tensor:
         meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -414,12 +417,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Runs an operation on tensors that are known, in whose places it reads these values, and records it."""
         written = _written(func, args, kwargs)
         before = [self.value(tensor) for tensor in written]
-        constants = [v for v in before if v.is_constant]
-        self.rewritten |= {v.name or f"a constant of {self.path[-1] if self.path else ''!r}": None for v in constants}
-        op = Op(_name(func), self.path[-1] if self.path else "", read, read_by_name, func=func, path=self.branch)
+        module = self.path[-1] if self.path else ""
+        for value in before:
+            if value.is_constant:
+                self.rewritten[value.name or f"a constant of {module!r}"] = None
+        op = Op(_name(func), module, read, read_by_name, func=func, path=self.branch)
         result = self._execute(func, op, args, kwargs)
         outputs = _leaves((result,), Tensor)
-        if op.name not in FILLS and not all(v.is_constant for v in (*op.inputs, *before)):
+        if op.name not in FILLS and any(v.data is None for v in (*op.inputs, *before)):
             op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
             self.ops.append(op)
             self.last = func, args, kwargs, result
@@ -460,7 +465,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Where that was a constant before, a part of it may be left: who reads the tensor next reads both.
         """
-        for tensor in self.sharing[written.untyped_storage()._cdata]:
+        for tensor in self.memory[written.untyped_storage()._cdata][1]:
             before = self.value(tensor)
             if before.is_constant and tensor is not written:
                 self.overwritten[id(tensor)] = before, op
@@ -472,7 +477,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         What the model owns stays as it is, and so does what an operation has read before.
         """
         copies: dict[int, torch.UntypedStorage] = {}
-        for tensor in self.sharing[written.untyped_storage()._cdata]:
+        for tensor in self.memory[written.untyped_storage()._cdata][1]:
             before = self.values[id(tensor)]
             if before.data is None:
                 continue
@@ -584,6 +589,12 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 @cache
+def _argument_names(func: Any) -> tuple[str, ...]:
+    schema = getattr(func, "_schema", None)
+    return tuple(argument.name for argument in schema.arguments) if schema is not None else ()
+
+
+@cache
 def _outs(func: Any) -> frozenset[str]:
     """The names of the arguments that an operation only writes into."""
     schema = getattr(func, "_schema", None)
@@ -608,11 +619,16 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 _NESTED = (list, tuple)
 
+_SIMPLE = frozenset({int, float, bool, type(None)})
+"""Types of most arguments that are no tensors."""
+
 
 def _leaves(items: Sequence[Any], kind: Any) -> list[Any]:
     """What of a kind lies in lists and tuples of any nesting, in order. Arguments and results hold nothing else."""
     found = []
     for item in items:
+        if type(item) in _SIMPLE:
+            continue
         if isinstance(item, kind):
             found.append(item)
         elif isinstance(item, _NESTED):
@@ -628,11 +644,14 @@ def changed(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """The same arguments with everything of a kind changed, in lists, tuples and dicts of any nesting."""
     if isinstance(item, kind):
         return change(item)
-    if isinstance(item, list):
-        return [changed(part, kind, change) for part in item]
-    if isinstance(item, tuple):
-        return tuple([changed(part, kind, change) for part in item])
-    return {name: changed(part, kind, change) for name, part in item.items()} if isinstance(item, dict) else item
+    if isinstance(item, dict):
+        return {name: changed(part, kind, change) for name, part in item.items()} if item else item
+    if not item or not isinstance(item, _NESTED):
+        return item
+    parts = [part if type(part) in _SIMPLE else changed(part, kind, change) for part in item]
+    if all(map(is_, parts, item)):
+        return item
+    return parts if isinstance(item, list) else tuple(parts)
 
 
 def _meant_bits(context: Any) -> int | None:
@@ -668,6 +687,9 @@ def _evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+_CONTAINERS = frozenset({list, dict, set})
+
+
 @contextmanager
 def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None]:
     """Stand-ins in the place of all parameters and buffers, and afterwards everything in every module as it was.
@@ -676,16 +698,18 @@ def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None
     """
     before = [(vars(module), dict(vars(module))) for module in modules]
     held_in = (held for _, table in before for held in table.values())
-    contents = [(held, held.copy()) for held in held_in if type(held) in (list, dict, set)]
+    contents = [(held, held.copy() if held else ()) for held in held_in if type(held) in _CONTAINERS]
     for module in modules:
         for table in (module._parameters, module._buffers):
-            table.update({name: recorder.kept[id(t)][1] for name, t in table.items() if t is not None})  # type: ignore[misc]
+            if table:
+                table.update({name: recorder.kept[id(t)][1] for name, t in table.items() if t is not None})  # type: ignore[misc]
     try:
         yield
     finally:
         for held, content in (*before, *contents):
-            held.clear()
-            held.extend(content) if isinstance(held, list) else held.update(content)
+            if held or content:  # most were and are empty
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
 
 
 @contextmanager
