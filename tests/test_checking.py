@@ -43,6 +43,7 @@ def test_lower_is_better_for_a_perplexity(report):
 @pytest.mark.parametrize(
     ("option", "limit", "told"),
     [
+        ("--max-score", "-1", "--max-score -1 is below every score"),
         ("--min-quality", "99", "--min-quality 99 is no share; write for example 0.94"),
         ("--min-quality", "nan", "--min-quality nan is no limit"),
         ("--max-score", "inf", "--max-score inf is no limit"),

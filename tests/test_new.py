@@ -63,6 +63,8 @@ def test_nothing_of_the_template_is_left(kind, package, tmp_path):
         ("../mine", "small letters"),
         ("class", "small letters"),
         ("low-rank", "there is a pruner 'low-rank' already"),
+        ("torch", "would hide Python's or another's module 'torch'"),
+        ("dataclasses", "would hide"),
     ],
 )
 def test_a_name_that_cannot_be(run, tmp_path, monkeypatch, name, message):

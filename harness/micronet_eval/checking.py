@@ -37,6 +37,8 @@ def check_limits(folder: str | Path, max_score: float | None = None, min_quality
     for option, limit in (("--max-score", max_score), ("--min-quality", min_quality)):
         if limit is not None and not math.isfinite(limit):
             raise InputError(f"{option} {limit:g} is no limit; write a finite number")
+    if max_score is not None and max_score < 0:
+        raise InputError(f"--max-score {max_score:g} is below every score; write a positive number")
     if min_quality is not None and not 0 <= min_quality <= 1:
         task = task_of(read_manifest(Path(folder)), Path(folder) / MANIFEST)
         if not METRICS[task.metric].lower_is_better:

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -26,6 +27,8 @@ def new_plugin(kind: plugins.Kind, name: str, folder: str | Path) -> None:
         raise InputError(f"{name!r} is no name for a package; use small letters, digits and hyphens, as in my-{kind}")
     if name in (known := plugins.registered(kind)):
         raise InputError(f"there is a {kind} {name!r} already, from {known[name].package}; choose another name")
+    if (installed := find_spec(module)) is not None and installed.origin is not None:
+        raise InputError(f"the package would hide Python's or another's module {module!r}; choose another name")
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists already; name another folder by -o")

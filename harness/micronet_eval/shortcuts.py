@@ -18,15 +18,17 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 
 
-class Layout(NamedTuple):
-    """The type and the size of a tensor."""
+class Held(Protocol):
+    """What the recorder knows of a tensor; what the model keeps has data, and no operation made it."""
 
     dtype: torch.dtype
-    shape: torch.Size
+    shape: tuple[int, ...]
+    data: Tensor | None
+    producer: Any
 
 
-Layouts = Mapping[str, Layout | None]
-"""Those of the parameters and buffers of a layer."""
+Tensors = Mapping[str, Held | None]
+"""The parameters and buffers of a layer."""
 
 INPUT = ""
 """The name of a layer's input among its tensors."""
@@ -35,13 +37,13 @@ GROUPS = "groups"
 """Is an argument of the operation, under the same name, and changes nothing else."""
 
 
-def _is_usual_convolution(attributes: Mapping[str, Any], tensors: Layouts, shape: torch.Size) -> bool:
+def _is_usual_convolution(attributes: Mapping[str, Any], tensors: Tensors, shape: torch.Size) -> bool:
     """Others pad by the size of the weight, or by an operation of its own."""
     padding, groups = attributes["padding"], attributes[GROUPS]
     return attributes["padding_mode"] == "zeros" and type(padding) is tuple and type(groups) is int
 
 
-def _is_usual_norm(attributes: Mapping[str, Any], tensors: Layouts, shape: torch.Size) -> bool:
+def _is_usual_norm(attributes: Mapping[str, Any], tensors: Tensors, shape: torch.Size) -> bool:
     """It normalizes by statistics, and all it has fits the channels; torch checks that before it is one operation."""
     mean, variance, weight, bias = map(tensors.__getitem__, ("running_mean", "running_var", "weight", "bias"))
     if attributes["training"] or mean is None or variance is None:
@@ -51,7 +53,7 @@ def _is_usual_norm(attributes: Mapping[str, Any], tensors: Layouts, shape: torch
     return mean.shape == variance.shape == channels and others_fit
 
 
-def _is_usual(attributes: Mapping[str, Any], tensors: Layouts, shape: torch.Size) -> bool:
+def _is_usual(attributes: Mapping[str, Any], tensors: Tensors, shape: torch.Size) -> bool:
     return True
 
 
@@ -59,7 +61,7 @@ class Kind(NamedTuple):
     """The attributes that the operation depends on, beside tensors, and what has to hold for it to be just that."""
 
     options: tuple[str, ...]
-    is_usual: Callable[[Mapping[str, Any], Layouts, torch.Size], bool] = _is_usual
+    is_usual: Callable[[Mapping[str, Any], Tensors, torch.Size], bool] = _is_usual
 
 
 KINDS: Mapping[type[nn.Module], Kind] = {
@@ -92,7 +94,6 @@ class Recorder(Protocol):
     """What the recorder of a trace has to tell: the tensors that it knows, and the last operation that it recorded."""
 
     values: dict[int, Any]
-    kept: dict[int, tuple[Tensor, Tensor]]
     ops: list[Any]
     folded: int
     last: Any
@@ -122,8 +123,6 @@ class Shortcuts:
         self.forwards = {kind: kind.forward for kind in KINDS if _is_torchs(kind)}
         # The names of all that a layer has -> their number, whether its options are among them and no step of its own.
         self.sorts: dict[Any, tuple[int, bool]] = {}
-        stand_ins = (stand_in for _, stand_in in recorder.kept.values())
-        self.own = {id(t): Layout(t.dtype, t.shape) for t in stand_ins if type(t) is Tensor and not t.is_complex()}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns."""
@@ -177,20 +176,20 @@ class Shortcuts:
         number, is_whole = sort
         if not is_whole or 0 in shape or _has_hooks(attributes):
             return None
-        own = self.own
+        values = self.recorder.values
         tensors: dict[str, Any] = {
-            name: None if tensor is None else own.get(id(tensor), _FOREIGN)
+            name: None if tensor is None else values.get(id(tensor), _FOREIGN)
             for table in (parameters, buffers)
             for name, tensor in table.items()
         }
-        if _FOREIGN in tensors.values() or not is_usual(attributes, tensors, shape):
+        if not all(map(_is_usual_tensor, tensors.values())) or not is_usual(attributes, tensors, shape):
             return None
         try:
             # With types, for 1 == 1.0 == True, not all of which torch takes.
             chosen = marshal.dumps([attributes[option] for option in options], 2)
         except ValueError:  # more than numbers, text, tuples and lists
             return None
-        alike = [None if layout is None else layout.dtype for layout in tensors.values()]
+        alike = [None if held is None else held.dtype for held in tensors.values()]
         return number, len(shape), x.dtype, chosen, *alike
 
     def _learned(self, key: Any, module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Any:
@@ -216,6 +215,13 @@ class Shortcuts:
         constants = tuple([None if isinstance(arg, Tensor) else arg for arg in args])
         self.called[key] = _Called(function, tuple(names), constants, recorder.folded - folded)
         return returned
+
+
+def _is_usual_tensor(held: Any) -> bool:
+    """Whether a layer has none in a place, or one of the model's own; torch may put off something of complex ones."""
+    if held is None:
+        return True
+    return held is not _FOREIGN and held.producer is None and held.data is not None and not held.dtype.is_complex
 
 
 def _has_hooks(attributes: Mapping[str, Any]) -> bool:
