@@ -311,6 +311,70 @@ def plain(submission):
     return plain
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bool", "float16"])
+def test_a_weight_of_another_dtype_than_the_layer_computes_with(refused, plain, dtype):
+    def change(tensors, formats):
+        name = list(tensors)[-2]  # of the linear layer, which torch runs on the meta device whatever the dtypes
+        tensors[name], formats[name] = torch.ones_like(tensors[name]).to(getattr(torch, dtype)), dtype
+
+    assert f"is {dtype}, but torch.float32 in the architecture" in refused(plain(change))
+
+
+def test_blocks_that_are_higher_than_the_matrix(refused, plain):
+    structure = plain() / WEIGHTS
+    with safe_open(structure, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    told = json.loads(zlib.decompress(tensors["structure"].numpy().tobytes()))
+    name = next(name for name, _, _ in told["tensors"] if tensors[name].dim() == 1)
+    height = tensors.pop(name).numel()
+    told["tensors"] = [[n, f, f"blocks:{height}x1" if n == name else layout] for n, f, layout in told["tensors"]]
+    tensors |= {
+        "structure": as_bytes(zlib.compress(json.dumps(told).encode())),
+        "masks": as_bytes(bytes(-(-height // 8))),
+    }
+    write(structure.parent, tensors)
+    assert f"blocks of {height} x 1 are larger than a tensor" in refused(structure.parent)
+
+
+@pytest.mark.parametrize("shape", [(2**63, 0)])
+def test_a_tensor_of_an_absurd_shape(refused, plain, shape):
+    path = plain() / WEIGHTS
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["more"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data) - 8 - length] * 2}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert WEIGHTS in refused(path.parent)
+
+
+def test_a_number_in_a_layer_that_no_float_can_be(refused, plain):
+    path = plain() / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    told = json.loads(zlib.decompress(tensors["structure"].numpy().tobytes()))
+    told["layers"]["3"] = {"type": "LayerNorm", "normalized_shape": [8], "eps": 10**400}
+    tensors["structure"] = as_bytes(zlib.compress(json.dumps(told).encode()))
+    write(path.parent, tensors)
+    assert "the weights do not fit: int too large" in refused(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('[claims]\nmath = "1e999999999"', "field 'claims.math': the number 1"),
+        ("[claims]\nmath = 0e999999999", "is too large"),
+        ('[paths]\nexit = "1e-16000000"\nfull = "1"', "field 'paths.exit': the number 1"),
+        ('[paths]\n"" = 1.0', "String should have at least 1 character"),
+        ("[frequencies]\nclusters = [1.0]", "field 'frequencies': the task digits has no text"),
+    ],
+)
+def test_what_a_manifest_cannot_say(refused, submission, table, message):
+    manifest = submission / MANIFEST
+    manifest.write_text(manifest.read_text() + f"\n{table}\n")
+    assert message in refused(submission)
+
+
 @pytest.mark.parametrize("layout", ["plain", "dense"])
 def test_unquantized_weights_are_fine(run, plain, layout):
     status, _, err = run(plain(layout=layout))
@@ -580,3 +644,12 @@ def test_an_output_that_is_a_file(refused, submission, tmp_path):
     (tmp_path / "out").write_text("mine")
     assert str(tmp_path / "out") in refused("compress", submission / "recipe.toml", "-o", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_another_recipe_is_not_written_over(refused, submission, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.toml").write_text("# by hand")
+    error = refused("compress", submission / "recipe.toml", "-o", tmp_path / "mine")
+    assert f"{tmp_path / 'mine' / 'recipe.toml'} is another recipe" in error
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["recipe.toml"]
+    assert (tmp_path / "mine" / "recipe.toml").read_text() == "# by hand"

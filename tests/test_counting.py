@@ -571,6 +571,38 @@ def test_masks_and_tables_do_not_deny_the_freebie():
     assert not account(trace(integers(torch.int8), torch.zeros(1, 4)), FORMULAS).freebie
 
 
+@pytest.mark.rule("storage.freebie")
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x, w: torch.where(w, x.unsqueeze(2), -x.unsqueeze(2)).sum(1),
+        lambda x, w: torch.where(w, x.unsqueeze(2).expand(1, 4, 3), 0.0).mean(1),
+        lambda x, w: (x.unsqueeze(2) * w).sum(1),
+    ],
+    ids=["where", "expand", "mul"],
+)
+def test_weights_of_one_bit_deny_the_freebie_whatever_multiplies_them(forward):
+    weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) > 0.5
+    counted = account(trace(Call(lambda x: forward(x * 3.5, weight)), torch.zeros(1, 4)), FORMULAS)
+    assert not counted.freebie
+
+
+def test_a_mask_in_front_of_a_sum_does_not_deny_the_freebie():
+    gate = torch.tensor([True, False, True, False])
+    module = Call(lambda x: (x * 3.5 * gate.view(1, 4, 1)).mean(2))
+    assert account(trace(module, torch.zeros(1, 4, 5)), FORMULAS).freebie
+
+
+@pytest.mark.rule("storage.freebie")
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.int64, 64), (torch.int32, 32), (torch.float64, 16), (torch.float32, 16)]
+)
+def test_the_freebie_is_of_floats(dtype, bits):
+    held = torch.arange(1, 11).to(dtype)
+    counted = account(trace(Call(lambda x: (x.to(dtype) * held).float()), torch.zeros(1, 10)), FORMULAS)
+    assert (counted.freebie, counted.storage.bits) == (True, 10 * bits)
+
+
 MASK = torch.tensor([True, False, True, True])
 
 

@@ -127,6 +127,20 @@ def test_a_ternary_tensor_is_a_mask_and_a_sign_each():
         ternary.encode(torch.tensor([[0.6, 0.3], [0.0, 0.3]]))
 
 
+@pytest.mark.parametrize(
+    ("scale", "zero", "message"),
+    [
+        (torch.tensor([0.5]), torch.tensor([0.5]), "no whole number"),
+        (torch.tensor([0.5]), torch.tensor([1.0]).to(torch.float8_e5m2), "a float of 8 bits"),
+        (torch.tensor([0.5]).to(torch.float8_e4m3fn), None, "a float of 8 bits"),
+    ],
+)
+def test_scales_and_zero_points_that_cannot_be(scale, zero, message):
+    with pytest.raises(OffGrid, match=message):
+        Affine(0, 1, (2,), scale, zero)
+    Affine(0, 1, (2,), torch.tensor([0.5]), torch.tensor([1.0]))
+
+
 def test_values_off_the_grid_are_refused():
     with pytest.raises(OffGrid):
         Affine(-7, 7, (2,), torch.tensor([0.1])).encode(torch.tensor([0.1, 0.15]))

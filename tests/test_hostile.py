@@ -595,7 +595,7 @@ def test_numbers_of_64_bits_in_the_file(own, tmp_path, kind):
         packing.Structure(**{**packed.structure.model_dump(), "tensors": tensors}), packed.streams, values
     )
     packing.write(changed, folder / "weights.safetensors")
-    with pytest.raises(InputError, match=f"tensor 'wide' is {kind}, wider than torch.float32 of the architecture"):
+    with pytest.raises(InputError, match=f"tensor 'wide' is {kind}, but torch.float32 in the architecture"):
         evaluate(folder)
 
 

@@ -202,3 +202,38 @@ def test_the_output_is_a_file(folder, tmp_path, run):
     (tmp_path / "out").write_text("")
     status, _, err = run("import", folder, tmp_path / "state.pt", "-o", tmp_path / "out")
     assert (status, err) == (2, f"micronet-eval: {tmp_path / 'out'} is no folder; name another one to write\n")
+
+
+def test_the_manifest_stays_as_it_was_written(folder, tmp_path, run):
+    (folder / "submission.toml").write_text(MANIFEST + "\n# a remark\n")
+    save_file(network().state_dict(), tmp_path / "state.safetensors")
+    assert run("import", folder, tmp_path / "state.safetensors", "-o", folder)[0] == 0
+    assert (folder / "submission.toml").read_text() == MANIFEST + "\n# a remark\n"
+
+
+def test_a_recipe_that_did_not_make_the_weights_is_told(folder, tmp_path, run):
+    save_file(network().state_dict(), tmp_path / "state.safetensors")
+    (folder / "recipe.toml").write_text("# of other weights")
+    status, _, err = run("import", folder, tmp_path / "state.safetensors", "-o", folder)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{folder / 'recipe.toml'} does not make these weights; remove it" in err
+    assert not (folder / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "fits"),
+    [
+        (torch.tensor([1.5]), torch.int8, False),
+        (torch.tensor([2.0]), torch.int8, True),
+        (torch.tensor([2**53 + 1]), torch.float32, False),
+        (torch.tensor([0.1], dtype=torch.float64), torch.float16, True),
+    ],
+)
+def test_only_floats_are_rounded(given, kept, fits):
+    model = nn.Module()
+    model.register_buffer("w", torch.zeros(1, dtype=kept))
+    if fits:
+        load_state(model, {"w": given}, Path("w.pt"), "mine")
+        return
+    with pytest.raises(InputError, match=r"w\.pt: tensor 'w' has values that torch\.\w+ of the architecture cannot be"):
+        load_state(model, {"w": given}, Path("w.pt"), "mine")

@@ -13,6 +13,7 @@ from torchvision.models import get_model, resnet18
 
 from micronet_eval.conditional import Conditional
 from micronet_eval.costs import FORMULAS
+from micronet_eval.errors import InputError
 from micronet_eval.formats import Affine, AffineQuantizer, FixedPointQuantizer
 from micronet_eval.merge import merged, merged_trace, without_batch_norm
 from micronet_eval.scoring import account
@@ -641,3 +642,15 @@ def test_a_batch_norm_with_two_names_is_merged_under_both():
     result = same(fill(Twice()), images())
     assert isinstance(result.features[1], nn.Identity)
     assert isinstance(result.norm, nn.Identity)
+
+
+@pytest.mark.parametrize("lacks", ["1.running_mean", "1.weight", "0.weight", "2.running_var"])
+def test_a_batch_norm_that_lacks_values_is_told(lacks):
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).eval()
+    path, _, name = lacks.partition(".")
+    layer = model.get_submodule(path)
+    table = layer._buffers if name in layer._buffers else layer._parameters
+    kept = table[name].to("meta")
+    table[name] = nn.Parameter(kept) if name == "weight" else kept
+    with pytest.raises(InputError, match=f"tensor '{lacks}' has no values"):
+        merged(model, torch.zeros(1, 1, 2, 2))

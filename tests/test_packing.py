@@ -144,7 +144,7 @@ def test_fixed_point_has_bounds(bits, exponent):
     "spec",
     ["fixed-point:1", "fixed-point:25", "fixed-point:x", "fixed-point", "float8", "", "affine:7:-7:1",
      "affine:-7:7:0x1", "affine:-7:7:1x1", "signed:9:int8", "unsigned:3:float32", "codebook:0",
-     "codebook:4:int8", "signs:float9"],
+     "codebook:4:int8", "codebook:4:float8_e4m3fn", "signs:float9"],
 )  # fmt: skip
 def test_a_format_that_does_not_exist_is_refused(spec):
     with pytest.raises(OffGrid):

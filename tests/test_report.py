@@ -172,6 +172,9 @@ def test_a_score_exactly_at_the_limit_holds(judged, storage, math, claimed):
         ("0.7", 6, 10, True),
         ("0.7", 599, 1000, False),
         ("0.0004", 3, 10_000, True),
+        ("1", 9, 10, True),
+        ("1", 8, 10, False),
+        ("1.0", 9, 10, True),
     ],
 )
 @pytest.mark.rule("score.claims")

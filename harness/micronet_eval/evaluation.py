@@ -372,7 +372,7 @@ def _check(claims: Claims, counted: Account, total: Score | None, quality: Quali
     if claims.quality is not None:
         measured = quality.measured if quality else None
         lower = quality is not None and METRICS[quality.metric].lower_is_better
-        digit = Decimal(1).scaleb(int(claims.quality.as_tuple().exponent))
+        digit = min(Decimal(1).scaleb(int(claims.quality.as_tuple().exponent)), Decimal(1 if lower else "0.1"))
         holds = None
         if measured is not None:
             exact = Decimal(str(measured))

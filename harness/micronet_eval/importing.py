@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from micronet_eval.files import LARGEST, check_file, locked, read_whole, write_t
 from micronet_eval.isolation import AUTO, Isolation
 from micronet_eval.language import example_input
 from micronet_eval.merge import merged
-from micronet_eval.submission import MANIFEST, TABLE_LIMIT, WEIGHTS, build, manifest_bytes, read_manifest, task_of
+from micronet_eval.submission import MANIFEST, RECIPE, TABLE_LIMIT, WEIGHTS, build, read_manifest, task_of
 
 
 def import_weights(folder: str | Path, path: str | Path, output: str | Path, isolation: Isolation = AUTO) -> None:
@@ -35,6 +36,8 @@ def _import(folder: Path, path: Path, output: Path, isolation: Isolation) -> Non
     task, architecture = task_of(manifest, folder / MANIFEST), manifest.architecture
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder; name another one to write")
+    if (output / RECIPE).exists():
+        raise InputError(f"{output / RECIPE} does not make these weights; remove it, or name another folder")
     model = build(architecture, folder / MANIFEST, True, isolation)
     load_state(model, read_state_dict(path), path, architecture.name)
     try:
@@ -52,7 +55,7 @@ def _import(folder: Path, path: Path, output: Path, isolation: Isolation) -> Non
             write_together(
                 output,
                 {name: read_whole(folder / name, TABLE_LIMIT) for name in code}
-                | {WEIGHTS: packing.file_bytes(packed), MANIFEST: manifest_bytes(manifest)},
+                | {WEIGHTS: packing.file_bytes(packed), MANIFEST: read_whole(folder / MANIFEST, TABLE_LIMIT)},
             )
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}; name another folder") from error
@@ -98,6 +101,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path, architect
     places = model.state_dict(keep_vars=True)
     loaded = {id(place) for name, place in places.items() if name not in keys.missing_keys}
     missing = [name for name in keys.missing_keys if id(places.get(name)) not in loaded]
+    _check_values(places, state, path)
     faults = [
         f"{what} {len(names)} tensors, the first is {names[0]!r}"
         for what, names in (
@@ -108,3 +112,13 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path, architect
     ]
     if faults:
         raise InputError(f"{path} does not fit the architecture {architecture!r}: {'; '.join(faults)}")
+
+
+def _check_values(places: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises InputError where a tensor has values that one of the model's dtype cannot be; floats may be rounded."""
+    for name, given in state.items():
+        place = places.get(name)
+        if place is None or place.dtype == given.dtype or (place.is_floating_point() and given.is_floating_point()):
+            continue
+        if not torch.equal(place.detach().to(given.dtype), given):
+            raise InputError(f"{path}: tensor {name!r} has values that {place.dtype} of the architecture cannot be")

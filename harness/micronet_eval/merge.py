@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from micronet_eval.errors import InputError
 from micronet_eval.formats import SMALLEST_SCALE, AffineQuantizer, block_indices
 from micronet_eval.precision import through_views
 from micronet_eval.structure import Mask, ScaleShift, layer_type, original_of, replace
@@ -55,6 +56,7 @@ def _merge(model: nn.Module, recorded: Trace, directions: Sequence[Direction]) -
     for norm_path, layer_path, direction in _mergeable_on_all_paths(_by_path(model), recorded, directions):
         norm, layer = model.get_submodule(norm_path), model.get_submodule(layer_path)
         assert isinstance(norm, _BatchNorm)
+        _check_values({norm_path: norm, layer_path: layer})
         (_merge_backward if direction == "backward" else _merge_forward)(layer, norm)
         _replace_everywhere(model, norm, nn.Identity())
     return without_batch_norm(model, {op.module for op in recorded.ops if _is_normalized(op) and not _is_fixed(op)})
@@ -83,10 +85,24 @@ def without_batch_norm(model: nn.Module, but: Container[str] = ()) -> nn.Module:
     """
     for path, module in list(model.named_modules()):
         if is_norm(module) and path not in but:
+            _check_values({path: module})
             if module is model:
                 return _scale_shift(module)
             _replace_everywhere(model, module, _scale_shift(module))
     return model
+
+
+def _check_values(together: Mapping[str, nn.Module]) -> None:
+    """Raises InputError where only some of the tensors that are computed with together have values."""
+    held = {
+        _join(path, name): tensor
+        for path, module in together.items()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if name != "num_batches_tracked"
+    }
+    missing = [name for name, tensor in held.items() if tensor.is_meta]
+    if 0 < len(missing) < len(held):
+        raise InputError(f"tensor {missing[0]!r} has no values, but what it is merged with has; it is missing")
 
 
 def is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:

@@ -149,6 +149,8 @@ def _open(folder: Path, data: Path | None, isolation: Isolation) -> Opened:
 def _check_manifest(manifest: Manifest, task: Task, model: nn.Module, where: Path) -> None:
     """What of a manifest only its task and its architecture can judge."""
     check_claims(manifest.claims, manifest.paths, task, model, f"{where}: field '")
+    if manifest.frequencies is not None and task.metric != "perplexity":
+        raise InputError(f"{where}: field 'frequencies': the task {task.name} has no text; remove it")
     clusters = len(cutoffs_of(model)) + 1
     if manifest.frequencies is not None and len(manifest.frequencies.clusters) != clusters:
         given = len(manifest.frequencies.clusters)

@@ -317,7 +317,7 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
             set_accumulators(model, structure.accumulators)
     except RecursionError as error:
         raise InputError("the weights do not fit: a layer is nested too deep") from error
-    except (OffGrid, StructureError) as error:
+    except (OffGrid, StructureError, OverflowError) as error:  # the last of a number in a description of layers
         raise InputError(f"the weights do not fit: {error}") from error
     return model
 
@@ -433,7 +433,8 @@ def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> Mask:
     """Which elements of a tensor are in the file."""
     rows, columns = layout.removeprefix("blocks:").split("x") if layout != "bitmask" else ELEMENT
     block: Block = int(rows), int(columns)
-    if block != ELEMENT and block[0] * block[1] > shape.numel():
+    matrix = mask_shape(shape, ELEMENT)
+    if block != ELEMENT and (block[0] > matrix[0] or block[1] > matrix[1]):
         raise OffGrid(f"blocks of {rows} x {columns} are larger than a tensor of shape {tuple(shape)}")
     blocks = mask_shape(shape, block)
     return elements(reader.read(blocks[0] * blocks[1], 1).reshape(blocks).view(np.bool_), block, shape)
@@ -456,8 +457,8 @@ def _assign(model: nn.Module, places: _Places, name: str, value: Tensor, number_
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     place = owner._buffers.get(attribute, owner._parameters.get(attribute))
-    if place is not None and value.dtype.itemsize > place.dtype.itemsize:
-        raise OffGrid(f"tensor {name!r} is {number_format.spec}, wider than {place.dtype} of the architecture")
+    if place is not None and value.dtype != place.dtype:
+        raise OffGrid(f"tensor {name!r} is {number_format.spec}, but {place.dtype} in the architecture")
     if attribute in owner._buffers:
         owner._buffers[attribute] = value
         if isinstance(owner, ActivationQuantizer):
@@ -513,8 +514,9 @@ def read(path: Path) -> Packed:
             plain = {name: file.get_tensor(name) for name in sorted(names - set(_STREAMS))}
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a submission needs its packed weights") from None
-    except (SafetensorError, OSError, MemoryError) as error:
-        raise InputError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
+    except (SafetensorError, OSError, MemoryError, TypeError, ValueError) as error:  # the last two of absurd shapes
+        why = str(error).partition("\n")[0]
+        raise InputError(f"{path} is no readable safetensors file (truncated or damaged?): {why}") from error
     if any(stream.ndim != 1 for stream in streams.values()):
         raise InputError(f"{path}: the streams {', '.join(_STREAMS)} must be bytes in a row")
     if metadata != _metadata(streams, plain):

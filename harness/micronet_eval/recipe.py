@@ -252,6 +252,9 @@ def _make(path: Path, folder: Path, resume: bool, begin: Callable[[], _Run], sta
         raise InputError(f"{folder} cannot be made: a part of its path is a file; name another folder")
     run = begin()
     text = path.read_bytes()
+    other = folder / RECIPE
+    if other.exists() and not (folder / MANIFEST).exists() and other.read_bytes() != text:
+        raise InputError(f"{other} is another recipe, whose place this one would take; name another folder by -o")
     try:
         with locked(folder) if team().first else nullcontext():
             for needed in filter(None, [run.recipe.start, *run.teachers]):

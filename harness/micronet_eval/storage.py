@@ -45,6 +45,7 @@ from micronet_eval.grids import (
     grid_of,
     has_only_signs,
     is_conversion,
+    keeps_width,
     moves,
     through_views,
     values_of,
@@ -106,9 +107,13 @@ class Stored:
         return self.value.nonzeros
 
     def bits(self, widest: int = 64, of: Format | None = None) -> Bits:
-        """What it takes in its format or `of`, when no value takes more than `widest` bits (the freebie's 16)."""
+        """What it takes in its format or `of`, when no float takes more than `widest` bits (the freebie's 16).
+
+        Integers would be others in fewer bits.
+        """
         number_format = of or self.format
-        width = min(number_format.code_bits, widest)
+        is_float = self.value.dtype.is_floating_point
+        width = min(number_format.code_bits, widest) if is_float else number_format.code_bits
         if self.is_overhead:
             return Bits(0, 0, self.elements * width)
         if self.in_code and self.value.is_pattern:
@@ -192,6 +197,8 @@ def stored_tensors(trace: Trace) -> dict[Stored, Op | None]:
     origins: dict[Hashable, tuple[Value, Stored]] = {}
     for op in (*trace.ops, None):
         sources = [s for value in _constants(op, trace) for s in _sources(value, op)]
+        if op is not None and _chooses_summands(op, trace):
+            sources = [(value, replace(tensor, is_index=False), origin) for value, tensor, origin in sources]
         for source, tensor, origin in sources:
             first, user = found.setdefault(alike(source), (tensor, op))
             if first.is_index and not tensor.is_index:
@@ -288,6 +295,36 @@ def _only_says_where(stored: Stored, value: Value, op: Op | None) -> bool:
 
 _MASKS = frozenset(f"aten.{name}" for name in ("bitwise_and", "bitwise_or", "logical_and", "logical_or", "mul"))
 """Operations of which a boolean input keeps some elements."""
+
+
+_CHOOSES = frozenset((*_MASKS, "aten.where"))
+_SUMS = frozenset(f"aten.{name}" for name in ("sum", "mean", "cumsum", "avg_pool2d", "_adaptive_avg_pool2d"))
+
+
+def _chooses_summands(op: Op, trace: Trace) -> bool:
+    """Whether a boolean constant says which elements of an activation go into which of several sums.
+
+    That is a matrix of weights of 1 bit, though nobody writes a dot product. A mask has one place for each element.
+    """
+    booleans = any(v.is_constant and v.dtype == torch.bool for v in op.inputs)
+    if not booleans or op.name not in _CHOOSES or not any(_is_repeated(v, op.out) for v in op.inputs):
+        return False
+    value = op.out
+    while len(readers := trace.users.get(value, [])) == 1 and keeps_width(readers[0]):
+        value = readers[0].out
+    return any(reader.name in _SUMS for reader in readers)
+
+
+def _is_repeated(value: Value, out: Value) -> bool:
+    """Whether `out` has several elements for one of an activation, which may have been expanded before."""
+    if value.is_constant:
+        return False
+    while (op := value.producer) is not None and keeps_width(op) and value.numel >= out.numel:
+        moved = data_inputs(op)
+        if len(moved) != 1:
+            break
+        (value,) = moved
+    return value.numel < out.numel
 
 
 def _is_added(value: Value, op: Op) -> bool:

@@ -6,14 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from micronet_eval import plugins
 from micronet_eval.errors import InputError, SubmissionError, hidden, printable
@@ -75,22 +75,33 @@ def _floats(value: Any) -> Any:
     return float(value) if isinstance(value, Decimal) else value
 
 
+def _bounded(value: Any) -> Any:
+    """Raises ValueError as `bounded` does for a number in quotation marks, which `read_table` takes for a text."""
+    if isinstance(value, str):
+        with suppress(InvalidOperation):
+            return bounded(str(Decimal(value)))
+    return value
+
+
+Number = Annotated[Decimal, BeforeValidator(_bounded)]
+
+
 class Claims(Table):
     """What the authors claim: 32-bit parameters, 32-bit operations, the score, the quality as a share or a perplexity.
 
-    Decimals keep the digits as printed: the last one is the tolerance of the quality.
+    Decimals keep the digits as printed: the last one is the tolerance of the quality, 0.1 at most, of a perplexity 1.
     """
 
-    storage: Decimal | None = Field(None, gt=0)
-    math: Decimal | None = Field(None, gt=0)
-    score: Decimal | None = Field(None, gt=0)
-    quality: Decimal | None = Field(None, ge=0)
+    storage: Number | None = Field(None, gt=0)
+    math: Number | None = Field(None, gt=0)
+    score: Number | None = Field(None, gt=0)
+    quality: Number | None = Field(None, ge=0)
 
 
 class Frequencies(Table):
     """Which share of the tokens of text lies in each cluster of the vocabulary, for when the test data is missing."""
 
-    clusters: list[Decimal] = Field(min_length=1)
+    clusters: list[Number] = Field(min_length=1)
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -119,6 +130,9 @@ class Step(Table):
     quality: float | None = None
 
 
+_TEST_SET = frozenset({"test", "tests", "testset", "testing"})
+
+
 class Provenance(Table):
     """Where the weights come from: a `note` for the report, the `data` that was used, the recipe's steps.
 
@@ -133,12 +147,12 @@ class Provenance(Table):
     @field_validator("data", "calibration")
     @classmethod
     def _no_leak(cls, data: str) -> str:
-        if "test" in re.findall(r"[a-z]+", data.lower()):
+        if _TEST_SET & {*re.findall(r"[a-z]+", data.lower())}:
             raise ValueError("the test set may only be tested on; train and calibrate on training data")
         return data
 
 
-Share = Annotated[Decimal, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Manifest(Table):
@@ -149,7 +163,7 @@ class Manifest(Table):
     authors: list[str] = Field(min_length=1)
     architecture: Architecture
     claims: Claims = Claims()
-    paths: dict[str, Share] = Field(default_factory=dict)
+    paths: dict[Annotated[str, Field(min_length=1)], Share] = Field(default_factory=dict)
     frequencies: Frequencies | None = None
     provenance: Provenance = Provenance()
 
@@ -194,7 +208,7 @@ def bounded(digits: str) -> str:
         value = Decimal(digits)
     except InvalidOperation:  # an exponent of more digits than there can be
         value = Decimal("1e999")
-    if value.is_finite() and value and (abs(value.adjusted()) > LARGEST_EXPONENT or len(digits) > 100):
+    if value.is_finite() and (abs(value.adjusted()) > LARGEST_EXPONENT or len(digits) > 100):
         raise ValueError(f"the number {digits[:20]} is too large, too small, or too long")
     return digits
 

@@ -228,10 +228,13 @@ class Affine(Format):
     def __post_init__(self) -> None:
         if not self.low < self.high or not 1 <= self.code_bits <= 16 or any(b < 1 for b in self.blocks):
             raise OffGrid(f"affine integers from {self.low} to {self.high}: 1 to 16 bits are possible")
-        if self.zero_points is not None and not bool(
-            ((self.zero_points >= self.low) & (self.zero_points <= self.high)).all()
-        ):
+        if any(t is not None and t.dtype in FLOAT8 for t in (self.scales, self.zero_points)):
+            raise OffGrid("a scale or a zero point is a float of 8 bits, which torch does not compute with")
+        zeros = self.zero_points
+        if zeros is not None and not bool(((zeros >= self.low) & (zeros <= self.high)).all()):
             raise OffGrid(f"a zero point is not from {self.low} to {self.high}")
+        if zeros is not None and zeros.is_floating_point() and not bool((zeros == zeros.round()).all()):
+            raise OffGrid("a zero point is no whole number, but it is the code of zero")
         if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
             raise OffGrid("a scale is not a positive number")
 
@@ -388,7 +391,7 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
         return FixedPoint(int(rest), int(_sign_extend(read(1, 8), 8)))
     if kind in ("signed", "unsigned") and len(fields) == 2 and fields[0].isdecimal():
         return Integer(int(fields[0]), kind == "signed", fields[1])
-    if kind == "codebook" and fields[0].isdecimal() and fields[1:] in ([], *([name] for name in _PLAIN)):
+    if kind == "codebook" and fields[0].isdecimal() and fields[1:] in ([], *([name] for name in _OF_TABLES)):
         plain = Plain(*fields[1:] or ("float32",))
         return Codebook(plain.decode(read(int(fields[0]), plain.code_bits)))
     if kind == "affine" and _AFFINE.fullmatch(rest):
@@ -410,6 +413,7 @@ def format_of(spec: str, shape: Sequence[int], read: Reader) -> Format:
     raise OffGrid(f"no number format {spec!r}; known: {', '.join((*_SPECS, *_PLAIN))}")
 
 
+_OF_TABLES = tuple(name for name, (dtype, *_) in _PLAIN.items() if dtype not in FLOAT8)  # torch sorts those not
 LONGEST_SPEC = 200
 _AFFINE = re.compile(r"-?\d{1,6}:-?\d{1,6}:\d{1,12}(x\d{1,12})*(:shifts|:float16|:bfloat16)?(:zeros)?")
 _SPECS = (
