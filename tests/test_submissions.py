@@ -173,7 +173,7 @@ def test_the_claims_of_digits_hold():
 # --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "quality", "score"), [("small", 0.9471, 0.00834), ("best", 0.9402, 0.0014998)])
+@pytest.mark.parametrize(("name", "quality", "score"), [("small", 0.9471, 0.00834), ("best", 0.9408, 0.0011886)])
 def test_more_than_94_of_100_test_images_are_right(name, quality, score):
     if not FASHION_SYSTEM.is_dir():
         pytest.skip("Fashion-MNIST is not installed")
