@@ -234,7 +234,7 @@ def _against(kept: dict[str, Any]) -> list[str]:
     lines += ["", *(f"- {x['folder']}: {x['note']}." for x in theirs if x["note"])]
     best = min((x for x in theirs if x["passed"]), key=lambda x: x["score"])
     lines.append(
-        f"- The cheapest of theirs that passes is {best['folder']}; ours is {ours['score'] / best['score']:.2f} of it."
+        f"- The cheapest of theirs that passes is {best['folder']}; ours is {ours['score'] / best['score']:.3f} of it."
     )
     if ours["score_wide"] != ours["score"]:
         lines.append(
