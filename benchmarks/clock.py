@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import resource
 import subprocess
 import time
@@ -13,9 +14,10 @@ ROUNDS = 5
 
 
 def side_by_side(run: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Processor seconds of each in every round, after one that does not count.
+    """Processor seconds of each in every round, after one that does not count, in another order each time.
 
-    What fails gets no seconds.
+    What runs behind a large one finds nothing in the caches; so that is not always the same. What fails gets no
+    seconds.
     """
     alive = dict(run)
     for name, function in run.items():
@@ -24,8 +26,10 @@ def side_by_side(run: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) 
         except Exception:
             del alive[name]
     seconds: dict[str, list[float]] = {name: [] for name in alive}
-    for _ in range(rounds):
-        for name, function in alive.items():
+    order = list(alive.items())
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
+        for name, function in order:
             gc.collect()
             start = time.process_time()
             function()

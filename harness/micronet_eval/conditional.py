@@ -121,7 +121,15 @@ class Conditional(nn.Module):
 
 def conditional_of(model: nn.Module) -> Conditional | None:
     """The part of `model` that has several paths, or None. Raises InputError where there are two such parts."""
-    found = [module for module in model.modules() if isinstance(module, Conditional)]
+    found: list[Conditional] = []
+    waiting, seen = [model], {model}
+    while waiting:  # model.modules() makes names, too, and takes several times as long
+        module = waiting.pop()
+        if isinstance(module, Conditional):
+            found.append(module)
+        parts = [part for part in module._modules.values() if part is not None and part not in seen]
+        seen.update(parts)
+        waiting += parts
     if len(found) > 1:
         raise InputError("the model has several conditional parts; one that names all paths can be counted")
     if found and len(set(found[0].paths)) < 2:

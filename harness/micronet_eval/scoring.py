@@ -174,21 +174,21 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
     stored = stored_tensors(trace)
     freebie = freebie and freebie_applies(stored, trace)
     widest = FREEBIE_BITS if freebie else 64
-    bits = {s: s.bits(widest) for s in stored}
+    counted = [(tensor, op, tensor.bits(widest)) for tensor, op in stored.items()]
     bits_of_op: Counter[Op | None] = Counter()
-    for tensor, op in stored.items():
-        bits_of_op[op] += bits[tensor].total
+    for _, op, bits in counted:
+        bits_of_op[op] += bits.total
     values = [s for s in stored if not s.is_overhead]
-    total_bits = sum(b.total for b in bits.values())
+    total_bits = sum(bits_of_op.values())
     storage = Storage(
         parameters=sum(s.elements for s in values),
         nonzeros=sum(s.nonzeros for s in values),
         bits=total_bits,
-        value_bits=sum(b.values for b in bits.values()),
-        mask_bits=sum(b.mask for b in bits.values()),
-        overhead_bits=sum(b.overhead for b in bits.values()),
+        value_bits=sum(bits.values for _, _, bits in counted),
+        mask_bits=sum(bits.mask for _, _, bits in counted),
+        overhead_bits=sum(bits.overhead for _, _, bits in counted),
         params32=total_bits / 32,
-        code_bits=sum(b.total for s, b in bits.items() if s.in_code),
+        code_bits=sum(bits.total for tensor, _, bits in counted if tensor.in_code),
     )
     widths = bit_widths(executed)
     narrow = {} if freebie else accumulators(executed)
