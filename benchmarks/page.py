@@ -76,7 +76,7 @@ def page(results: Mapping[str, Any]) -> str:
         "`OMP_NUM_THREADS=1 python -m benchmarks` writes this page, and all numbers to",
         "[speed.json](../benchmarks/results/speed.json). Seconds are those of the processor, in one thread, so that",
         "what else the machine does matters little; medians of 5 rounds, each of which runs all that are compared, one",
-        "after the other. A ratio is the median of the ratios of the rounds.",
+        "after the other, in another order each time. A ratio is the median of the ratios of the rounds.",
         "",
         *_targets(results),
         *_seven_counters(results.get("count")),
