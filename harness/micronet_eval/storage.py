@@ -306,8 +306,9 @@ def _chooses_summands(op: Op, trace: Trace) -> bool:
 
     That is a matrix of weights of 1 bit, though nobody writes a dot product. A mask has one place for each element.
     """
-    booleans = any(v.is_constant and v.dtype == torch.bool for v in op.inputs)
-    if not booleans or op.name not in _CHOOSES or not any(_is_repeated(v, op.out) for v in op.inputs):
+    if op.name not in _CHOOSES or not any(v.is_constant and v.dtype == torch.bool for v in op.inputs):
+        return False
+    if not any(_is_repeated(v, op.out) for v in op.inputs):
         return False
     value = op.out
     while len(readers := trace.users.get(value, [])) == 1 and keeps_width(readers[0]):
