@@ -117,6 +117,10 @@ LAYERS = [
     (lambda: nn.Hardswish(), (2, 4)),
     (lambda: nn.Hardswish(inplace=True), (2, 4)),
     (lambda: nn.Sigmoid(), (2, 4)),
+    (lambda: nn.AdaptiveAvgPool2d(1), (2, 4, 9, 9)),
+    (lambda: nn.AdaptiveAvgPool2d((1, 1)), (4, 9, 9)),
+    (lambda: nn.AdaptiveAvgPool2d([1, None]), (2, 4, 9, 9)),
+    (lambda: nn.AdaptiveAvgPool2d((3, None)), (2, 4, 9, 9)),
 ]
 
 

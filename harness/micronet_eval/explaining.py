@@ -15,7 +15,7 @@ from micronet_eval.opening import Opened, formulas, open_submission
 from micronet_eval.rulesets import DEFAULT
 from micronet_eval.rulesets import ruleset as ruleset_of
 from micronet_eval.scoring import Account, Priced, dense_cost, weighted
-from micronet_eval.storage import FREEBIE_BITS, Stored
+from micronet_eval.storage import FREEBIE_BITS, Bits, Stored
 from micronet_eval.trace import Op
 
 
@@ -76,11 +76,11 @@ def _on_path(found: Explanation, path: str, shares: Mapping[str, Fraction | int]
 
 def _explain(op: Op, priced: Priced | None, counted: Account, known: Mapping[str, Formula]) -> Explanation:
     widest = FREEBIE_BITS if counted.freebie else 64
-    tensors = [tensor for tensor, user in counted.stored.items() if user is op]
-    stored = [("stored", _storage(tensor, widest)) for tensor in tensors]
-    bits = sum(tensor.bits(widest).total for tensor in tensors)
+    tensors = {tensor: taken for tensor, (user, taken) in counted.stored.items() if user is op}
+    stored = [("stored", _storage(tensor, taken, widest)) for tensor, taken in tensors.items()]
+    bits = sum(taken.total for taken in tensors.values())
     if len(stored) > 1:
-        stored.append(("", f"{' + '.join(f'{t.bits(widest).total:,}' for t in tensors)} = {bits:,} bits"))
+        stored.append(("", f"{' + '.join(f'{taken.total:,}' for taken in tensors.values())} = {bits:,} bits"))
     if priced is None:
         return Explanation(op.module, op.name, f"free: {FREE[op.name]}", tuple(stored), 0, 0, 0.0, bits)
     cost = priced.cost
@@ -156,8 +156,8 @@ def _ops32(priced: Priced, freebie: bool) -> str:
     return f"{' + '.join(terms) or '0'} = {float(priced.ops32):,.10g}"
 
 
-def _storage(tensor: Stored, widest: int) -> str:
-    bits, width = tensor.bits(widest), min(tensor.format.code_bits, widest)
+def _storage(tensor: Stored, bits: Bits, widest: int) -> str:
+    width = min(tensor.format.code_bits, widest)
     if tensor.is_overhead:
         return f"{tensor.name}: {tensor.elements:,} x {width} = {bits.total:,} bits"
     values = tensor.nonzeros if bits.mask else tensor.elements

@@ -408,8 +408,7 @@ class _Rewriting:
             args = op.args
             if op.module in takes and op.name == "aten.convolution":
                 args = (args[0], *self._merged(op, takes[op.module]), *args[3:])
-            op.args, op.kwargs = self._current(args), self._current(op.kwargs)
-            op.__dict__.pop("inputs", None)
+            op.read(self._current(args), self._current(op.kwargs))
             ops.append(op)
         return replaced(
             self.recorded,

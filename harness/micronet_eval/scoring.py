@@ -13,7 +13,7 @@ from micronet_eval.costs import FREE, SCALE_OP, Cost, Formula, cost_of
 from micronet_eval.dotted import WIDE, WIDEST, Accumulator, accumulators
 from micronet_eval.formats import Plain
 from micronet_eval.precision import bit_widths, factor_widths, with_scales
-from micronet_eval.storage import FREEBIE_BITS, Stored, freebie_applies, stored_tensors
+from micronet_eval.storage import FREEBIE_BITS, Bits, Stored, freebie_applies, stored_tensors
 from micronet_eval.trace import Op, Trace, Value, changed
 
 Count = int | float
@@ -139,7 +139,8 @@ class Account:
     it; `math` is the mean. Both are empty for other models.
 
     `trace` is what was counted, scales written into it. `operations` are those of it that `layers` show, and `stored`
-    the tensors behind `storage`, each with the first to use it. `widths` are the bits of every value.
+    the tensors behind `storage`, each with the first to use it and the bits that it takes. `widths` are the bits of
+    every value.
     """
 
     storage: Storage
@@ -149,7 +150,7 @@ class Account:
     freebie: bool
     trace: Trace = field(repr=False, compare=False)
     operations: tuple[Priced, ...] = field(repr=False, compare=False)
-    stored: Mapping[Stored, Op | None] = field(repr=False, compare=False)
+    stored: Mapping[Stored, tuple[Op | None, Bits]] = field(repr=False, compare=False)
     free_layers: tuple[Layer, ...] = ()
     paths: Mapping[str, Math] = field(default_factory=dict)
     shares: Mapping[str, Fraction] = field(default_factory=dict)
@@ -171,12 +172,12 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
     Raises NoFormula where an operation has no price.
     """
     executed, trace = trace, with_scales(trace)
-    stored = stored_tensors(trace)
-    freebie = freebie and freebie_applies(stored, trace)
+    used_by = stored_tensors(trace)
+    freebie = freebie and freebie_applies(used_by, trace)
     widest = FREEBIE_BITS if freebie else 64
-    counted = [(tensor, op, tensor.bits(widest)) for tensor, op in stored.items()]
+    stored = {tensor: (op, tensor.bits(widest)) for tensor, op in used_by.items()}
     bits_of_op: Counter[Op | None] = Counter()
-    for _, op, bits in counted:
+    for op, bits in stored.values():
         bits_of_op[op] += bits.total
     values = [s for s in stored if not s.is_overhead]
     total_bits = sum(bits_of_op.values())
@@ -184,11 +185,11 @@ def account(trace: Trace, formulas: Mapping[str, Formula], freebie: bool = True)
         parameters=sum(s.elements for s in values),
         nonzeros=sum(s.nonzeros for s in values),
         bits=total_bits,
-        value_bits=sum(bits.values for _, _, bits in counted),
-        mask_bits=sum(bits.mask for _, _, bits in counted),
-        overhead_bits=sum(bits.overhead for _, _, bits in counted),
+        value_bits=sum(bits.values for _, bits in stored.values()),
+        mask_bits=sum(bits.mask for _, bits in stored.values()),
+        overhead_bits=sum(bits.overhead for _, bits in stored.values()),
         params32=total_bits / 32,
-        code_bits=sum(bits.total for tensor, _, bits in counted if tensor.in_code),
+        code_bits=sum(bits.total for tensor, (_, bits) in stored.items() if tensor.in_code),
     )
     widths = bit_widths(executed)
     narrow = {} if freebie else accumulators(executed)
@@ -251,23 +252,25 @@ def math_of(operations: Iterable[Priced]) -> Math:
     )
 
 
+_FLOAT = Plain("float32")
+
+
 def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module, ...]:
     """The cost of each module in steps, in order of execution; what neither computes nor stores is left out."""
     dense_ops, sparse_ops, op_bits = (defaultdict[str, Fraction | int](int) for _ in range(3))
     dense_bits, sparse_bits, bits = (Counter[str]() for _ in range(3))
-    widest = FREEBIE_BITS if account.freebie else 64
     for p in account.operations:
         op_bits[p.op.module] += p.bits * p.share
         if p.op.name != SCALE_OP:
             whole = dense_cost(p, formulas)
             dense_ops[p.op.module] += (whole.mults + whole.all_adds) * p.share
             sparse_ops[p.op.module] += (p.cost.mults + p.cost.all_adds) * p.share
-    for tensor, op in account.stored.items():
+    for tensor, (op, taken) in account.stored.items():
         module = op.module if op is not None else ""
-        bits[module] += tensor.bits(widest).total
+        bits[module] += taken.total
         if not tensor.is_overhead:
             dense_bits[module] += 32 * tensor.elements
-            sparse_bits[module] += tensor.bits(of=Plain("float32")).total
+            sparse_bits[module] += tensor.bits(of=_FLOAT).total
     return tuple(
         Module(
             module=m,

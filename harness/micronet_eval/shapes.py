@@ -86,17 +86,21 @@ def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
     transposed: bool, output_padding: list[int], groups: int,
 ) -> Result:  # fmt: skip
-    dims = len(x.shape) - 2
-    if transposed or not _plain(x, weight) or {*map(len, (stride, padding, dilation, weight.shape[2:]))} != {dims}:
+    dims = len(x.shape)
+    if transposed or not dims - 2 == len(stride) == len(padding) == len(dilation) or len(weight.shape) != dims:
         return None
-    channels, outputs = x.shape[1], weight.shape[0]
-    if weight.shape[1] * groups != channels or outputs % groups or 0 in (*x.shape, *weight.shape):
+    (batch, channels, *sizes), (outputs, inputs, *kernel) = x.shape, weight.shape
+    if not _plain(x, weight) or 0 in x.shape or 0 in weight.shape:
         return None
-    spread = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    room = [n + 2 * p - s for n, p, s in zip(x.shape[2:], padding, spread, strict=True)]
-    if min(room) < 0 or min(stride) < 1 or (bias is not None and bias.shape != (outputs,)):
+    if inputs * groups != channels or outputs % groups or (bias is not None and bias.shape != (outputs,)):
         return None
-    return _empty([x.shape[0], outputs, *(r // s + 1 for r, s in zip(room, stride, strict=True))], x)
+    shape = [batch, outputs]
+    for size, k, step, pad, d in zip(sizes, kernel, stride, padding, dilation, strict=True):
+        room = size + 2 * pad - d * (k - 1) - 1
+        if room < 0 or step < 1:
+            return None
+        shape.append(room // step + 1)
+    return _empty(shape, x)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, **more: Any) -> Result:

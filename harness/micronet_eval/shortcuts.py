@@ -37,23 +37,28 @@ GROUPS = "groups"
 """Is an argument of the operation, under the same name, and changes nothing else."""
 
 
-def _is_usual_convolution(attributes: Mapping[str, Any], tensors: Tensors, shape: torch.Size) -> bool:
+def _is_usual_convolution(attributes: Mapping[str, Any], tensors: Tensors, x: Tensor) -> bool:
     """Others pad by the size of the weight, or by an operation of its own."""
     padding, groups = attributes["padding"], attributes[GROUPS]
     return attributes["padding_mode"] == "zeros" and type(padding) is tuple and type(groups) is int
 
 
-def _is_usual_norm(attributes: Mapping[str, Any], tensors: Tensors, shape: torch.Size) -> bool:
+def _is_usual_norm(attributes: Mapping[str, Any], tensors: Tensors, x: Tensor) -> bool:
     """It normalizes by statistics, and all it has fits the channels; torch checks that before it is one operation."""
     mean, variance, weight, bias = map(tensors.__getitem__, ("running_mean", "running_var", "weight", "bias"))
     if attributes["training"] or mean is None or variance is None:
         return False
-    channels = shape[1:2]
+    channels = x.shape[1:2]
     others_fit = all(tensor is None or tensor.shape == channels for tensor in (weight, bias))
     return mean.shape == variance.shape == channels and others_fit
 
 
-def _is_usual(attributes: Mapping[str, Any], tensors: Tensors, shape: torch.Size) -> bool:
+def _is_usual_pooling(attributes: Mapping[str, Any], tensors: Tensors, x: Tensor) -> bool:
+    """To one element, which is a mean; other layouts of the input are put back by an operation of their own."""
+    return attributes["output_size"] in (1, (1, 1)) and x.is_contiguous()
+
+
+def _is_usual(attributes: Mapping[str, Any], tensors: Tensors, x: Tensor) -> bool:
     return True
 
 
@@ -61,7 +66,7 @@ class Kind(NamedTuple):
     """The attributes that the operation depends on, beside tensors, and what has to hold for it to be just that."""
 
     options: tuple[str, ...]
-    is_usual: Callable[[Mapping[str, Any], Tensors, torch.Size], bool] = _is_usual
+    is_usual: Callable[[Mapping[str, Any], Tensors, Tensor], bool] = _is_usual
 
 
 KINDS: Mapping[type[nn.Module], Kind] = {
@@ -75,13 +80,12 @@ KINDS: Mapping[type[nn.Module], Kind] = {
     nn.GELU: Kind(("approximate",)),
     nn.Hardswish: Kind(("inplace",)),
     nn.Sigmoid: Kind(()),
+    nn.AdaptiveAvgPool2d: Kind(("output_size",), _is_usual_pooling),
 }
 """Layers of one input and one operation."""
 
-_STEPS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
+_STEPS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl")
 """What a call of a layer may go through; a layer or a class may have one of somebody else's."""
-
-_FOREIGN = object()
 
 # Looked up once: they are asked before each layer.
 _tracks_gradients = torch.is_grad_enabled
@@ -130,17 +134,20 @@ class Shortcuts:
         if kind.forward is not self.forwards.get(kind) or kwargs or len(args) != 1 or not self._nothing_is_set():
             return self.call_module(module, *args, **kwargs)
         x, attributes = args[0], module.__dict__
-        key = self._key(kind, attributes, x)
-        if key is None:
-            return self.call_module(module, x)
+        with torch._C.DisableTorchFunction():  # a mode makes each question to a tensor a call of Python
+            key = self._key(kind, attributes, x)
+            called = self.called.get(key)
+            if called is not None:
+                return self._called(called, attributes, x)
+        return self.call_module(module, x) if key is None else self._learned(key, module, x)
+
+    def _called(self, called: _Called, attributes: Mapping[str, Any], x: Tensor) -> Any:
+        """What a layer returns that calls that, with its tensors."""
         tensors = {**attributes["_parameters"], **attributes["_buffers"], INPUT: x}
-        called = self.called.get(key)
-        if called is None:
-            return self._learned(key, module, tensors)
         if GROUPS in called.names:
             tensors[GROUPS] = attributes[GROUPS]
         given = [c if name is None else tensors[name] for name, c in zip(called.names, called.constants, strict=True)]
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # as torch does around a dispatch
+        with torch._C._DisableTorchDispatch():  # as torch does around a dispatch
             read = [self.recorder.value(arg) if isinstance(arg, Tensor) else arg for arg in given]
             result = self.recorder.record(called.function, tuple(given), {}, tuple(read), {})
         self.recorder.folded += called.folded
@@ -177,29 +184,35 @@ class Shortcuts:
         if not is_whole or 0 in shape or _has_hooks(attributes):
             return None
         values = self.recorder.values
-        tensors: dict[str, Any] = {
-            name: None if tensor is None else values.get(id(tensor), _FOREIGN)
-            for table in (parameters, buffers)
-            for name, tensor in table.items()
-        }
-        if not all(map(_is_usual_tensor, tensors.values())) or not is_usual(attributes, tensors, shape):
+        tensors: dict[str, Held | None] = {}
+        alike: list[torch.dtype | None] = []
+        for table in (parameters, buffers) if parameters or buffers else ():
+            for name, tensor in table.items():
+                held = tensors[name] = None if tensor is None else values.get(id(tensor))
+                if tensor is None:
+                    alike.append(None)
+                elif held is None or not _is_usual_tensor(held):
+                    return None
+                else:
+                    alike.append(held.dtype)
+        if not is_usual(attributes, tensors, x):
             return None
         try:
             # With types, for 1 == 1.0 == True, not all of which torch takes.
             chosen = marshal.dumps([attributes[option] for option in options], 2)
         except ValueError:  # more than numbers, text, tuples and lists
             return None
-        alike = [None if held is None else held.dtype for held in tensors.values()]
         return number, len(shape), x.dtype, chosen, *alike
 
-    def _learned(self, key: Any, module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Any:
+    def _learned(self, key: Any, module: nn.Module, x: Tensor) -> Any:
         """Calls the module the long way; keeps what it called if that was one operation, whose result it returns.
 
         What torch runs beside it on no input, as for the memory that it reserves for a batch norm, is only counted.
         """
         recorder = self.recorder
         operations, folded = len(recorder.ops), recorder.folded
-        returned = self.call_module(module, tensors[INPUT])
+        tensors = {**module._parameters, **module._buffers, INPUT: x}
+        returned = self.call_module(module, x)
         if len(recorder.ops) != operations + 1:
             return returned
         function, args, kwargs, result = recorder.last
@@ -217,11 +230,9 @@ class Shortcuts:
         return returned
 
 
-def _is_usual_tensor(held: Any) -> bool:
-    """Whether a layer has none in a place, or one of the model's own; torch may put off something of complex ones."""
-    if held is None:
-        return True
-    return held is not _FOREIGN and held.producer is None and held.data is not None and not held.dtype.is_complex
+def _is_usual_tensor(held: Held) -> bool:
+    """Whether a tensor is one of the model's own; torch may put off something of complex ones."""
+    return held.producer is None and held.data is not None and not held.dtype.is_complex
 
 
 def _has_hooks(attributes: Mapping[str, Any]) -> bool:

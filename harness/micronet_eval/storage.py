@@ -77,7 +77,7 @@ class Bits:
         return self.values + self.mask + self.overhead
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """One tensor that has to be stored.
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from operator import is_
 from typing import Any
 
@@ -147,16 +147,25 @@ class Op:
     outputs: tuple[Value, ...] = ()
     func: Callable[..., Any] | None = None
     path: str = ""
+    inputs: tuple[Value, ...] = field(init=False, repr=False)
+    """What it reads, in order; a tensor that is given as `out` is only written."""
+
+    def __post_init__(self) -> None:
+        read = _leaves(self.args, Value)
+        if self.kwargs:
+            read += _leaves([item for name, item in self.kwargs.items() if name not in _outs(self.func)], Value)
+        self.inputs = tuple(read)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Gives the operation other arguments."""
+        if args is not self.args or kwargs is not self.kwargs:
+            self.args, self.kwargs = args, kwargs
+            self.__post_init__()
+            vars(self).pop("named", None)
 
     @property
     def out(self) -> Value:
         return self.outputs[0]
-
-    @cached_property
-    def inputs(self) -> tuple[Value, ...]:
-        """What it reads, in order; a tensor that is given as `out` is only written."""
-        read = [item for name, item in self.kwargs.items() if name not in _outs(self.func)] if self.kwargs else ()
-        return tuple(_leaves(self.args, Value) + _leaves(read, Value))
 
     @property
     def written(self) -> tuple[Value, ...]:
@@ -301,7 +310,7 @@ def _trace(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(_evaluation(modules))
         stack.enter_context(_swapped(modules, recorder))
-        stack.enter_context(_module_paths(modules, recorder))
+        _name_modules(modules, recorder)
         stack.enter_context(unfused())
         if isinstance(model, fx.GraphModule):
             stack.enter_context(_node_by_node(model, recorder))
@@ -423,9 +432,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.rewritten[value.name or f"a constant of {module!r}"] = None
         op = Op(_name(func), module, read, read_by_name, func=func, path=self.branch)
         result = self._execute(func, op, args, kwargs)
-        outputs = _leaves((result,), Tensor)
-        if op.name not in FILLS and any(v.data is None for v in (*op.inputs, *before)):
-            op.outputs = tuple(Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs)
+        outputs = [result] if type(result) is Tensor else _leaves((result,), Tensor)
+        is_known = [v.data is not None for v in (*op.inputs, *before)]
+        if op.name not in FILLS and False in is_known:
+            op.outputs = tuple([Value(tuple(t.shape), t.dtype, None, None, op) for t in outputs])
             self.ops.append(op)
             self.last = func, args, kwargs, result
             for tensor in written:
@@ -712,23 +722,28 @@ def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None
                 held.extend(content) if isinstance(held, list) else held.update(content)
 
 
-@contextmanager
-def _module_paths(names: Mapping[nn.Module, str], recorder: _Recorder) -> Iterator[None]:
-    """Keeps the path of the module that runs on top of those before. Global hooks would cost more than many modules."""
-    call, path = nn.Module.__call__, recorder.path
-    shortcuts = Shortcuts(recorder, call)
+def _name_modules(names: Mapping[nn.Module, str], recorder: _Recorder) -> None:
+    """Keeps the path of the module that runs on top of those before; to be undone by `_swapped`.
 
-    def named_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        path.append(names.get(module, path[-1] if path else ""))
+    Each module is called by what torch would call for a compiled one. Global hooks would cost more than many modules;
+    so would another nn.Module.__call__: Python forgets what it knows of a class, and of all derived from it, when one
+    of its attributes is set, and from 3.13 on gives up on one that changes often.
+    """
+    path, shortcuts = recorder.path, Shortcuts(recorder, _call)
+
+    def call(module: nn.Module, name: str, /, *args: Any, **kwargs: Any) -> Any:
+        path.append(name)
         result = shortcuts.call(module, args, kwargs)
         path.pop()
         return result
 
-    nn.Module.__call__ = named_call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+    for module, name in names.items():
+        vars(module)["_compiled_call_impl"] = partial(call, module, name)
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Hooks and forward."""
+    return module._call_impl(*args, **kwargs)
 
 
 @contextmanager
