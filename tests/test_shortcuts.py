@@ -154,6 +154,48 @@ def test_the_second_of_a_kind_is_called_the_short_way(long_ways):
     assert [op.module for op in recorded.ops] == list("012345")
 
 
+def test_pooling_of_another_layout():
+    """There the result is put back into that layout, by an operation of its own."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.AdaptiveAvgPool2d(1) for _ in range(3))
+
+        def forward(self, x):
+            other = x.to(memory_format=torch.channels_last)
+            return self.first(x) + self.second(other) + self.third(x)
+
+    recorded = both_ways(Both(), 2, 4, 9, 9)
+    assert [op.name for op in recorded.ops if op.module == "second"] != ["aten.mean"]
+
+
+def test_nothing_is_set_on_torchs_classes_while_a_model_runs():
+    """Python forgets what it knows of a class when one of its attributes is set."""
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, x):
+            seen.append([dict(vars(kind)) for kind in (nn.Module, nn.ReLU)])
+            return x
+
+    model = nn.Sequential(nn.ReLU(), Watching())
+    both_ways(model, 1, 4)
+    assert all(
+        table == dict(vars(kind)) for tables in seen for kind, table in zip((nn.Module, nn.ReLU), tables, strict=True)
+    )
+    assert not any("_compiled_call_impl" in vars(module) for module in model.modules())
+
+
+def test_layers_that_are_compiled_run_as_they_are_and_stay_compiled():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)))
+    plain = told(trace(model, torch.zeros(1, 4, 8, 8)))
+    model[2].compile(backend="eager")
+    compiled = model[2]._compiled_call_impl
+    assert told(both_ways(model, 1, 4, 8, 8)) == plain
+    assert model[2]._compiled_call_impl is compiled
+
+
 class Own(nn.ReLU):
     def forward(self, x):
         return x + 1

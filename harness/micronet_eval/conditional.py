@@ -127,9 +127,10 @@ def conditional_of(model: nn.Module) -> Conditional | None:
         module = waiting.pop()
         if isinstance(module, Conditional):
             found.append(module)
-        parts = [part for part in module._modules.values() if part is not None and part not in seen]
-        seen.update(parts)
-        waiting += parts
+        for part in module._modules.values():
+            if part is not None and part not in seen:
+                seen.add(part)
+                waiting.append(part)
     if len(found) > 1:
         raise InputError("the model has several conditional parts; one that names all paths can be counted")
     if found and len(set(found[0].paths)) < 2:

@@ -77,6 +77,10 @@ def _pieces(tensor: Tensor) -> Iterator[NDArray[Any]]:
     flat = tensor.detach()
     if not flat.is_contiguous():
         flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
+    if tensor.dtype in _IN_NUMPY and tensor.device.type == "cpu":  # numpy makes views in a fraction of the time
+        elements = flat.numpy().reshape(-1)
+        yield from (elements[start : start + _PIECE] for start in range(0, elements.size, _PIECE))
+        return
     flat = flat.reshape(-1)
     for piece in (flat[start : start + _PIECE] for start in range(0, flat.numel(), _PIECE)):
         if tensor.dtype not in _IN_NUMPY:

@@ -263,7 +263,9 @@ def trace_each(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     for example in examples.values():
         _check(example)
     with uncollected(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        # Of all generators only where there are more: torch keeps a whole stack for the day when a GPU is used first.
+        on_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(SEED)
         return _trace(model, examples)
 
 
@@ -707,8 +709,8 @@ def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None
     torch.func.functional_call does not put back those of a module that the model has twice.
     """
     before = [(vars(module), dict(vars(module))) for module in modules]
-    held_in = (held for _, table in before for held in table.values())
-    contents = [(held, held.copy() if held else ()) for held in held_in if type(held) in _CONTAINERS]
+    containers = [held for _, table in before for held in table.values() if type(held) in _CONTAINERS]
+    contents = [(held, held.copy() if held else ()) for held in containers]
     for module in modules:
         for table in (module._parameters, module._buffers):
             if table:
@@ -743,7 +745,7 @@ def _name_modules(names: Mapping[nn.Module, str], recorder: _Recorder) -> None:
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Hooks and forward."""
-    return module._call_impl(*args, **kwargs)
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
