@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,16 @@ Target = tuple[str, float, float, str]
 """What is compared, what was measured, the target, and "at most" or "at least"."""
 
 
-def from_a_process(*arguments: str) -> Any:
+def from_a_process(*arguments: str, **environment: str) -> Any:
     """What Python prints last when it is run with these arguments, in JSON."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = {"cwd": ROOT, "env": {**os.environ, **environment}, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, *arguments], **run)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""glibc does not give memory back while a process runs. Else it does so, or not, by where the last tensor happens to
+lie, and a network is up to a fifth slower that asks for it again and again."""
 
 
 def count() -> dict[str, Any]:
@@ -229,9 +236,9 @@ def quality() -> dict[str, Any]:
     for name, task, many in (("digits", "digits", ROUNDS), ("fashion-small", "fashion-mnist", 1)):
         seconds: dict[str, list[float]] = {}
         ratios = []
-        for _ in range(many):  # where memory happens to lie makes up to a fifth, the same in all rounds of a process
+        for _ in range(many):
             command = f"from benchmarks.rows import quality_of; print(quality_of({name!r}, {task!r}))"
-            found = from_a_process("-c", command)
+            found = from_a_process("-c", command, **KEEPS_MEMORY)
             ratios.append(ratio(found, "fake-quantized", "float"))
             for which, each in found.items():
                 seconds.setdefault(which, []).extend(each)
