@@ -397,8 +397,8 @@ def changed(submission, **parts):
 
 @pytest.mark.attack("blocks of a mask that are larger than all memory", "refused")
 def test_blocks_beyond_their_tensor(submission, run):
-    name, kind, _ = packing.read(submission / "weights.safetensors").structure.tensors[0]
-    changed(submission, tensors=[(name, kind, "blocks:9999999999x9999999999")])
+    (name, kind, _), *others = packing.read(submission / "weights.safetensors").structure.tensors
+    changed(submission, tensors=[(name, kind, "blocks:9999999999x9999999999"), *others])
     status, out, err = run(submission)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "are larger than a tensor of shape" in err
@@ -423,6 +423,25 @@ def test_names_in_the_weights_that_are_long(submission, run, what):
 def test_layers_that_are_placed(option):
     with pytest.raises(StructureError, match=f"no option '{option}' in a file"):
         build_layer({"type": "Linear", "in_features": 1, "out_features": 1, option: "cpu"})
+
+
+@pytest.mark.attack("layers with options that nothing reads", "refused")
+@pytest.mark.parametrize("layer", [{"type": "Identity"}, {"type": "Sequential", "layers": []}])
+def test_layers_with_options_that_nothing_reads(layer):
+    build_layer(layer)
+    with pytest.raises(StructureError, match="no option 'note' in a file"):
+        build_layer({**layer, "note": "read by nobody"})
+
+
+@pytest.mark.attack("bytes behind the structure of the weights, or too few of it", "refused")
+@pytest.mark.parametrize("change", [lambda whole: whole + b"more", lambda whole: whole[:-4]], ids=["more", "cut"])
+def test_a_structure_that_is_not_one_stream(submission, run, monkeypatch, change):
+    compress = packing.zlib.compress
+    monkeypatch.setattr(packing.zlib, "compress", lambda *given: change(compress(*given)))
+    changed(submission)
+    status, out, err = run(submission)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the structure cannot be read" in err
 
 
 @pytest.mark.attack("a layer in the weights that computes across the examples of a batch", "refused")

@@ -634,3 +634,15 @@ def test_a_single_value_with_a_strange_stride_survives_packing(tmp_path):
     packing.write(packing.pack(model, net(), x), tmp_path / "weights.safetensors")
     unpacked = packing.unpack(packing.read(tmp_path / "weights.safetensors"), net())
     assert torch.equal(unpacked(x), model(x))
+
+
+def test_a_quantizer_whose_exponent_is_missing():
+    """It is not taken as that of a new quantizer, 0."""
+    layer = nn.Sequential(nn.Linear(4, 2))
+    model = traced(copy.deepcopy(layer))
+    set_quantizers(model, {"_0": FixedPointQuantizer(8, -3)})
+    packed = packing.pack(model, layer, torch.zeros(1, 4))
+    without = packed.structure.model_copy(update={"tensors": packed.structure.tensors[:-1]})
+    streams = {**packed.streams, "overhead": packed.streams["overhead"][:-1]}
+    with pytest.raises(InputError, match=r"tensor 'quantizers\._0\.exponent' is missing; a quantizer needs it"):
+        packing.unpack(packing.Packed(without, streams, {}), layer)

@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torchvision.models import get_model
 
 from benchmarks.page import page
@@ -350,6 +352,39 @@ def test_the_smallest_mask_is_that_of_trying_all(many, monkeypatch):
             assert stored.mask(width, stored.format) == best
             found.add(best)
     assert len(found) > 5
+
+
+class Reading(TorchDispatchMode):
+    """How many elements operations read."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.elements += sum(item.numel() for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+class Attends(nn.Module):
+    """Each layer makes the same causal mask, as those of transformers do."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        for _ in range(self.layers):
+            x = x + torch.where(torch.ones(x.shape, dtype=torch.bool).tril(), 0.0, float("-inf"))
+        return x
+
+
+def test_a_mask_that_each_layer_makes_alike_is_looked_at_once():
+    def read(layers):
+        recorded = trace(Attends(layers), torch.zeros(64, 64))
+        with Reading() as reading:
+            assert [s.value.shape for s in storage.stored_tensors(recorded)] == [(64, 64)]
+        return reading.elements
+
+    assert read(16) == read(1)
 
 
 # --- merged in the trace ----------------------------------------------------------------------------------------------

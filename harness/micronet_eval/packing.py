@@ -304,6 +304,9 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
             model = traced(model)
             quantizers = {name: of_activations(declared) for name, declared in structure.activations.items()}
             set_quantizers(model, quantizers)
+        given = {name for name, *_ in structure.tensors}
+        if missing := [name for name in _of_quantizers(model) if name not in given]:
+            raise OffGrid(f"tensor {missing[0]!r} is missing; a quantizer needs it")
         readers = {name: _BitReader(packed.streams[name]) for name in ("values", "masks", "overhead")}
         if twice := [name for name, n in Counter(name for name, *_ in structure.tensors).items() if n > 1]:
             raise OffGrid(f"tensor {twice[0]!r} is there twice")
@@ -444,6 +447,13 @@ _Places = dict[int, list[tuple[nn.Module, str]]]
 """The id of a parameter -> every module that has it, and its name there."""
 
 
+def _of_quantizers(model: nn.Module) -> Iterator[str]:
+    """The tensors that quantizers of activations are built with, and which the file has to say what they are."""
+    for path, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            yield from (f"{path}.{name}" for name, _ in module.named_buffers())
+
+
 def _places(model: nn.Module) -> _Places:
     places: _Places = {}
     for module in model.modules():
@@ -542,6 +552,8 @@ def _structure(path: Path, compressed: NDArray[np.uint8]) -> Structure:
         text = decompressor.decompress(compressed.tobytes(), _STRUCTURE_LIMIT)
         if decompressor.unconsumed_tail:
             raise InputError(f"{path}: the structure is larger than {_STRUCTURE_LIMIT >> 20} MiB")
+        if decompressor.unused_data or not decompressor.eof:
+            raise ValueError("it is not one whole stream of zlib")
         return Structure.model_validate(json.loads(text))
     except (zlib.error, ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

@@ -472,25 +472,18 @@ def _costs_nothing(value: Value) -> bool:
         if number_width(float(start)) == number_width(float(step)) == 1:
             return True
     is_fill = value.producer is not None and (not value.producer.inputs or value.producer.name in FILLS)
-    if not is_fill or value.data is None or value.data.is_meta or value.data.numel() == 0:
+    if not is_fill or value.counter is None or not value.numel:
         return False
-    number = value.data.flatten()[0]
-    return bool((value.data == number).all()) and number_width(float(number)) == 1
+    least, greatest, _ = value.counter
+    return least == greatest and number_width(least) == 1
 
 
 def _counts(value: Value) -> bool:
-    """Whether a constant is a counter seen from any side, or one number everywhere, of numbers that say nothing.
-
-    Along each dimension it changes by the same from element to element, as views of `torch.arange` do.
-    """
-    if value.known is None:
+    """Whether a constant is a counter seen from any side, or one number everywhere, of numbers that say nothing."""
+    if value.counter is None:
         return False
-    data = value.known.double()
-    levels = torch.unique(data)
-    steps = levels.diff()
-    is_even = all(bool((d == d.flatten()[:1]).all()) for d in (*(data.diff(dim=i) for i in range(data.dim())), steps))
-    starts = any(number_width(float(end)) == 1 for end in (*levels[:1], *levels[-1:])) or not data.numel()
-    return is_even and starts and all(number_width(float(step)) == 1 for step in steps[:1])
+    least, greatest, step = value.counter
+    return 1 in (number_width(least), number_width(greatest)) and number_width(step) == 1
 
 
 def _is_made(value: Value) -> bool:

@@ -130,9 +130,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     if LAYERS.get(kind.__name__) is not kind:
         return None
     options: dict[str, Any] = {"type": kind.__name__}
-    for name, parameter in inspect.signature(kind).parameters.items():
-        if name in ("device", "dtype", "args", "kwargs"):
-            continue
+    for name, parameter in _options(kind).items():
         value = getattr(module, name)
         if name == "bias":
             value = value is not None
@@ -143,6 +141,12 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     return options
 
 
+def _options(kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    """The options of a layer that a file may have; an Identity takes any, and uses none."""
+    elsewhere = ("device", "dtype", "args", "kwargs")
+    return {name: told for name, told in inspect.signature(kind).parameters.items() if name not in elsewhere}
+
+
 def build_layer(description: dict[str, Any]) -> nn.Module:
     """The layer that `describe` described. Raises StructureError where the description is not of that form."""
     if not isinstance(description, dict):
@@ -150,14 +154,16 @@ def build_layer(description: dict[str, Any]) -> nn.Module:
     options = dict(description)
     kind = options.pop("type", None)
     if kind == "Sequential":
-        layers = options.get("layers")
+        layers = options.pop("layers", None)
         if not isinstance(layers, list):
             raise StructureError(f"a Sequential has a list of layers, not {layers!r}")
+        if options:
+            raise StructureError(f"a Sequential has no option {min(options)!r} in a file")
         return nn.Sequential(*(build_layer(layer) for layer in layers))
     if not isinstance(kind, str) or kind not in LAYERS:
         raise StructureError(f"no layer type {kind!r}; known: Sequential, {', '.join(LAYERS)}")
-    if placed := {"device", "dtype"} & options.keys():
-        raise StructureError(f"a {kind} has no option {placed.pop()!r} in a file")
+    if unknown := options.keys() - _options(LAYERS[kind]).keys():
+        raise StructureError(f"a {kind} has no option {min(unknown)!r} in a file")
     try:
         layer = LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:

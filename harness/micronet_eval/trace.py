@@ -127,6 +127,31 @@ class Value:
         first = self.known.flatten()[int(kept.flatten().to(torch.uint8).argmax())]
         return bool(((self.known == first) == kept).all())
 
+    @cached_property
+    def counter(self) -> tuple[float, float, float] | None:
+        """The least, the greatest and the step of a constant's values where these are a counter, as `torch.arange` is.
+
+        So is a view of one: along each dimension it changes by the same from element to element, and so do its values
+        in order. One number everywhere is a counter whose step is 0. None for all else, and where none are known.
+        """
+        if self.known is None or self.dtype.is_complex:
+            return None
+        data = self.known.float() if self.dtype.itemsize == 1 and self.dtype.is_floating_point else self.known
+        if not self.numel or bool((data == data[(0,) * data.dim()]).all()):
+            number = float(data[(0,) * data.dim()]) if self.numel else 0.0
+            return number, number, 0.0
+        for part in (data[(slice(_CORNER),) * data.dim()], data):  # what is none nearly always shows that in a corner
+            changes = (part.double().diff(dim=dim) for dim in range(data.dim()))
+            if not all(bool((change == change.flatten()[:1]).all()) for change in changes):
+                return None
+        levels = torch.unique(data.double())
+        steps = levels.diff()
+        return (float(levels[0]), float(levels[-1]), float(steps[0])) if bool((steps == steps[0]).all()) else None
+
+
+_CORNER = 4
+"""Elements along each dimension of a tensor that is looked at in part first."""
+
 
 def constant(tensor: Tensor) -> Value:
     """A tensor that no model holds, as a value."""
