@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.clock import side_by_side
+
 MODELS = {
     "ResNet-50": ("torchvision:resnet50", (1, 3, 224, 224)),
     "EfficientNet-B0": ("torchvision:efficientnet_b0", (1, 3, 224, 224)),
     "ViT-B/16": ("torchvision:vit_b_16", (1, 3, 224, 224)),
     "PyramidNet-272": ("pyramidnet", (1, 3, 32, 32)),
 }
-OURS, FORWARD, META, FVCORE = "micronet-eval", "forward", "meta forward", "fvcore"
+OURS, FORWARD, META = "micronet-eval", "forward", "meta forward"
+FLOP_COUNTER, FVCORE = "FlopCounterMode", "fvcore"
+RACES = 11
+"""Rounds of two counters."""
 
 
 def build(name: str) -> nn.Module:
@@ -32,24 +38,30 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
-def counters(name: str) -> dict[str, Callable[[], float | None] | None]:
-    """Every counter on one model: a function that gives MACs; None where it is not installed."""
-    shape = MODELS[name][1]
-    x, model = torch.zeros(shape), build(name)
-    with torch.device("meta"):
-        on_meta, meta_x = build(name), torch.zeros(shape)
-    found: dict[str, Callable[[], float | None] | None] = {
-        OURS: lambda: _ours(model, x),
-        FORWARD: lambda: _forward(model, x),
-        META: lambda: _forward(on_meta, meta_x),
-        "FlopCounterMode": lambda: _flop_counter(on_meta, meta_x),
-    }
-    for package, make in PEERS.items():
-        try:
-            found[package] = make(model, x)
-        except ImportError:
-            found[package] = None
-    return found
+def counter(name: str, which: str) -> Callable[[], float | None]:
+    """A counter on a model: a function that gives MACs. Raises ImportError where it is not installed."""
+    if which in (META, FLOP_COUNTER):
+        with torch.device("meta"):
+            on_meta, meta_x = build(name), torch.zeros(MODELS[name][1])
+        return lambda: (_forward if which == META else _flop_counter)(on_meta, meta_x)
+    model, x = build(name), torch.zeros(MODELS[name][1])
+    if which in (OURS, FORWARD):
+        return lambda: (_ours if which == OURS else _forward)(model, x)
+    return PEERS[which](model, x)
+
+
+def race(name: str, other: str) -> str:
+    """Seconds in each round, and MACs, of ours and another on a model, as JSON; null where that is not installed.
+
+    In a process with nothing else, as who counts has one counter: some leave much behind, on the heap, in the caches
+    and in torch, that the next one pays for.
+    """
+    try:
+        run = {which: quiet(counter(name, which)) for which in (OURS, other)}
+    except ImportError:
+        return "null"
+    seconds = side_by_side(run, RACES)
+    return json.dumps({"seconds": seconds, "macs": {which: run[which]() for which in seconds}})
 
 
 def quiet(count: Callable[[], float | None]) -> Callable[[], float | None]:
@@ -139,3 +151,6 @@ PEERS: dict[str, Callable[[nn.Module, Tensor], Callable[[], float]]] = {
     "torchinfo": _torchinfo,
     "torchprofile": _torchprofile,
 }
+
+OTHERS = (FORWARD, META, FLOP_COUNTER, *PEERS)
+"""All that ours is raced with."""

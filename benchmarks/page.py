@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.counting import FORWARD, META, MODELS, OURS
+from benchmarks.counting import FORWARD, META, MODELS, OURS, RACES
 
 TITLES = {
     "count": "A full score of a model",
@@ -26,10 +26,13 @@ the commonest operations itself (`micronet_eval.shapes`): torch's kernels on the
 (0.6 ms each), layer norm, softmax and element-wise operations, and are what a meta forward spends its time on. Batch
 norm is merged in the trace. A kernel of torch is asked once for each layout of its tensors. And the commonest layers go
 the long way, through the calls of modules, torch's modes and its dispatcher, only once for each kind, where nothing
-else comes between a layer and its operation (`micronet_eval.shortcuts`): an eighth of a trace of EfficientNet-B0, a
-sixth of one of ResNet-50. What is left, by the profile: reading all weights once, at 0.4 ms a million, 0.6 where a
-batch norm scales them; and Python, less than 0.1 ms an operation, two fifths of it the trace. The counters by hooks on
-modules run a real forward, and look at no weight.
+else comes between a layer and its operation (`micronet_eval.shortcuts`). Nothing is set on a class of torch meanwhile,
+which would make Python forget what it knows of all modules, and tensors are asked for their shapes outside of torch's
+modes, which would make each question a call of Python. What is left, by the profile: reading all weights once, at
+0.4 ms a million, 0.6 where a batch norm scales them; and Python, less than 0.1 ms an operation, two fifths of it the
+trace. The counters by hooks on modules run a real forward, and look at no weight. What they run also depends on what
+else is in the process: behind other large models, glibc keeps the memory that a forward asks for, and all caches are
+cold. There, with all counters in one process, ours takes 1.05 of ultralytics-thop on EfficientNet-B0.
 """,
     "process": """
 Submission 3 is unpacked into 1,756 tensors and a graph of 1,937 modules, which runs once. By the profile: more than a
@@ -51,7 +54,8 @@ tensor rules out, checks that each value is on its grid, and writes codes of 16 
 Digits are few and their network is small: rounding each activation, which reads and writes it three times, and each
 weight once, is a large part beside its convolutions. Weights are quantized once for all batches
 (`torch.nn.utils.parametrize.cached`): the very tensors that the trace counted. For digits the ratio is the median of
-5 processes: by where memory happens to lie it is between 1.15 and 1.4, whether or not something else runs.
+5 processes, in which glibc keeps the memory that tensors leave behind. Else it does so or not by where the last of them
+happens to lie, and the ratio is between 1.1 and 1.5, whether or not something else runs.
 """,
     "compare": """
 Two processes start, and each imports torch before its first job; no job's own time has that in it. Beside jobs that
@@ -76,7 +80,8 @@ def page(results: Mapping[str, Any]) -> str:
         "`OMP_NUM_THREADS=1 python -m benchmarks` writes this page, and all numbers to",
         "[speed.json](../benchmarks/results/speed.json). Seconds are those of the processor, in one thread, so that",
         "what else the machine does matters little; medians of 5 rounds, each of which runs all that are compared, one",
-        "after the other, in another order each time. A ratio is the median of the ratios of the rounds.",
+        "after the other, in another order each time. A ratio is the median of the ratios of the rounds. Counters are",
+        f"raced with ours one by one, each in a process of its own, {RACES} rounds.",
         "",
         *_targets(results),
         *_seven_counters(results.get("count")),

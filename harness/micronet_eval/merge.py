@@ -405,10 +405,11 @@ class _Rewriting:
                     ops += self._scale_and_shift(op, norm)
                 self.folded -= _folded_by_a_norm()
                 continue
-            args = op.args
             if op.module in takes and op.name == "aten.convolution":
-                args = (args[0], *self._merged(op, takes[op.module]), *args[3:])
-            op.read(self._current(args), self._current(op.kwargs))
+                x = op.args[0]
+                op.read((self.now.get(x, x), *self._merged(op, takes[op.module]), *op.args[3:]), op.kwargs)
+            elif not self.now.keys().isdisjoint(op.inputs):
+                op.read(self._current(op.args), self._current(op.kwargs))
             ops.append(op)
         return replaced(
             self.recorded,

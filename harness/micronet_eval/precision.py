@@ -68,7 +68,7 @@ def factor_widths(op: Op, widths: Mapping[Value, int]) -> tuple[int, int]:
     """
     if op.name == SCALE_OP:
         return 0, op.kwargs["bits"]
-    factors = _factors(op)
+    factors = factors_of(op)
     if _flips_signs(op, factors):
         return 1, 1
     used = {v: widths[v] if _takes_codes(op, v) else _applied_width(v, widths) for v in factors}
@@ -146,7 +146,8 @@ def written_number(op: Op) -> float | None:
     return float(number)
 
 
-def _factors(op: Op) -> list[Value]:
+def factors_of(op: Op) -> list[Value]:
+    """What `op` computes with, but for what is only added to a dot product."""
     added = op.args[ADDENDS[op.name]] if op.name in ADDENDS else None
     return [v for v in op.inputs if v is not added]
 
@@ -366,7 +367,7 @@ def _scalings_of_linear(op: Op) -> tuple[list[Scaling], bool]:
     """Those by scales that are known before, which come first, and by others; whether one more may be a factor."""
     if op.name not in LINEAR:
         return [], False
-    factors = _factors(op)
+    factors = factors_of(op)
     constants = [v for v in factors if v.is_constant]
     of_weights = [g for v in constants if (g := constant_grid(v)) is not None and g.scale_bits]
     waiting = [g for v in factors if not v.is_constant and (g := _pending_in(op, v)) is not None]
@@ -392,7 +393,7 @@ def _pending_in(op: Op, value: Value) -> Grid | None:
     grid = pending(value)
     if grid is None or not grid.is_dynamic or value.numel == 0 or _has_one_scale(grid):
         return grid
-    first, *others = _factors(op)
+    first, *others = factors_of(op)
     of_rows = op.name in _OF_ROWS and value is first and all(v.is_constant for v in others)
     return grid if of_rows else None
 
@@ -513,7 +514,7 @@ def _is_put_off(value: Value, users: Mapping[Value, list[Op]], trace: Trace) -> 
                     return False
                 waiting += (out for out in op.outputs if out not in seen)
             elif not is_conversion(op) and (
-                op.name not in LINEAR or value not in _factors(op) or not _pending_in(op, value)
+                op.name not in LINEAR or value not in factors_of(op) or not _pending_in(op, value)
             ):
                 return False
     return True

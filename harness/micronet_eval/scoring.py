@@ -12,7 +12,7 @@ import torch
 from micronet_eval.costs import FREE, SCALE_OP, Cost, Formula, cost_of
 from micronet_eval.dotted import WIDE, WIDEST, Accumulator, accumulators
 from micronet_eval.formats import Plain
-from micronet_eval.precision import bit_widths, factor_widths, with_scales
+from micronet_eval.precision import bit_widths, factor_widths, factors_of, with_scales
 from micronet_eval.storage import FREEBIE_BITS, Bits, Stored, freebie_applies, stored_tensors
 from micronet_eval.trace import Op, Trace, Value, changed
 
@@ -287,8 +287,8 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
 
 
 def dense_cost(priced: Priced, formulas: Mapping[str, Formula]) -> Cost:
-    """What an operation costs with every weight counted; nothing is priced again where it has none."""
-    if all(not value.is_constant or value.nonzeros == value.numel for value in priced.op.inputs):
+    """What an operation costs with every weight counted; nothing is priced again where no weight is zero."""
+    if all(not value.is_constant or value.nonzeros == value.numel for value in factors_of(priced.op)):
         return priced.cost
     return cost_of(dense(priced.op), formulas) or priced.cost
 

@@ -20,21 +20,27 @@ aten = torch.ops.aten
 Result = Tensor | tuple[Tensor, ...] | None
 
 
+META = torch.device("meta")
+
+
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device="meta")
+    return torch.empty(shape, dtype=like.dtype, device=META)
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """torch.empty_like, which is Python on the meta device, and imports sympy."""
     if x.is_contiguous():
-        return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta")
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=META)
     return torch.empty_like(x, dtype=dtype)
 
 
 def _plain(*tensors: Tensor) -> bool:
     """Floating point of one dtype, each laid out row by row."""
     dtype = tensors[0].dtype
-    return dtype.is_floating_point and all(t.dtype == dtype and _in_rows(t) for t in tensors)
+    for tensor in tensors:
+        if tensor.dtype != dtype or not _in_rows(tensor):
+            return False
+    return dtype.is_floating_point
 
 
 def _in_rows(t: Tensor) -> bool:
@@ -156,7 +162,7 @@ def _maximum(
     dilation: Sequence[int] = (1,), ceil: bool = False,
 ) -> Result:  # fmt: skip
     shape = _pooled(x, ceil, kernel, [*stride], [*padding], [*dilation])
-    return None if shape is None else (_empty(shape, x), torch.empty(shape, dtype=torch.int64, device="meta"))
+    return None if shape is None else (_empty(shape, x), torch.empty(shape, dtype=torch.int64, device=META))
 
 
 def _mean(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Result:
@@ -179,9 +185,10 @@ def _batch_norm(
     given = [t for t in (weight, bias, mean, var) if t is not None]
     if training or mean is None or var is None or not _in_32_bits(x, *given) or len(x.shape) < 2:
         return None
-    if any(t.shape != x.shape[1:2] for t in given):
+    shape = x.shape
+    if [t.shape for t in given] != [shape[1:2]] * len(given):
         return None
-    return _empty(x.shape, x), _empty(mean.shape, x), _empty(mean.shape, x)
+    return _empty(shape, x), _empty(mean.shape, x), _empty(mean.shape, x)
 
 
 def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Result:

@@ -34,7 +34,7 @@ from micronet_eval.shortcuts import Shortcuts
 from micronet_eval.unfused import unfused
 
 
-@dataclass(eq=False)  # frozen ones take several times as long to make
+@dataclass(eq=False, slots=True)  # frozen ones take several times as long to make
 class Buffer:
     """The memory that a tensor lies in. Views and in-place results lie in one and the same."""
 
@@ -427,14 +427,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inner = {n: self.known(f"{name}.{n}", getattr(tensor, n), _meant_bits(context)) for n in names}
             stand_in = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
         else:
-            stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=shapes.META)
             meant = bits if bits is not None and _fits(tensor, bits) else None
             self.bind(stand_in, Value(tuple(tensor.shape), tensor.dtype, name, tensor.detach(), bits=meant))
         self.kept[id(tensor)] = tensor, stand_in
         return stand_in
 
     def input(self, tensor: Tensor) -> Tensor:
-        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device=shapes.META)
         value = Value(tuple(tensor.shape), tensor.dtype, "input")
         self.inputs += (value,)
         return self.bind(meta, value)
@@ -446,7 +446,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(id(t) not in self.values for t in _tensors(args, kwargs)):
             args, kwargs = changed(args, Tensor, self._to_meta), changed(kwargs, Tensor, self._to_meta)
         if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type != "meta":
-            kwargs = {**kwargs, "device": torch.device("meta")}
+            kwargs = {**kwargs, "device": shapes.META}
         return self.record(func, args, kwargs, changed(args, Tensor, self.value), changed(kwargs, Tensor, self.value))
 
     def record(self, func: Any, args: Any, kwargs: Any, read: tuple[Any, ...], read_by_name: dict[str, Any]) -> Any:
@@ -537,7 +537,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         like = shapes.geometry(func, args, kwargs)
         if like in self.returned:
             shape, strides, dtype = self.returned[like]
-            return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+            return torch.empty_strided(shape, strides, dtype=dtype, device=shapes.META)
         try:
             result = func(*args, **kwargs)
             if like is not None and shapes.is_new(result):
@@ -550,7 +550,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if any(v is not None and v.known is None for v in looked_at):
                 raise RuntimeError(f"{op.name} depends on values that are not known before the model runs") from error
         real = func(*changed(args, Tensor, self._example), **changed(kwargs, Tensor, self._example))
-        return tree_map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t, real)
+        return tree_map(lambda t: torch.empty_like(t, device=shapes.META) if isinstance(t, Tensor) else t, real)
 
     def _data(self, tensor: Tensor) -> Tensor | None:
         return self.value(tensor).data
