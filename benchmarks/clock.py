@@ -16,8 +16,8 @@ ROUNDS = 5
 def side_by_side(run: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Processor seconds of each in every round, after one that does not count, in another order each time.
 
-    What runs behind a large one finds nothing in the caches; so that is not always the same. Nor is that what searching
-    for garbage leaves behind, which reads no more than what the runs before made. What fails gets no seconds.
+    What runs behind a large one finds nothing in the caches; so that is not always the same. What fails gets no
+    seconds.
     """
     alive = dict(run)
     for name, function in run.items():
@@ -27,8 +27,6 @@ def side_by_side(run: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) 
             del alive[name]
     seconds: dict[str, list[float]] = {name: [] for name in alive}
     order = list(alive.items())
-    gc.collect()
-    gc.freeze()
     for number in range(rounds):
         random.Random(number).shuffle(order)
         for name, function in order:
@@ -36,7 +34,6 @@ def side_by_side(run: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) 
             start = time.process_time()
             function()
             seconds[name].append(time.process_time() - start)
-    gc.unfreeze()
     return seconds
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torchvision.models import get_model
@@ -385,6 +386,15 @@ def test_a_mask_that_each_layer_makes_alike_is_looked_at_once():
         return reading.elements
 
     assert read(16) == read(1)
+
+
+def test_weights_that_are_computed_are_not_sorted(monkeypatch):
+    """Whether they are signs shows in the first elements; those of a masked network would be sorted again and again."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    monkeypatch.setattr(torch, "unique", None)
+    assert score(model, torch.zeros(1, 4, 8, 8)).storage.nonzeros == (4 + 8) * 8 * 9 // 2 + 16
 
 
 # --- merged in the trace ----------------------------------------------------------------------------------------------

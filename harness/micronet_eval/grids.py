@@ -36,6 +36,7 @@ from micronet_eval.trace import WRITE_OP, Op, Value
 Scale = Value | float
 
 _PIECE = 1 << 16
+"""Elements that are looked at together: most tensors show in the first of them that they are no signs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,9 +335,14 @@ def _codes(value: Value) -> Grid | None:
 
 def _are_signs(value: Value) -> bool:
     """Whether computed values are -1 and +1, both, and at most 0 beside them: a binary or ternary weight."""
-    if value.data is None or value.data.is_meta:
+    data = value.data
+    if data is None or data.is_meta or not value.dtype.is_floating_point or not value.numel:
         return False
-    return set(torch.unique(value.data).tolist()) in ({-1.0, 1.0}, {-1.0, 0.0, 1.0})
+    flat = data.reshape(-1)
+    for piece in (flat[start : start + _PIECE] for start in range(0, value.numel, _PIECE)):
+        if not bool(((piece == 0) | (piece.abs() == 1)).all()):
+            return False
+    return bool(data.min() == -1) and bool(data.max() == 1)
 
 
 def has_only_signs(value: Value, grid: Grid) -> bool:
@@ -350,7 +356,7 @@ def has_only_signs(value: Value, grid: Grid) -> bool:
             return False
         steps = steps[grid.indices]
     steps = steps.expand(data.shape).reshape(-1) if steps.numel() > 1 else steps
-    for start in range(0, data.numel(), _PIECE):  # most tensors show in the first piece that they are none
+    for start in range(0, data.numel(), _PIECE):
         piece = data.reshape(-1)[start : start + _PIECE]
         own = steps[start : start + _PIECE] if steps.numel() > 1 else steps
         if not bool(((piece == 0) | (piece.abs() == own)).all()):

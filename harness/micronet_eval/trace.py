@@ -61,9 +61,9 @@ class Value:
     def is_constant(self) -> bool:
         return self.data is not None
 
-    @cached_property
+    @property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape)  # kept, it would take more memory than all else that a value holds
 
     @property
     def known(self) -> Tensor | None:
