@@ -32,7 +32,8 @@ modes, which would make each question a call of Python. What is left, by the pro
 0.4 ms a million, 0.6 where a batch norm scales them; and Python, less than 0.1 ms an operation, two fifths of it the
 trace. The counters by hooks on modules run a real forward, and look at no weight. What they run also depends on what
 else is in the process: behind other large models, glibc keeps the memory that a forward asks for, and all caches are
-cold. There, with all counters in one process, ours takes 1.05 of ultralytics-thop on EfficientNet-B0.
+cold. Measured apart, on 2026-11-30: with all counters in one process ours takes 1.05 of ultralytics-thop on
+EfficientNet-B0.
 """,
     "process": """
 Submission 3 is unpacked into 1,756 tensors and a graph of 1,937 modules, which runs once. By the profile: more than a

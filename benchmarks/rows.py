@@ -56,13 +56,12 @@ def count_model(name: str) -> tuple[dict[str, Any], list[Target]]:
             told["missing"].append(other)
             continue
         told["macs"] |= found["macs"]
-        told["seconds"][counting.OURS] += found["seconds"].pop(counting.OURS)
-        told["seconds"] |= found["seconds"]
         if other not in found["seconds"]:
             told["failed"].append(other)
             continue
-        ours = told["seconds"][counting.OURS][-counting.RACES :]
-        ratios[other] = ratio({counting.OURS: ours, **found["seconds"]}, counting.OURS, other)
+        ratios[other] = ratio(found["seconds"], counting.OURS, other)
+        told["seconds"][counting.OURS] += found["seconds"][counting.OURS]
+        told["seconds"][other] = found["seconds"][other]
     told["seconds"] = medians(told["seconds"])
     fastest = max(ratios.keys() - {counting.FORWARD, counting.META}, key=lambda other: ratios[other])
     wanted = {f"the fastest, {fastest}": (fastest, 1.0), counting.META: (counting.META, 1.5)}

@@ -16,7 +16,7 @@ from micronet_eval.formats import FixedPointQuantizer
 from micronet_eval.precision import number_width
 from micronet_eval.scoring import Layer, Module, account, by_module, weighted
 from micronet_eval.structure import Mask, traced
-from micronet_eval.trace import trace
+from micronet_eval.trace import constant, trace
 
 
 class Call(nn.Module):
@@ -468,6 +468,74 @@ def test_graphs_that_part_and_meet_again_and_long_ones_are_no_trouble(name):
             return ENTANGLED[name](x, self.w)
 
     assert count(Graph(), 2, 4).math.macs == 2 * 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("make", "bits"),
+    [
+        (lambda: torch.arange(5.0), 0),
+        (lambda: torch.arange(5.0).repeat(1, 1), 0),
+        (lambda: torch.stack([torch.arange(5.0)]), 0),
+        (lambda: torch.arange(5.0)[None, None], 0),
+        (lambda: torch.full((1, 5), 2.0), 0),
+        (lambda: torch.ones(1, 5).triu(1), 32 + 5),  # one number and where it is
+        (lambda: torch.eye(1, 5), 32 + 5),
+        (lambda: torch.rand(1, 5), 5 * 32),
+        (lambda: torch.rand(2, 1, 5), 10 * 32),
+        (lambda: torch.full((1,), torch.nan), 32),
+    ],
+)
+def test_a_counter_costs_nothing_whatever_its_dimensions(make, bits):
+    recorded = trace(Call(lambda x: x + make()), torch.zeros(4, 5))
+    assert account(recorded, FORMULAS, freebie=False).storage.bits == bits
+
+
+@pytest.mark.parametrize(
+    ("values", "counter"),
+    [
+        (torch.arange(6).view(2, 3), (0, 5, 1)),
+        (torch.arange(6).view(1, 2, 1, 3).mT, (0, 5, 1)),
+        (torch.tensor([[4.0, 2.0], [2.0, 0.0]]), (0, 4, 2)),
+        (torch.tensor([[0, 1], [5, 6]]), None),  # 0, 1, 5, 6
+        (torch.tensor(3.5), (3.5, 3.5, 0)),
+        (torch.full((3,), -torch.inf), (-torch.inf, -torch.inf, 0)),
+        (torch.zeros(0, 3), (0, 0, 0)),
+        (torch.tensor([True, False]), (0, 1, 1)),
+        (torch.tensor([1.0, 2.0, torch.nan]), None),
+        (torch.tensor(torch.nan), None),
+        (torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn), (1, 2, 1)),
+        (torch.tensor([2**60, 2**60 + 1]), (2.0**60, 2.0**60, 0)),
+        (torch.tensor([1 + 0j, 2 + 0j]), None),
+        (torch.arange(100).repeat(2, 1), (0, 99, 1)),
+        (torch.cat([torch.arange(100), torch.zeros(1)]), None),
+    ],
+)
+def test_counters(values, counter):
+    assert constant(values).counter == counter
+
+
+@pytest.mark.parametrize(
+    ("product", "dense_ops"),
+    [
+        (lambda w, x: torch.addmm(w, w, x), 2 * 6**3),
+        (lambda w, x: torch.baddbmm(w[None], x[None], w[None]), 2 * 6**3),
+    ],
+)
+def test_a_weight_that_is_added_and_multiplied_is_a_factor(product, dense_ops):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6, 6) + 1)
+            with torch.no_grad():
+                self.weight[:, ::2] = 0
+
+        def forward(self, x):
+            return product(self.weight, x)
+
+    counted = count(Twice(), 6, 6)
+    assert counted.layers[0].weight_bits == 32
+    (module,) = by_module(counted, FORMULAS)
+    assert module.dense_ops == dense_ops > module.sparse_ops
 
 
 def test_a_causal_mask_costs_one_bit_an_element():

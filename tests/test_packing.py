@@ -646,3 +646,38 @@ def test_a_quantizer_whose_exponent_is_missing():
     streams = {**packed.streams, "overhead": packed.streams["overhead"][:-1]}
     with pytest.raises(InputError, match=r"tensor 'quantizers\._0\.exponent' is missing; a quantizer needs it"):
         packing.unpack(packing.Packed(without, streams, {}), layer)
+
+
+class Keeps(nn.Module):
+    """Quantizers of its own, one of which nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.used, self.unused = nn.Linear(4, 2), FixedPointQuantizer(8, -3), FixedPointQuantizer(8, -2)
+
+    def forward(self, x):
+        return self.layer(self.used(x))
+
+
+def test_a_quantizer_of_the_architecture_that_nothing_reads():
+    """Its exponent is that of the architecture's code, and not in the file."""
+    model = Keeps()
+    packed = packing.pack(model, Keeps(), torch.zeros(1, 4))
+    assert "unused.exponent" not in [name for name, *_ in packed.structure.tensors]
+    x = torch.randn(3, 4)
+    assert torch.equal(packing.unpack(packed, Keeps())(x), model(x))
+
+
+def test_a_quantizer_of_a_constant_is_not_packed():
+    class Adds(Keeps):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.layer(x) + (self.c + 0)
+
+    model = traced(Adds())
+    set_quantizers(model, {"add": FixedPointQuantizer(8, -3)})
+    with pytest.raises(InputError, match=r"no operation on an activation reads 'quantizers\.add\.exponent'"):
+        packing.pack(model, Adds(), torch.zeros(1, 4))

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import pickle
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,11 +165,17 @@ def test_pooling_of_another_layout():
             self.first, self.second, self.third = (nn.AdaptiveAvgPool2d(1) for _ in range(3))
 
         def forward(self, x):
-            other = x.to(memory_format=torch.channels_last)
+            other = (x * 2).to(memory_format=torch.channels_last)
             return self.first(x) + self.second(other) + self.third(x)
 
-    recorded = both_ways(Both(), 2, 4, 9, 9)
-    assert [op.name for op in recorded.ops if op.module == "second"] != ["aten.mean"]
+    for shape in ((2, 4, 9, 9), (2, 1, 9, 9), (2, 4, 1, 1)):  # of the last two both layouts are contiguous
+        recorded = both_ways(Both(), *shape)
+        assert [op.name for op in recorded.ops if op.module == "second"] != ["aten.mean"]
+
+
+@pytest.mark.parametrize("size", [np.array([1, 1]), torch.tensor([1, 1]), True, (1, True), (1, None)], ids=repr)
+def test_pooling_to_sizes_of_other_kinds(size):
+    outcome_both_ways(nn.Sequential(*(nn.AdaptiveAvgPool2d(each) for each in (1, size, (1, 1), size))), 2, 4, 9, 9)
 
 
 def test_nothing_is_set_on_torchs_classes_while_a_model_runs():
@@ -194,6 +202,43 @@ def test_layers_that_are_compiled_run_as_they_are_and_stay_compiled():
     compiled = model[2]._compiled_call_impl
     assert told(both_ways(model, 1, 4, 8, 8)) == plain
     assert model[2]._compiled_call_impl is compiled
+
+
+def copied(module):
+    """A copy that has the same table, as replicas for several devices have."""
+    copy = type(module).__new__(type(module))
+    vars(copy).update(vars(module))
+    return copy
+
+
+def with_stride(conv):
+    conv.stride = (2, 2)
+    return conv
+
+
+@pytest.mark.parametrize(
+    ("layer", "of", "names"),
+    [
+        (nn.Conv2d(4, 4, 3), lambda layer: with_stride(copied(layer)), ["aten.convolution"]),
+        (nn.ReLU(), lambda layer: with_forward(copied(layer)), ["aten.mul"]),
+        (nn.LSTM(8, 8), lambda layer: with_forward(copy.copy(layer)), ["aten.mul"]),
+        (nn.ReLU(), lambda layer: pickle.loads(pickle.dumps(layer)), ["aten.relu"]),
+        (nn.LSTM(8, 8), lambda layer: with_forward(pickle.loads(pickle.dumps(layer))), ["aten.mul"]),
+    ],
+)
+def test_copies_that_a_forward_makes_of_layers_run_themselves(layer, of, names):
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return of(self.layer)(x)
+
+    x = torch.zeros(1, 4, 8, 8)
+    recorded = trace(Copies(), x)
+    assert [op.name for op in recorded.ops] == names
+    assert recorded.outputs[0].shape == Copies()(x).shape
 
 
 class Own(nn.ReLU):

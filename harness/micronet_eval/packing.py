@@ -13,7 +13,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,6 +53,7 @@ from micronet_eval.masks import ELEMENT, Block, Mask, block_mask, elements, mask
 from micronet_eval.nonzeros import seen
 from micronet_eval.storage import stored_tensors
 from micronet_eval.structure import (
+    QUANTIZERS,
     StructureError,
     accumulators_of,
     build_layer,
@@ -274,9 +275,12 @@ def pack(model: nn.Module, architecture: nn.Module, example_input: Example) -> P
             overhead.write(column.reshape(-1).numpy(), bits)
         tensors.append((stored.name, stored.format.spec, layout))
     try:
+        quantizers = quantizers_of(model)
+        if lacking := _lacking(quantizers, names):
+            raise StructureError(f"no operation on an activation reads {lacking[0]!r}; remove its quantizer")
         structure = Structure(
             layers=changes(architecture, model),
-            activations={name: quantizer.declared for name, quantizer in quantizers_of(model).items()},
+            activations={name: quantizer.declared for name, quantizer in quantizers.items()},
             accumulators=accumulators_of(model),
             tensors=tensors,
         )
@@ -304,9 +308,8 @@ def unpack(packed: Packed, architecture: nn.Module) -> nn.Module:
             model = traced(model)
             quantizers = {name: of_activations(declared) for name, declared in structure.activations.items()}
             set_quantizers(model, quantizers)
-        given = {name for name, *_ in structure.tensors}
-        if missing := [name for name in _of_quantizers(model) if name not in given]:
-            raise OffGrid(f"tensor {missing[0]!r} is missing; a quantizer needs it")
+            if lacking := _lacking(quantizers, {name for name, *_ in structure.tensors}):
+                raise OffGrid(f"tensor {lacking[0]!r} is missing; a quantizer needs it")
         readers = {name: _BitReader(packed.streams[name]) for name in ("values", "masks", "overhead")}
         if twice := [name for name, n in Counter(name for name, *_ in structure.tensors).items() if n > 1]:
             raise OffGrid(f"tensor {twice[0]!r} is there twice")
@@ -447,11 +450,10 @@ _Places = dict[int, list[tuple[nn.Module, str]]]
 """The id of a parameter -> every module that has it, and its name there."""
 
 
-def _of_quantizers(model: nn.Module) -> Iterator[str]:
-    """The tensors that quantizers of activations are built with, and which the file has to say what they are."""
-    for path, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer):
-            yield from (f"{path}.{name}" for name, _ in module.named_buffers())
+def _lacking(quantizers: Mapping[str, ActivationQuantizer], names: Container[str]) -> list[str]:
+    """The tensors of quantizers of activations, by the nodes that they follow, that are not among those of a file."""
+    own = (f"{QUANTIZERS}.{node}.{name}" for node, q in quantizers.items() for name, _ in q.named_buffers())
+    return [name for name in own if name not in names]
 
 
 def _places(model: nn.Module) -> _Places:

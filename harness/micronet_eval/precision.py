@@ -148,8 +148,11 @@ def written_number(op: Op) -> float | None:
 
 def factors_of(op: Op) -> list[Value]:
     """What `op` computes with, but for what is only added to a dot product."""
+    factors = list(op.inputs)
     added = op.args[ADDENDS[op.name]] if op.name in ADDENDS else None
-    return [v for v in op.inputs if v is not added]
+    if added is not None:
+        factors.remove(added)  # once: it may be a factor, too
+    return factors
 
 
 def _constant_width(value: Value) -> int:

@@ -287,7 +287,10 @@ def by_module(account: Account, formulas: Mapping[str, Formula]) -> tuple[Module
 
 
 def dense_cost(priced: Priced, formulas: Mapping[str, Formula]) -> Cost:
-    """What an operation costs with every weight counted; nothing is priced again where no weight is zero."""
+    """What an operation costs with every weight counted; nothing is priced again where no weight is zero.
+
+    Zeros in a bias change nothing: it is added to each output whatever it holds.
+    """
     if all(not value.is_constant or value.nonzeros == value.numel for value in factors_of(priced.op)):
         return priced.cost
     return cost_of(dense(priced.op), formulas) or priced.cost

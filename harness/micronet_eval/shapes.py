@@ -38,12 +38,12 @@ def _plain(*tensors: Tensor) -> bool:
     """Floating point of one dtype, each laid out row by row."""
     dtype = tensors[0].dtype
     for tensor in tensors:
-        if tensor.dtype != dtype or not _in_rows(tensor):
+        if tensor.dtype != dtype or not in_rows(tensor):
             return False
     return dtype.is_floating_point
 
 
-def _in_rows(t: Tensor) -> bool:
+def in_rows(t: Tensor) -> bool:
     """Contiguous, with the strides of a new tensor: those of dimensions of size 1 can be anything, and are kept."""
     return t.stride() == _strides(t.shape)
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 
+from micronet_eval.shapes import in_rows
+
 
 class Held(Protocol):
     """What the recorder knows of a tensor; what the model keeps has data, and no operation made it."""
@@ -55,7 +57,8 @@ def _is_usual_norm(attributes: Mapping[str, Any], tensors: Tensors, x: Tensor) -
 
 def _is_usual_pooling(attributes: Mapping[str, Any], tensors: Tensors, x: Tensor) -> bool:
     """To one element, which is a mean; other layouts of the input are put back by an operation of their own."""
-    return attributes["output_size"] in (1, (1, 1)) and x.is_contiguous()
+    size = attributes["output_size"]
+    return type(size) in (int, tuple) and size in (1, (1, 1)) and in_rows(x)
 
 
 def _is_usual(attributes: Mapping[str, Any], tensors: Tensors, x: Tensor) -> bool:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import gc
 import math
 import re
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from operator import is_
 from typing import Any
 
@@ -141,12 +142,14 @@ class Value:
             number = float(data[(0,) * data.dim()]) if self.numel else 0.0
             return number, number, 0.0
         for part in (data[(slice(_CORNER),) * data.dim()], data):  # what is none nearly always shows that in a corner
-            changes = (part.double().diff(dim=dim) for dim in range(data.dim()))
-            if not all(bool((change == change.flatten()[:1]).all()) for change in changes):
+            changes = (part.double().diff(dim=dim) for dim in range(data.dim()) if part.shape[dim] > 1)
+            if not all(bool((change == change.flatten()[0]).all()) for change in changes):
                 return None
-        levels = torch.unique(data.double())
-        steps = levels.diff()
-        return (float(levels[0]), float(levels[-1]), float(steps[0])) if bool((steps == steps[0]).all()) else None
+        levels = torch.unique(data.double())  # one, where integers are larger than float64 tells apart
+        steps = levels.diff() if len(levels) > 1 else levels.new_zeros(1)
+        if bool(levels.isnan().any()) or not bool((steps == steps[0]).all()):
+            return None
+        return float(levels[0]), float(levels[-1]), float(steps[0])
 
 
 _CORNER = 4
@@ -288,9 +291,8 @@ def trace_each(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
     for example in examples.values():
         _check(example)
     with uncollected(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        # Of all generators only where there are more: torch keeps a whole stack for the day when a GPU is used first.
-        on_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(SEED)
+        # Without a GPU torch.manual_seed keeps a whole stack for the day when there is one: as long as a layer takes.
+        (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(SEED)
         return _trace(model, examples)
 
 
@@ -749,23 +751,34 @@ def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None
                 held.extend(content) if isinstance(held, list) else held.update(content)
 
 
-def _name_modules(names: Mapping[nn.Module, str], recorder: _Recorder) -> None:
-    """Keeps the path of the module that runs on top of those before; to be undone by `_swapped`.
+class _Called:
+    """What torch calls in the place of each module of a model, as if that were compiled; tells the module's path.
 
-    Each module is called by what torch would call for a compiled one. Global hooks would cost more than many modules;
-    so would another nn.Module.__call__: Python forgets what it knows of a class, and of all derived from it, when one
-    of its attributes is set, and from 3.13 on gives up on one that changes often.
+    Hooks on all modules would cost more than many modules; so would another nn.Module.__call__: Python forgets what it
+    knows of a class, and of all derived from it, when one of its attributes is set (docs/decisions/0027).
     """
-    path, shortcuts = recorder.path, Shortcuts(recorder, _call)
 
-    def call(module: nn.Module, name: str, /, *args: Any, **kwargs: Any) -> Any:
-        path.append(name)
-        result = shortcuts.call(module, args, kwargs)
-        path.pop()
+    def __init__(self, names: Mapping[nn.Module, str], recorder: _Recorder) -> None:
+        self.names, self.path, self.shortcuts = names, recorder.path, Shortcuts(recorder, _call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Who has this in its table may be a copy of a module, and is another: only the caller says.
+        module = sys._getframe(1).f_locals["self"]
+        self.path.append(self.names.get(module, self.path[-1] if self.path else ""))
+        result = self.shortcuts.call(module, args, kwargs)
+        self.path.pop()
         return result
 
-    for module, name in names.items():
-        vars(module)["_compiled_call_impl"] = partial(call, module, name)
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Deep copies and pickles of a module have none."""
+        return type(None), ()
+
+
+def _name_modules(names: Mapping[nn.Module, str], recorder: _Recorder) -> None:
+    """Keeps the path of the module that runs on top of those before; to be undone by `_swapped`."""
+    called = _Called(names, recorder)
+    for module in names:
+        vars(module)["_compiled_call_impl"] = called
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
