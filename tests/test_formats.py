@@ -1,5 +1,7 @@
 """Every number format and mask is exact: counted bits are written bits, and values come back bit for bit."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +152,20 @@ def test_values_off_the_grid_are_refused():
         Codebook(torch.tensor([0.5, 1.0])).encode(torch.tensor([0.5, 0.75]))
     with pytest.raises(OffGrid):
         Integer(4, True, "int8").encode(torch.tensor([8], dtype=torch.int8))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), max_size=4))
+def test_blocks_are_counted_row_by_row(dims):
+    shape, blocks = tuple(n for n, _ in dims), tuple(b for _, b in dims)
+    counts = [max(-(-n // b), 1) for n, b in dims]
+    where = block_indices(shape, blocks)
+    assert where.shape == shape
+    for place in itertools.product(*map(range, shape)):
+        number = 0
+        for i, b, count in zip(place, blocks, counts, strict=True):
+            number = number * count + i // b
+        assert int(where[place]) == number
+
+
+def test_where_the_blocks_of_channels_are_takes_no_memory_an_element():
+    assert block_indices((512, 512, 3, 3), (1, 512, 3, 3)).untyped_storage().nbytes() == 512 * 8

@@ -304,7 +304,7 @@ def _moved(op: Op, value: Value, grids: list[Grid | None]) -> Grid | None:
     count, moved = 0, dict[Value, Tensor]()
     for source, grid in zip(sources, found, strict=True):
         own = torch.zeros(source.shape, dtype=torch.int64, device="cpu") if grid.indices is None else grid.indices
-        moved[source] = own + count
+        moved[source] = own.contiguous() + count  # in rows, as what is moved: a view needs that
         count += sum(s.numel if isinstance(s, Value) else 1 for s in grid.scales) or 1
     indices: Tensor | None = found[0].indices
     if (count > 1 or indices is not None) and op.func is not None and op.name != "aten._to_copy":
@@ -350,16 +350,15 @@ def has_only_signs(value: Value, grid: Grid) -> bool:
     data, magnitudes = value.data, grid.steps()
     if data is None or data.is_meta or not value.dtype.is_floating_point or any(grid.zeros()):
         return False
-    data, steps = data.float(), torch.tensor(magnitudes or [1.0], device="cpu")
-    if steps.numel() > 1:
-        if grid.indices is None:
-            return False
-        steps = steps[grid.indices]
-    steps = steps.expand(data.shape).reshape(-1) if steps.numel() > 1 else steps
-    for start in range(0, data.numel(), _PIECE):
-        piece = data.reshape(-1)[start : start + _PIECE]
-        own = steps[start : start + _PIECE] if steps.numel() > 1 else steps
-        if not bool(((piece == 0) | (piece.abs() == own)).all()):
+    steps = torch.tensor(magnitudes or [1.0], device="cpu")
+    if steps.numel() > 1 and grid.indices is None:
+        return False
+    data = data.float()
+    rows = max(1, _PIECE // max(data[:1].numel(), 1)) if data.dim() else 1
+    for start in range(0, len(data) if data.dim() else 1, rows):
+        part = slice(start, start + rows) if data.dim() else ()
+        own = steps[grid.indices[part]] if steps.numel() > 1 and grid.indices is not None else steps
+        if not bool(((data[part] == 0) | (data[part].abs() == own)).all()):
             return False
     return bool((data != 0).any())
 

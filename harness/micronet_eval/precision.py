@@ -413,6 +413,9 @@ def _outputs_and_groups(op: Op, weight: Value) -> tuple[int, int]:
     outputs = int(used.any(1).sum()) * times
     if grid is None or grid.indices is None or not used.numel():
         return outputs, outputs
+    along = [d for d in range(len(weight.shape)) if d not in summed]
+    if all(grid.indices.stride(d) == 0 or weight.shape[d] == 1 for d in along):  # one scale for each output
+        return outputs, outputs
     where = grid.indices.movedim(summed, tuple(range(len(summed)))).reshape(rows, -1)
     ordered = torch.where(used, where, -1).sort(1).values
     starts = ordered[:, 1:] != ordered[:, :-1]

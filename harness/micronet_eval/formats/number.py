@@ -455,13 +455,17 @@ def block_count(shape: Sequence[int], blocks: Sequence[int]) -> int:
 
 
 def block_indices(shape: Sequence[int], blocks: Sequence[int]) -> Tensor:
-    """The number of the block that each element lies in, blocks counted in row-major order."""
+    """The number of the block that each element lies in, blocks counted in row-major order.
+
+    A view that takes no memory along dimensions that a block spans.
+    """
     block_count(shape, blocks)
-    where = torch.zeros(tuple(shape), dtype=torch.int64, device="cpu")
+    where = torch.zeros([1] * len(shape), dtype=torch.int64, device="cpu")
     for dim, (n, b) in enumerate(zip(shape, blocks, strict=True)):
-        place = torch.arange(n, device="cpu") // b
-        where = where * -(-n // b) + place.view(-1, *[1] * (len(shape) - dim - 1))
-    return where
+        if b < n:
+            place = torch.arange(n, device="cpu") // b
+            where = where * -(-n // b) + place.view(-1, *[1] * (len(shape) - dim - 1))
+    return where.expand(tuple(shape))
 
 
 def _ones(bits: int) -> int:
