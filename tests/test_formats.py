@@ -155,7 +155,7 @@ def test_values_off_the_grid_are_refused():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), max_size=4))
-def test_blocks_are_counted_row_by_row(dims):
+def test_blocks_of_any_dimensions_are_counted_row_by_row(dims):
     shape, blocks = tuple(n for n, _ in dims), tuple(b for _, b in dims)
     counts = [max(-(-n // b), 1) for n, b in dims]
     where = block_indices(shape, blocks)
