@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -98,7 +98,9 @@ class Plain(Format):
     name: str
 
     @classmethod
+    @cache
     def of(cls, dtype: torch.dtype) -> Plain:
+        """The format of a dtype. Raises OffGrid where there is none."""
         for name, (known, _, _) in _PLAIN.items():
             if known == dtype:
                 return cls(name)
