@@ -60,7 +60,7 @@ happens to lie, and the ratio is between 1.1 and 1.5, whether or not something e
 """,
     "compare": """
 Two processes start, and each imports torch before its first job; no job's own time has that in it. Beside jobs that
-train, it is little; beside 64 evaluations of a quarter of a second each it is most of what is lost, and the limit as
+train, it is little; beside 64 evaluations of a sixth of a second each it is most of what is lost, and the limit as
 long as jobs are run by processes of their own, which keep a job that dies from taking the others with it.
 """,
     "eigendamage": """

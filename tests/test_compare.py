@@ -349,16 +349,36 @@ def garbage(job):
     return Result(job.name, job.seed, error=str(gc.get_threshold()))
 
 
-def test_processes_search_for_garbage_as_seldom_as_the_one_that_starts_them():
+def test_processes_search_for_garbage_as_seldom_as_the_command():
     from micronet_plugins.executors import local
 
-    before = gc.get_threshold()
-    gc.set_threshold(12_345, 6, 7)
-    try:
-        found = [result.error for _, result in local(garbage, [Job("a")], 1)]
-    finally:
-        gc.set_threshold(*before)
-    assert found == ["(12345, 6, 7)"]
+    assert [result.error for _, result in local(garbage, [Job("a")], 1)] == ["(100000, 50, 50)"]
+
+
+def test_what_a_process_does_first_imports_no_torch():
+    """So that it is imported with few searches for garbage."""
+    code = "import sys; from micronet_plugins.worker import prepare; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+class Slow:
+    """Takes its time when it is taken apart."""
+
+    def __del__(self):
+        time.sleep(30)
+
+
+def keeps(job):
+    keeps.slow = Slow()
+    return Result(job.name, job.seed, score=1.0)
+
+
+def test_processes_take_nothing_apart_at_their_end():
+    from micronet_plugins.executors import local
+
+    start = time.monotonic()
+    assert [result.score for _, result in local(keeps, [Job("a")], 1)] == [1.0]
+    assert time.monotonic() - start < 25
 
 
 def dies(job):

@@ -751,7 +751,7 @@ def _swapped(modules: Iterable[nn.Module], recorder: _Recorder) -> Iterator[None
                 held.extend(content) if isinstance(held, list) else held.update(content)
 
 
-class _Called:
+class _NamedCall:
     """What torch calls in the place of each module of a model, as if that were compiled; tells the module's path.
 
     Hooks on all modules would cost more than many modules; so would another nn.Module.__call__: Python forgets what it
@@ -776,7 +776,7 @@ class _Called:
 
 def _name_modules(names: Mapping[nn.Module, str], recorder: _Recorder) -> None:
     """Keeps the path of the module that runs on top of those before; to be undone by `_swapped`."""
-    called = _Called(names, recorder)
+    called = _NamedCall(names, recorder)
     for module in names:
         vars(module)["_compiled_call_impl"] = called
 

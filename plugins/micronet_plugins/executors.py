@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
 
 from micronet_eval.comparing import Job, Result
+from micronet_plugins.worker import prepare
 
 
 def here(run: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
@@ -43,7 +40,7 @@ def _together(
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place,
         theirs,
         ours,
-        ProcessPoolExecutor(most, context, _prepare, (theirs, place, *gc.get_threshold())) as pool,
+        ProcessPoolExecutor(most, context, prepare, (theirs, place)) as pool,
     ):
         try:
             while waiting or running:
@@ -60,23 +57,3 @@ def _together(
             ours.close()  # nobody waits for what still runs
             raise
     return []
-
-
-def _prepare(theirs: Connection, place: str, *threshold: int) -> None:
-    """Ends this process when the other end of the pipe is closed, also as its owner was killed; and keeps it silent.
-
-    What a library prints would run through the live view on the terminal. What matters is in the result. It searches
-    for garbage as seldom as the one that started it: to import torch takes a quarter longer else. Temporary files lie
-    in `place`, which the other one removes: who is ended so does not tidy up.
-    """
-    tempfile.tempdir = place
-    gc.set_threshold(*threshold)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-
-    def wait() -> None:
-        theirs.poll(None)  # nothing is ever sent
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
