@@ -26,8 +26,8 @@ Target = tuple[str, float, float, str]
 
 def from_a_process(*arguments: str, **environment: str) -> Any:
     """What Python prints last when it is run with these arguments, in JSON."""
-    run = {"cwd": ROOT, "env": {**os.environ, **environment}, "capture_output": True, "text": True, "check": True}
-    done = subprocess.run([sys.executable, *arguments], **run)
+    command, variables = [sys.executable, *arguments], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

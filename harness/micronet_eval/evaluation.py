@@ -25,6 +25,7 @@ from micronet_eval.costs import SCALE_OP
 from micronet_eval.crosscheck import CrossCheck
 from micronet_eval.errors import InputError, SubmissionError, printable
 from micronet_eval.explaining import Explanation, explanations
+from micronet_eval.garbage import uncollected
 from micronet_eval.isolation import AUTO, NO_CODE, REMARKS, Isolation, Level
 from micronet_eval.merge import merged, merged_trace
 from micronet_eval.opening import Opened, formulas, open_submission
@@ -38,7 +39,7 @@ from micronet_eval.storage import narrows
 from micronet_eval.submission import WEIGHTS, Claims
 from micronet_eval.tables import frame
 from micronet_eval.task import METRICS, Task
-from micronet_eval.trace import SEED, Example, Trace, trace, uncollected
+from micronet_eval.trace import SEED, Example, Trace, trace
 
 COST_TOLERANCE = Decimal("1.01")
 """A claimed cost holds when the measurement is at most 1 % worse."""

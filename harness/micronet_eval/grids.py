@@ -338,11 +338,7 @@ def _are_signs(value: Value) -> bool:
     data = value.data
     if data is None or data.is_meta or not value.dtype.is_floating_point or not value.numel:
         return False
-    flat = data.reshape(-1)
-    for piece in (flat[start : start + _PIECE] for start in range(0, value.numel, _PIECE)):
-        if not bool(((piece == 0) | (piece.abs() == 1)).all()):
-            return False
-    return bool(data.min() == -1) and bool(data.max() == 1)
+    return _are_steps(data, torch.ones((), device=data.device)) and bool(data.min() == -1) and bool(data.max() == 1)
 
 
 def has_only_signs(value: Value, grid: Grid) -> bool:
@@ -351,16 +347,23 @@ def has_only_signs(value: Value, grid: Grid) -> bool:
     if data is None or data.is_meta or not value.dtype.is_floating_point or any(grid.zeros()):
         return False
     steps = torch.tensor(magnitudes or [1.0], device="cpu")
-    if steps.numel() > 1 and grid.indices is None:
+    where = grid.indices if steps.numel() > 1 else None
+    if steps.numel() > 1 and where is None:
         return False
     data = data.float()
-    rows = max(1, _PIECE // max(data[:1].numel(), 1)) if data.dim() else 1
-    for start in range(0, len(data) if data.dim() else 1, rows):
-        part = slice(start, start + rows) if data.dim() else ()
-        own = steps[grid.indices[part]] if steps.numel() > 1 and grid.indices is not None else steps
+    return _are_steps(data, steps, where) and bool((data != 0).any())
+
+
+def _are_steps(data: Tensor, steps: Tensor, where: Tensor | None = None) -> bool:
+    """Whether each element is -1, 0 or +1 times a step: the only one, or that of its number in `where`."""
+    if not data.dim():
+        data, where = data[None], None if where is None else where[None]
+    rows = max(1, _PIECE // max(data[:1].numel(), 1))
+    for part in (slice(start, start + rows) for start in range(0, len(data), rows)):
+        own = steps if where is None else steps[where[part]]
         if not bool(((data[part] == 0) | (data[part].abs() == own)).all()):
             return False
-    return bool((data != 0).any())
+    return True
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------

@@ -68,8 +68,13 @@ def by_output(tensor: Tensor, dim: int) -> NDArray[np.int64]:
 
 
 def is_nonzero(tensor: Tensor) -> Tensor:
-    """Which elements are not zero. torch has no arithmetic on 8-bit floats."""
-    return (tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 else tensor) != 0
+    """Which elements are not zero."""
+    return computable(tensor) != 0
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """The same values in a dtype that torch computes with, which it does not with 8-bit floats."""
+    return tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 else tensor
 
 
 def _pieces(tensor: Tensor) -> Iterator[NDArray[Any]]:

@@ -446,14 +446,14 @@ def _read_mask(reader: _BitReader, shape: torch.Size, layout: Layout) -> Mask:
     return elements(reader.read(blocks[0] * blocks[1], 1).reshape(blocks).view(np.bool_), block, shape)
 
 
-_Places = dict[int, list[tuple[nn.Module, str]]]
-"""The id of a parameter -> every module that has it, and its name there."""
-
-
 def _lacking(quantizers: Mapping[str, ActivationQuantizer], names: Container[str]) -> list[str]:
     """The tensors of quantizers of activations, by the nodes that they follow, that are not among those of a file."""
     own = (f"{QUANTIZERS}.{node}.{name}" for node, q in quantizers.items() for name, _ in q.named_buffers())
     return [name for name in own if name not in names]
+
+
+_Places = dict[int, list[tuple[nn.Module, str]]]
+"""The id of a parameter -> every module that has it, and its name there."""
 
 
 def _places(model: nn.Module) -> _Places:

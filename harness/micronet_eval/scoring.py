@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -302,11 +302,9 @@ def dense(op: Op) -> Op:
     def unknown(value: Value) -> Value:
         if value.data is None or value.nonzeros == value.numel:
             return value
-        data = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        return Value(value.shape, value.dtype, value.name, data, value.producer, value.bits)
+        return replace(value, data=torch.empty(value.shape, dtype=value.dtype, device="meta"))
 
-    args, kwargs = changed(op.args, Value, unknown), changed(op.kwargs, Value, unknown)
-    return Op(op.name, op.module, args, kwargs, op.outputs, op.func, op.path)
+    return replace(op, args=changed(op.args, Value, unknown), kwargs=changed(op.kwargs, Value, unknown))
 
 
 def number(exact: Fraction | int) -> Count:

@@ -185,10 +185,9 @@ def _batch_norm(
     given = [t for t in (weight, bias, mean, var) if t is not None]
     if training or mean is None or var is None or not _in_32_bits(x, *given) or len(x.shape) < 2:
         return None
-    shape = x.shape
-    if [t.shape for t in given] != [shape[1:2]] * len(given):
+    if any(t.shape != x.shape[1:2] for t in given):
         return None
-    return _empty(shape, x), _empty(mean.shape, x), _empty(mean.shape, x)
+    return _empty(x.shape, x), _empty(mean.shape, x), _empty(mean.shape, x)
 
 
 def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Result:

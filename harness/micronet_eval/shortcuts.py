@@ -189,15 +189,14 @@ class Shortcuts:
         values = self.recorder.values
         tensors: dict[str, Held | None] = {}
         alike: list[torch.dtype | None] = []
-        for table in (parameters, buffers) if parameters or buffers else ():
-            for name, tensor in table.items():
-                held = tensors[name] = None if tensor is None else values.get(id(tensor))
-                if tensor is None:
-                    alike.append(None)
-                elif held is None or not _is_usual_tensor(held):
-                    return None
-                else:
-                    alike.append(held.dtype)
+        for name, tensor in (*parameters.items(), *buffers.items()):
+            held = tensors[name] = None if tensor is None else values.get(id(tensor))
+            if tensor is None:
+                alike.append(None)
+            elif held is None or not _is_usual_tensor(held):
+                return None
+            else:
+                alike.append(held.dtype)
         if not is_usual(attributes, tensors, x):
             return None
         try:

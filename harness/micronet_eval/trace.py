@@ -10,7 +10,6 @@ quantized or transposed on its way is known with its values where an operation o
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 import sys
@@ -30,7 +29,8 @@ from micronet_eval import shapes
 from micronet_eval.conditional import paths_of, taking
 from micronet_eval.errors import InputError
 from micronet_eval.formats import CONVERSIONS
-from micronet_eval.nonzeros import Seen, is_nonzero, seen, seen_closely
+from micronet_eval.garbage import uncollected
+from micronet_eval.nonzeros import Seen, computable, is_nonzero, seen, seen_closely
 from micronet_eval.shortcuts import Shortcuts
 from micronet_eval.unfused import unfused
 
@@ -137,10 +137,12 @@ class Value:
         """
         if self.known is None or self.dtype.is_complex:
             return None
-        data = self.known.float() if self.dtype.itemsize == 1 and self.dtype.is_floating_point else self.known
-        if not self.numel or bool((data == data[(0,) * data.dim()]).all()):
-            number = float(data[(0,) * data.dim()]) if self.numel else 0.0
-            return number, number, 0.0
+        if not self.numel:
+            return 0.0, 0.0, 0.0
+        data = computable(self.known)
+        first = data[(0,) * data.dim()]
+        if bool((data == first).all()):
+            return float(first), float(first), 0.0
         for part in (data[(slice(_CORNER),) * data.dim()], data):  # what is none nearly always shows that in a corner
             changes = (part.double().diff(dim=dim) for dim in range(data.dim()) if part.shape[dim] > 1)
             if not all(bool((change == change.flatten()[0]).all()) for change in changes):
@@ -186,10 +188,9 @@ class Op:
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Gives the operation other arguments."""
-        if args is not self.args or kwargs is not self.kwargs:
-            self.args, self.kwargs = args, kwargs
-            self.__post_init__()
-            vars(self).pop("named", None)
+        self.args, self.kwargs = args, kwargs
+        self.__post_init__()
+        vars(self).pop("named", None)
 
     @property
     def out(self) -> Value:
@@ -294,18 +295,6 @@ def trace_each(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
         # Without a GPU torch.manual_seed keeps a whole stack for the day when there is one: as long as a layer takes.
         (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(SEED)
         return _trace(model, examples)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile: it would read all objects again and again, and a trace makes many."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _check(example_input: Example) -> None:

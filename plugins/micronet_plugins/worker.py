@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import tempfile
 import threading
 from multiprocessing.connection import Connection
+
+from micronet_eval.garbage import seldom
 
 
 def prepare(theirs: Connection, place: str) -> None:
     """Ends this process when the other end of the pipe is closed, also as its owner was killed; and keeps it silent.
 
     What a library prints would run through the live view on the terminal. What matters is in the result. It searches
-    for garbage as seldom as the command does, for to import torch takes a quarter longer else, and takes nothing apart
-    at its end, for which the other one would wait. Temporary files lie in `place`, which that one removes.
+    for garbage as seldom as the command does, and takes nothing apart at its end, for which the other one would wait.
+    Temporary files lie in `place`, which that one removes.
     """
     atexit.register(os._exit, 0)  # the first that is registered runs last
     tempfile.tempdir = place
-    gc.set_threshold(100_000, 50, 50)
+    seldom()
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import io
 import os
 import signal
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from micronet_eval import plugins
+from micronet_eval import garbage, plugins
 from micronet_eval.cli import listing, making, measuring
 from micronet_eval.cli.group import cli, complain
 from micronet_eval.errors import InputError, SubmissionError, refused
@@ -76,7 +75,7 @@ def command() -> None:
 
 def main() -> None:
     """The command `micronet-eval`; turns expected errors into one message and an exit status."""
-    gc.set_threshold(100_000, 50, 50)  # a model is many objects that stay: to search them for garbage takes long
+    garbage.seldom()
     signal.signal(signal.SIGTERM, _terminate)  # temporary files and workers end with us
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started us closed it
